@@ -1,0 +1,74 @@
+"""What the commands share: flags that explain themselves, one-line errors, exit codes."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+
+from support.files import UserError
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # "(default: None)" and "(default: False)" tell nothing that the help text does not.
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line; argparse alone prints the whole usage before them."""
+
+    def __init__(self, description: str):
+        # No abbreviations: a user's shell loop must not change its meaning when a flag is added.
+        super().__init__(description=description, formatter_class=_Defaults, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or number < low or (high is not None and number > high):
+            wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"expected a whole number {wanted}, got {text!r}")
+        return number
+
+    return parse
+
+
+def real(interval: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argparse type: a finite number that lies in `interval`, as `holds` tells."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and holds(number)):
+            raise argparse.ArgumentTypeError(f"expected a number {interval}, got {text!r}")
+        return number
+
+    return parse
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`... | head`); without this, Python's own last flush would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,182 @@
+"""The embedded default: synthetic battles whose truth is known, and a tiny Qwen2 with its own tokenizer."""
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from support.files import UserError, atomic_write, content_hash, make_folder, user_cache_folder
+
+NUM_QUERIES, NUM_MODELS = 4000, 12
+TIE_WEIGHT = 0.4  # of Davidson (1970): P(tie) is proportional to it times the geometric mean of the two strengths
+BASE_SPREAD, TOPIC_SPREAD = 0.7, 2.2  # standard deviations of a model's skill overall, and of its shift per topic
+
+# A prompt is an opener, a topic's request about two of its subjects, and a closer.
+OPENERS = ["", "Please ", "Hi! ", "Quick question: ", "I need your help. ", "For a friend: ", "Hello, ", "Be honest: "]
+CLOSERS = ["", ", thanks", ", in short", ", step by step", ", for a beginner", ", with one example"]
+TOPICS = {
+    "code": (
+        ["write a Python function for {}", "debug my loop for {}", "what is the complexity of {}",
+         "refactor {} in Rust"],
+        ["a binary search", "parsing JSON", "a linked list", "merging two arrays", "a regular expression", "a hash map",
+         "reading a CSV file", "a recursive tree walk", "an HTTP request", "sorting strings", "a unit test",
+         "a thread pool"],
+    ),
+    "mathematics": (
+        ["prove the theorem about {}", "solve an equation with {}", "compute the value of {}",
+         "what is the formula for {}"],
+        ["a triangle's angles", "prime numbers", "the derivative of a sine", "a quadratic polynomial", "an integral",
+         "matrix determinants", "the sum of a series", "two unknowns", "a probability of dice", "complex roots",
+         "a circle's area", "modular arithmetic"],
+    ),
+    "cooking": (
+        ["how do I cook {}", "give me a recipe for {}", "what spices go with {}", "how long do I bake {}"],
+        ["lentil soup", "roast chicken", "apple pie", "fried rice", "tomato sauce", "sourdough bread", "grilled salmon",
+         "mushroom risotto", "vegetable curry", "pancakes", "a chocolate cake", "stuffed peppers"],
+    ),
+    "medicine": (
+        ["what are the symptoms of {}", "which treatment helps against {}", "is {} dangerous for patients",
+         "what would a doctor do about {}"],
+        ["high blood pressure", "a migraine", "influenza", "an allergy", "diabetes", "back pain", "asthma", "anaemia",
+         "a sprained ankle", "insomnia", "an infection", "food poisoning"],
+    ),
+    "law": (
+        ["what does the law say about {}", "draft a legal letter about {}", "can I sue my landlord over {}",
+         "which court decides on {}"],
+        ["a broken contract", "an unpaid invoice", "copyright", "a rental deposit", "a will", "unfair dismissal",
+         "a traffic fine", "defamation", "a trademark", "custody", "tax evasion", "a warranty claim"],
+    ),
+    "poetry": (
+        ["write a poem about {}", "compose a sonnet on {}", "give me a haiku about {}", "rhyme four verses about {}"],
+        ["autumn leaves", "the moon", "a lost love", "the sea at night", "a sleeping cat", "childhood", "snowfall",
+         "an old clock", "a lonely lighthouse", "hope", "a red rose", "silence"],
+    ),
+    "history": (
+        ["who ruled during {}", "what caused {}", "describe daily life in {}", "which century saw {}"],
+        ["the Roman Empire", "the French Revolution", "the Black Death", "the Bronze Age", "the Ottoman conquest",
+         "the Industrial Revolution", "the fall of Constantinople", "the Cold War", "ancient Egypt", "the Crusades",
+         "the Mongol invasions", "the Renaissance"],
+    ),
+    "travel": (
+        ["plan a weekend trip to {}", "find a cheap hotel in {}", "what should a tourist see in {}",
+         "which train goes to {}"],
+        ["Lisbon", "Kyoto", "Reykjavik", "Marrakesh", "Buenos Aires", "Vancouver", "Prague", "Cape Town", "Hanoi",
+         "Edinburgh", "Istanbul", "Oaxaca"],
+    ),
+}  # fmt: skip
+
+
+def demo_folder(demo_dir: str | None = None, seed: int = 0) -> Path:
+    """The folder of the demo's `battles.parquet`, `truth.json` and `encoder/`, made by `seed` where it is missing.
+
+    It lies in `demo_dir` (default: the user's cache folder), under a name that changes whenever this file does.
+    """
+    parent = make_folder(demo_dir or user_cache_folder(), "--demo_dir")
+    folder = parent / f"demo-{content_hash([__file__])[:12]}-{seed}"
+    if folder.is_dir():
+        return folder
+    beside = parent / f".{folder.name}.{os.getpid()}"
+    try:
+        beside.mkdir()
+        prompts = _write_battles(beside, seed)
+        _write_encoder(beside / "encoder", prompts, seed)
+        beside.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # another process may have been faster, with the same content
+            raise UserError(f"cannot write the demo to {parent}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def true_skills(folder: Path, queries: list[str], model_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Every model's skill on every query (Q, M), and its mean over the topics (M,), both in log-odds.
+
+    Differences of the first are the true margins; the second is the best ranking that ignores the query.
+    """
+    truth = json.loads((folder / "truth.json").read_text())
+    skills = np.array(truth["skills"])[:, [truth["models"].index(name) for name in model_names]]  # (topics, M)
+    topics = [truth["topic_of_query"][query] for query in queries]
+    return skills[topics], skills.mean(axis=0)
+
+
+def _write_battles(folder: Path, seed: int) -> list[str]:
+    import pandas as pd
+
+    rng = np.random.default_rng(seed)
+    model_names = [f"demo-model-{chr(ord('a') + i)}" for i in range(NUM_MODELS)]
+    skills = rng.normal(0, BASE_SPREAD, NUM_MODELS) + rng.normal(0, TOPIC_SPREAD, (len(TOPICS), NUM_MODELS))
+    topic_of_query = _prompts(rng)
+    rows = []
+    for query, topic in topic_of_query.items():
+        for _ in range(rng.integers(1, 5)):
+            a, b = rng.choice(NUM_MODELS, 2, replace=False)
+            strength_a, strength_b = np.exp(skills[topic, [a, b]])
+            weights = np.array([strength_a, strength_b, TIE_WEIGHT * np.sqrt(strength_a * strength_b)])
+            winner = rng.choice(["model_a", "model_b", "tie"], p=weights / weights.sum())
+            rows.append((query, model_names[a], model_names[b], winner))
+
+    def conversation(query: str) -> list[dict]:
+        return [{"content": query, "role": "user"}, {"content": "(not part of the demo)", "role": "assistant"}]
+
+    table = pd.DataFrame(
+        {
+            "question_id": [f"demo-{i:05d}" for i in range(len(rows))],
+            "model_a": [row[1] for row in rows],
+            "model_b": [row[2] for row in rows],
+            "winner": [row[3] for row in rows],
+            "judge": "synthetic",
+            "conversation_a": [conversation(row[0]) for row in rows],
+            "conversation_b": [conversation(row[0]) for row in rows],
+            "turn": 1,
+            "anony": True,
+            "language": "English",
+            "tstamp": 0.0,
+        }
+    )
+    buffer = io.BytesIO()
+    table.to_parquet(buffer)
+    atomic_write(folder / "battles.parquet", buffer.getvalue())
+    truth = {"models": model_names, "skills": skills.tolist(), "topic_of_query": topic_of_query}
+    atomic_write(folder / "truth.json", json.dumps(truth).encode())
+    return list(topic_of_query)
+
+
+def _prompts(rng: np.random.Generator) -> dict[str, int]:
+    """`NUM_QUERIES` distinct prompts of the grammar, each with the index of its topic."""
+    topic_of_query = {}
+    while len(topic_of_query) < NUM_QUERIES:
+        topic = int(rng.integers(len(TOPICS)))
+        requests, subjects = list(TOPICS.values())[topic]
+        request = str(rng.choice(requests)).format(" or ".join(rng.choice(subjects, 2, replace=False)))
+        topic_of_query[f"{rng.choice(OPENERS)}{request}{rng.choice(CLOSERS)}"] = topic
+    return topic_of_query
+
+
+def _write_encoder(folder: Path, prompts: list[str], seed: int) -> None:
+    """A random Qwen2 of two layers, 128 wide, and a byte-level BPE tokenizer trained on the prompts."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model, logging
+
+    logging.disable_progress_bar()
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(prompts, vocab_size=2048, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        Qwen2Model(config).save_pretrained(folder)

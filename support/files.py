@@ -1,0 +1,61 @@
+"""Files that survive a crash, content hashes, and the error that a user can act on."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that says what was found, what was expected, what to do."""
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Replace the file `path` by `data` in one step: a reader or a crash sees the old file or the new one.
+
+    Raises `UserError` where the file cannot be written; what stood there before is then untouched.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def make_folder(path: str | Path, flag: str) -> Path:
+    """Create the folder that `flag` names, with its parents, and make sure that it can be written to."""
+    folder = Path(path).expanduser()
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to the folder {path}: {reason}; choose another with {flag}") from error
+    return folder
+
+
+def user_cache_folder() -> Path:
+    """Where this user keeps what can be made again: `$XDG_CACHE_HOME/rankrouter`, or `~/.cache/rankrouter`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankrouter"
+
+
+def content_hash(files: Iterable[str | Path]) -> str:
+    """SHA-256 (hex) of the files' contents in the order given; their names and places do not enter it."""
+    whole = hashlib.sha256()
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return whole.hexdigest()

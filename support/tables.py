@@ -1,0 +1,159 @@
+"""Parquet, CSV and JSON files as columns and chunks of Python values; the format is told by the first bytes."""
+
+import codecs
+import csv
+import glob
+import gzip
+import json
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from support.files import UserError
+
+SUFFIXES = (".parquet", ".csv", ".csv.gz", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
+CHUNK_ROWS = 4096
+
+Chunk = dict[str, list]  # column name -> Python values of some consecutive rows
+
+
+@dataclass(frozen=True)
+class Table:
+    """An opened file: its columns, those that hold numbers, and how to read some of them chunk by chunk."""
+
+    file: Path
+    columns: list[str]
+    numeric: list[str]
+    chunks: Callable[[list[str]], Iterator[Chunk]]
+
+    def read(self, columns: list[str]) -> Iterator[Chunk]:
+        """The values of some columns, `CHUNK_ROWS` rows at a time. Raises `UserError` on a broken file."""
+        chunks = self.chunks(columns)
+        while chunk := _reading(self.file, lambda: next(chunks, None)):
+            yield chunk
+
+
+def find_files(path: str) -> list[Path]:
+    """The data files that `path` (a file, a folder, or a glob) stands for, sorted; hidden ones are passed over."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        inside = sorted(file.relative_to(place) for file in place.rglob("*"))
+        shown = [name for name in inside if not any(part.startswith(".") for part in name.parts)]
+        return [place / name for name in shown if name.name.endswith(SUFFIXES) and (place / name).is_file()]
+    return sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
+
+
+def open_table(file: Path) -> Table:
+    """Open a file, reading no more of it than its columns need. Raises `UserError` where it is none of ours."""
+    return _reading(file, lambda: _open(file))
+
+
+def as_number(value: object) -> float | None:
+    """The finite number that a cell holds, or None."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _open(file: Path) -> Table:
+    with open(file, "rb") as stream:
+        magic = stream.read(4)
+    if magic == b"PAR1":
+        return _open_parquet(file)
+    opener = gzip.open if magic[:2] == b"\x1f\x8b" else open
+    with opener(file, "rb") as stream:
+        head = stream.read(65536).removeprefix(codecs.BOM_UTF8).lstrip()
+    if not head or b"\0" in head:
+        raise ValueError("it holds binary data" if head else "it is empty")
+    parse = {b"{": _json_lines, b"[": _json_array}.get(head[:1], _csv_rows)
+    return _open_records(file, lambda: parse(opener(file, "rt", encoding="utf-8-sig", newline="")))
+
+
+def _open_parquet(file: Path) -> Table:
+    parquet = pq.ParquetFile(file)
+    fields = list(parquet.schema_arrow)
+
+    def chunks(columns: list[str]) -> Iterator[Chunk]:
+        for batch in parquet.iter_batches(CHUNK_ROWS, columns=columns):
+            yield {name: batch.column(name).to_pylist() for name in columns}
+
+    numeric = [f.name for f in fields if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
+    return Table(file, _distinct([field.name for field in fields]), numeric, chunks)
+
+
+def _open_records(file: Path, records: Callable[[], Iterator[dict]]) -> Table:
+    def chunks(columns: list[str]) -> Iterator[Chunk]:
+        rest = records()
+        while some := list(islice(rest, CHUNK_ROWS)):
+            yield {name: [record.get(name) for record in some] for name in columns}
+
+    sample = list(islice(records(), CHUNK_ROWS))
+    columns = list(dict.fromkeys(name for record in sample for name in record))
+    numeric = []
+    for name in columns:
+        cells = [cell for record in sample if (cell := record.get(name)) not in (None, "")]
+        if cells and all(as_number(cell) is not None and not isinstance(cell, bool) for cell in cells):
+            numeric.append(name)
+    return Table(file, columns, numeric, chunks)
+
+
+def _json_lines(stream: TextIO) -> Iterator[dict]:
+    with stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number} is not JSON: {error}") from error
+                yield _json_object(record, number)
+
+
+def _json_array(stream: TextIO) -> Iterator[dict]:
+    with stream:
+        for number, record in enumerate(json.load(stream), start=1):
+            yield _json_object(record, number)
+
+
+def _json_object(record: object, number: int) -> dict:
+    if not isinstance(record, dict):
+        raise ValueError(f"record {number} is {str(record)[:40]!r}, expected a JSON object")
+    return record
+
+
+def _csv_rows(stream: TextIO) -> Iterator[dict]:
+    # Every cell stays text: "NA", "null" and "None" are queries here, not missing values.
+    csv.field_size_limit(2**31 - 1)
+    with stream:
+        rows = csv.reader(stream, strict=True)
+        header = _distinct(next(rows))
+        for cells in filter(None, rows):
+            if len(cells) != len(header):
+                raise ValueError(f"line {rows.line_num} has {len(cells)} cells, the header {len(header)}")
+            yield dict(zip(header, cells, strict=True))
+
+
+def _distinct(names: list[str]) -> list[str]:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"several columns are named {', '.join(repeated)}")
+    return names
+
+
+def _reading(file: Path, step: Callable):
+    # What the parsers raise on a broken file is the user's to mend, and none of it names the file.
+    try:
+        return step()
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, pa.ArrowException) as error:
+        raise UserError(f"cannot read {file}: {error}; expected parquet, CSV (also gzipped) or JSON") from error

@@ -1,0 +1,337 @@
+"""Train RankRouter on battles between models and keep the checkpoint with the best validation AUC."""
+
+import argparse
+import hashlib
+from functools import partial
+from pathlib import Path
+
+from support.command_line import OneLineParser, real, run_command, whole
+from support.files import UserError, make_folder
+from support.runs import environment, pick_device, timed, write_history
+
+# torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
+# been checked: --help and a typo answer at once.
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser("Train RankRouter on battles; keep the checkpoint with the best validation AUC.")
+    seed, dim = whole(0, 2**32 - 1), whole(1, 65536)
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data_path",
+        default="../data/chatbot_arena/data/train-00000-of-00001-cced8514c7ed782a.parquet",
+        help="battles or score table: parquet, CSV or JSON; a file, a folder, or a glob of shards",
+    )
+    data.add_argument(
+        "--score_columns",
+        metavar="A,B,...",
+        type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
+        help="the models' columns of a wide score table; without it, its numeric columns",
+    )
+    data.add_argument("--ties", choices=["drop", "half"], default="drop", help="in training: left out, or half a win")
+    data.add_argument(
+        "--split_by",
+        choices=["query", "battle"],
+        default="query",
+        help="what the 80/10/10 split draws; battle lets test queries stand in training, as published code does",
+    )
+    data.add_argument("--limit", metavar="N", type=whole(1), help="only N queries, by --split_seed: a quick look")
+    data.add_argument("--demo", action="store_true", help="synthetic battles, tiny Qwen2; a path given still holds")
+    data.add_argument("--demo_dir", metavar="DIR", help="where the demo is kept; without it, the user's cache folder")
+    data.add_argument("--output_dir", default="./outputs", help="for training_history.json and best_model.pt")
+
+    encoder = parser.add_argument_group("encoder, frozen")
+    encoder.add_argument("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")
+    encoder.add_argument("--pooling", choices=["mean", "last"], default="mean", help="of a query's token states")
+    encoder.add_argument("--max_length", type=whole(1), default=512, help="tokens of a query that are read")
+    encoder.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: cuda, else mps, else cpu")
+    encoder.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the encoder; auto is bfloat16 on cuda, else float32; embeddings and towers are float32",
+    )
+
+    towers = parser.add_argument_group("towers")
+    towers.add_argument("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
+    towers.add_argument("--num_clusters", type=whole(0), default=50, help="K-means clusters; 0: no cluster features")
+    towers.add_argument("--cluster_dim", type=dim, default=32, help="width of a cluster's learned embedding")
+    towers.add_argument("--capability_dim", type=dim, default=64, help="width of a model's capability vector")
+    towers.add_argument("--no_model_id", action="store_true", help="ablation: model tower without ID embedding")
+    towers.add_argument("--no_capability", action="store_true", help="ablation: model tower without capability vector")
+    towers.add_argument("--similarity_metric", choices=["dot", "cosine"], default="dot", help="cosine learns a scale")
+    towers.add_argument(
+        "--dropout", type=real("from 0 to below 1", lambda x: 0 <= x < 1), default=0.1, help="share, in both MLPs"
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--loss_type", choices=["bpr", "bce", "hinge"], default="bpr", help="of a battle: loss.py")
+    training.add_argument(
+        "--margin",
+        type=real("of at least 0", lambda x: x >= 0),
+        default=1.0,
+        help="lead in score that bpr and hinge ask of a winner",
+    )
+    training.add_argument("--batch_size", type=whole(1), default=32, help="battles per step")
+    training.add_argument("--epochs", type=whole(1), default=10, help="passes over the training battles")
+    training.add_argument("--lr", type=real("above 0", lambda x: x > 0), default=1e-4, help="learning rate of AdamW")
+    training.add_argument(
+        "--weight_decay", type=real("of at least 0", lambda x: x >= 0), default=0.01, help="of AdamW, decoupled"
+    )
+    training.add_argument("--seed", type=seed, default=42, help="of clusters, initial weights and batches")
+    training.add_argument("--split_seed", type=seed, help="of the split and of --limit; without it, --seed")
+
+    args = parser.parse_args(argv)
+    if args.demo:  # parsed again, so that a path given explicitly still holds
+        parser.set_defaults(data_path=None, model_path=None)
+        args = parser.parse_args(argv)
+    if args.split_seed is None:
+        args.split_seed = args.seed
+    if args.no_model_id and args.no_capability:
+        parser.error("--no_model_id and --no_capability together leave the model tower without input")
+    return args
+
+
+def embed(args: argparse.Namespace, folder: Path, queries: list[str], device) -> tuple:
+    """Embeddings (Q, H) of the queries, and what a checkpoint must know of the encoder."""
+    import torch
+
+    from query_representation import encode, encoder_fingerprint, load_encoder, longest_input
+
+    auto = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    dtype = auto if args.dtype == "auto" else args.dtype
+    tokenizer, network = load_encoder(folder, device, getattr(torch, dtype))
+    max_length = min(args.max_length, longest_input(tokenizer, network))
+    if max_length < args.max_length:
+        print(f"encoder: reads at most {max_length} tokens of a query, --max_length is {args.max_length}")
+    embeddings = encode(queries, tokenizer, network, max_length, args.pooling)  # (Q, H)
+    return embeddings, {
+        "path": str(args.model_path),
+        "fingerprint": encoder_fingerprint(folder),
+        "width": embeddings.shape[1],
+        "pooling": args.pooling,
+        "max_length": max_length,
+        "dtype": dtype,
+    }
+
+
+def to_tensors(battles, device) -> tuple:
+    """Battles as tensors (N,): query, model a, model b, outcome."""
+    import torch
+
+    columns = (battles.query_idx, battles.model_a_idx, battles.model_b_idx, battles.outcome)
+    return tuple(torch.from_numpy(column).to(device) for column in columns)
+
+
+def train_epoch(router, optimiser, loss_of, points, cluster_idx, battles: tuple, batch_size: int) -> float:
+    """One pass over the training battles in random order; returns the mean loss of a battle."""
+    import torch
+
+    router.train()
+    order = torch.randperm(len(battles[0])).to(points.device)  # (N,)
+    total = 0.0
+    for step, batch in enumerate(order.split(batch_size)):
+        query, model_a, model_b, outcome = (column[batch] for column in battles)  # (B,) each
+        scores = router(points[query], cluster_idx[query])  # (B, M)
+        score_a = scores.gather(1, model_a[:, None])[:, 0]  # (B,)
+        score_b = scores.gather(1, model_b[:, None])[:, 0]  # (B,)
+        loss = loss_of(score_a, score_b, outcome)
+        if not torch.isfinite(loss):
+            raise UserError(f"the loss is {loss.item()} at step {step}; try a lower --lr or --margin")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        total += loss.item() * len(batch)
+    return total / len(order)
+
+
+def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
+    """The router's margins d (N,) on decisive battles, from one matrix of scores, and their metrics."""
+    import torch
+
+    import metrics
+
+    router.eval()
+    query, model_a, model_b, _ = to_tensors(battles, points.device)
+    distinct, row = query.unique(return_inverse=True)  # (Q,), (N,)
+    with torch.no_grad():
+        scores = router(points[distinct], cluster_idx[distinct])  # (Q, M)
+    d = (scores[row, model_a] - scores[row, model_b]).double().cpu().numpy()  # (N,)
+    return d, metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx, margin)
+
+
+def run(args: argparse.Namespace, split, encoder_folder: Path, device, history: dict) -> None:
+    """Encode, cluster, train, and test once; fills `history`, and writes it and the checkpoint as it goes."""
+    import numpy as np
+    import torch
+
+    import metrics
+    from loss import bce_loss, bpr_loss, hinge_loss
+    from rankrouter import RankRouter
+
+    checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
+    write_history(args.output_dir, history)
+
+    queries = split.train.queries
+    with timed(timing, "encode"):
+        embeddings, encoder = embed(args, encoder_folder, queries, device)  # (Q, H)
+    timing["queries_encoded"] = len(queries)
+    history["environment"] = environment(device, encoder["dtype"])
+    history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
+    print(f"encode   {len(queries)} queries, {encoder['width']} wide, {encoder['dtype']}: {timing['encode']:.1f} s")
+
+    # Towers; standardisation and clusters see training queries only
+    torch.manual_seed(args.seed)
+    router = RankRouter(split.train.model_names, encoder["width"], vars(args))
+    train_queries = torch.from_numpy(np.unique(split.train.query_idx))
+    with timed(timing, "cluster"):
+        router.query_tower.fit(embeddings[train_queries], args.seed)
+        router.to(device)
+        points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
+        cluster_idx = router.query_tower.assign(points)  # (Q,)
+    if args.num_clusters:
+        sizes = torch.bincount(cluster_idx.cpu()[train_queries], minlength=args.num_clusters).tolist()  # (K,)
+        history["clusters"] = [{"size": size} for size in sizes]
+        print(f"cluster  {args.num_clusters} clusters of {min(sizes)} to {max(sizes)} training queries")
+
+    # Training; the best validation AUC is kept, the earlier epoch where two are equal
+    margin = args.margin if args.loss_type == "bpr" else 0.0  # of the link from scores to probabilities
+    loss_of = {
+        "bpr": partial(bpr_loss, margin=args.margin),
+        "bce": bce_loss,
+        "hinge": partial(hinge_loss, margin=args.margin),
+    }[args.loss_type]
+    battles = to_tensors(split.train, device)
+    optimiser = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    best_auc = -1.0
+    for epoch in range(args.epochs):
+        try:
+            with timed(timing, "train"):
+                mean_loss = train_epoch(router, optimiser, loss_of, points, cluster_idx, battles, args.batch_size)
+            with timed(timing, "evaluate"):
+                d, val = evaluate(router, points, cluster_idx, split.val, margin)  # (N,)
+        except UserError as error:
+            raise UserError(f"epoch {epoch}: {error}; what was saved before is in {args.output_dir}") from error
+        history["train_losses"].append(mean_loss)
+        history["val_metrics"].append(val)
+        if val["auc"] > best_auc:
+            best_auc, history["best_epoch"] = val["auc"], epoch
+            temperature = metrics.fit_temperature(d, split.val.outcome, margin)
+            history["calibration"] = {"temperature": temperature}
+            facts = {"args": vars(args), "encoder": encoder, "epoch": epoch, "val_metrics": val}
+            router.save(checkpoint, **facts, temperature=temperature)
+        write_history(args.output_dir, history)
+        print(
+            f"epoch {epoch:<3}  loss {mean_loss:.4f}   val  auc {val['auc']:.4f}  accuracy {val['accuracy']:.4f}  "
+            f"log loss {val['log_loss']:.4f}{'  best' if history['best_epoch'] == epoch else ''}"
+        )
+
+    # Test, once, with the checkpoint that was kept
+    best = RankRouter.load(checkpoint).to(device)
+    with timed(timing, "evaluate"):
+        d, history["test_metrics"] = evaluate(best, points, cluster_idx, split.test, margin)
+        calibrated = metrics.log_loss(d, split.test.outcome, margin, best.facts["temperature"])
+    history["test_metrics"]["log_loss_calibrated"] = calibrated
+
+
+def compare_with_truth(demo: Path, test, history: dict) -> None:
+    """Add to the history of a demo run what its known truth reaches on the test battles, and the gap closed."""
+    import numpy as np
+
+    import metrics
+    from support.demo import true_skills
+
+    skills, mean_skill = true_skills(demo, test.queries, test.model_names)  # (Q, M), (M,)
+    rows = {}
+    for name, scores in (("fixed_ranking", np.broadcast_to(mean_skill, skills.shape)), ("true_margins", skills)):
+        d = scores[test.query_idx, test.model_a_idx] - scores[test.query_idx, test.model_b_idx]  # (N,)
+        rows[name] = metrics.evaluate(d, test.outcome, test.model_a_idx, test.model_b_idx)
+    fixed, true = rows["fixed_ranking"]["auc"], rows["true_margins"]["auc"]
+    gap_closed = (history["test_metrics"]["auc"] - fixed) / (true - fixed) if true > fixed else None
+    history["demo"] = rows | {"gap_closed": gap_closed}
+
+
+def print_data(data: dict, args: argparse.Namespace) -> None:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in data["rows_dropped"].items()) or "none"
+    print(f"data     {data['rows_read']} rows, dropped: {dropped}; from {data['path']}")
+    if data["score_columns"]:
+        print(f"scores   of {', '.join(data['score_columns'])}")
+    if data["queries_repaired"]:
+        print(f"repaired {data['queries_repaired']} texts with broken Unicode")
+    ties = "half wins in training" if args.ties == "half" else "left out"
+    print(
+        f"battles  {data['battles']}, of them {data['ties']} ties ({ties}); "
+        f"{data['queries']} queries, {data['models']} models"
+    )
+    sides = ", ".join(f"{name} {size['battles']} ({size['queries']} queries)" for name, size in data["split"].items())
+    print(f"split    by {args.split_by}: {sides}; test queries also in training: {data['test_queries_in_train']}")
+    if data["unseen_model_battles"]:
+        print(f"unseen   {data['unseen_model_battles']} held-out battles of models that training never saw: left out")
+
+
+def print_table(history: dict) -> None:
+    size = history["data"]["split"]["test"]
+    print(
+        f"\ntest     epoch {history['best_epoch']}, once, on {size['battles']} battles of {size['queries']} queries\n"
+    )
+    rows = {"RankRouter": history["test_metrics"]}
+    if "demo" in history:
+        rows["best fixed ranking"] = history["demo"]["fixed_ranking"]
+        rows["true margins"] = history["demo"]["true_margins"]
+    print(" " * 20 + "".join(f"{name.replace('log_loss_', ''):>11}" for name in history["test_metrics"]))
+    for label, row in rows.items():
+        print(f"{label:<20}" + "".join(f"{row[name]:>11.4f}" for name in row))
+    if "demo" in history and history["demo"]["gap_closed"] is not None:
+        print(
+            f"\nRankRouter closes {history['demo']['gap_closed']:.0%} of the gap in AUC between the best "
+            "query-independent ranking and the true margins."
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
+    demo, truth_known = None, args.demo and args.data_path is None
+    if None in (args.data_path, args.model_path):
+        from support.demo import demo_folder
+
+        demo = demo_folder(args.demo_dir)
+        args.data_path = args.data_path or str(demo / "battles.parquet")
+        args.model_path = args.model_path or str(demo / "encoder")
+
+    from data_loader import load_battles, split_battles
+    from query_representation import find_encoder
+
+    device = pick_device(args.device)
+    encoder_folder = find_encoder(args.model_path)
+    timing = {}
+    with timed(timing, "load"):
+        battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed)
+        split, split_counts = split_battles(battles, args.split_seed, args.split_by, args.ties)
+    data = counts | split_counts
+    print_data(data, args)
+    train_queries = data["split"]["train"]["queries"]
+    if args.num_clusters > train_queries:
+        raise UserError(
+            f"--num_clusters {args.num_clusters} is more than the {train_queries} distinct training queries; "
+            f"choose at most {train_queries}, or 0 for no cluster features"
+        )
+
+    history = {"status": "running", "args": vars(args), "train_losses": [], "val_metrics": [], "best_epoch": None}
+    history |= {"test_metrics": None, "data": data, "timing": timing}
+    try:
+        run(args, split, encoder_folder, device, history)
+        if truth_known:
+            compare_with_truth(demo, split.test, history)
+    except BaseException:
+        history["status"] = "failed"
+        write_history(args.output_dir, history)
+        raise
+    history["status"] = "finished"
+    write_history(args.output_dir, history)
+    print_table(history)
+
+
+if __name__ == "__main__":
+    run_command(main)
