@@ -220,7 +220,7 @@ class _Rows:
     def add(self, chunk: Chunk, layout: Layout) -> None:
         columns = [chunk[name] for name in layout.others]
         for row, (query, *cells) in enumerate(zip(chunk[layout.query], *columns, strict=True), start=self.read):
-            text = self.clean(_first_turn(query) if layout.kind == "conversations" else _prompt(query))
+            text = self.clean(_first_turn(query) if layout.kind == "conversations" else _prompt(query)).strip()
             if layout.kind in ("conversations", "prompts"):
                 reason = self.add_battle(text, *cells)
             elif layout.kind == "long":
@@ -276,11 +276,11 @@ class _Rows:
         except UnicodeEncodeError:  # a lone surrogate, which no tokenizer and no file takes
             self.repaired += 1
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text.strip()
+        return text
 
     def name(self, value: object) -> str:
         missing = value is None or (isinstance(value, float) and math.isnan(value))
-        name = "" if missing else self.clean(str(value))
+        name = "" if missing or not str(value).strip() else self.clean(str(value))
         self.names.update({name} - {""})
         return name
 
@@ -298,6 +298,8 @@ class _Rows:
         model_names = sorted(self.model_number)
         order = np.empty(len(model_names), np.int64)  # number as met -> place in the sorted names
         order[[self.model_number[name] for name in model_names]] = np.arange(len(model_names))
+        group_sizes = Counter(group for group, *_ in self.scored)
+        self.dropped += Counter({"alone with their query": sum(size == 1 for size in group_sizes.values())})
         fought = np.array(self.fought, np.float64).reshape(-1, 4)  # (N, 4)
         both = np.concatenate([fought, _pairs(np.array(self.scored, np.float64).reshape(-1, 4))])  # (N, 4)
         query_idx, a, b = both[:, :3].astype(np.int64).T  # (N,) each

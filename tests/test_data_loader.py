@@ -1,0 +1,404 @@
+"""Every layout from files in its public schema, the split, and files that are broken."""
+
+import csv
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_loader import load_battles, split_battles
+from support.files import UserError
+
+
+def turns(query, *parts):
+    """A conversation of Arena 33K; with parts, the list of parts that Arena 140K has as content."""
+    content = [{"type": "text", "text": part, "image": None} for part in parts] if parts else query
+    answer = [{"type": "text", "text": "an answer", "image": None}] if parts else "an answer"
+    return [{"content": content, "role": "user"}, {"content": answer, "role": "assistant"}]
+
+
+def arena(query, a, b, winner, **more):
+    return {
+        "question_id": "q1",
+        "model_a": a,
+        "model_b": b,
+        "winner": winner,
+        "judge": "arena_user_1",
+        "conversation_a": turns(query),
+        "conversation_b": turns(query),
+        "turn": 1,
+        "anony": True,
+        "language": "English",
+        "tstamp": 1682351591.0,
+    } | more
+
+
+def as_set(battles):
+    """Battles as readable tuples, the winner's side first named as it stands."""
+    rows = zip(battles.query_idx, battles.model_a_idx, battles.model_b_idx, battles.outcome, strict=True)
+    names = battles.model_names
+    return [(battles.queries[q], names[a], names[b], float(y)) for q, a, b, y in rows]
+
+
+def write_parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_csv(path, rows, opener=open):
+    with opener(path, "wt", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+ARENA = [
+    arena("What is a monad?", "vicuna-13b", "koala-13b", "model_a"),
+    arena("Bake bread", "koala-13b", "alpaca-13b", "model_b"),
+    arena("Bake bread", "koala-13b", "vicuna-13b", "tie"),
+    arena("Sing", "koala-13b", "vicuna-13b", "tie (bothbad)"),
+]
+ARENA_READ = [
+    ("What is a monad?", "vicuna-13b", "koala-13b", 1.0),
+    ("Bake bread", "koala-13b", "alpaca-13b", 0.0),
+    ("Bake bread", "koala-13b", "vicuna-13b", 0.5),
+    ("Sing", "koala-13b", "vicuna-13b", 0.5),
+]
+
+
+def test_arena_33k(tmp_path):
+    battles, counts = load_battles(write_parquet(tmp_path / "train.parquet", ARENA))
+    assert as_set(battles) == ARENA_READ
+    assert battles.model_names == ["alpaca-13b", "koala-13b", "vicuna-13b"]
+    assert (counts["rows_read"], counts["battles"], counts["ties"], counts["queries"]) == (4, 4, 2, 3)
+    assert counts["layouts"] == ["conversations"]
+
+
+def test_arena_140k_parts_and_later_first_user_turn(tmp_path):
+    system = [{"role": "system", "content": [{"type": "text", "text": "be brief", "image": None}]}]
+    rows = [
+        {"id": "1", "model_a": "x", "model_b": "y", "winner": "both_bad", "conversation_a": turns("", "one", "two")},
+        {"id": "2", "model_a": "x", "model_b": "y", "winner": "model_b", "conversation_a": system + turns("", "three")},
+        {"id": "3", "model_a": "x", "model_b": "y", "winner": "model_b", "conversation_a": turns("", "")},
+    ]
+    battles, counts = load_battles(write_parquet(tmp_path / "a.parquet", rows))
+    assert as_set(battles) == [("one\ntwo", "x", "y", 0.5), ("three", "x", "y", 0.0)]
+    assert counts["rows_dropped"] == {"without query text": 1}
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_kaggle_55k(tmp_path, gzipped):
+    def row(prompt, a, b, one_hot):
+        flags = dict(zip(("winner_model_a", "winner_model_b", "winner_tie"), one_hot, strict=True))
+        return {"id": 1, "model_a": a, "model_b": b, "prompt": prompt, "response_a": "[]", "response_b": "[]"} | flags
+
+    rows = [
+        row('["first\\nturn", "second"]', "gpt-4", "claude-1", (1, 0, 0)),
+        row('["NA"]', "gpt-4", "claude-1", (0, 1, 0)),
+        row("null", "gpt-4", "claude-1", (0, 0, 1)),
+        row("[not a list", "gpt-4", "claude-1", (0, 0, 1)),
+        row('[null, "x"]', "gpt-4", "claude-1", (0, 0, 1)),
+        row('["broken \\ud83d emoji"]', "gpt-4", "claude-1", (0, 1, 0)),
+        row('["nobody"]', "gpt-4", "claude-1", (0, 0, 0)),
+        row('["both"]', "gpt-4", "claude-1", (1, 1, 0)),
+    ]
+    file = tmp_path / ("train.csv.gz" if gzipped else "train.csv")
+    battles, counts = load_battles(write_csv(file, rows, gzip.open if gzipped else open))
+    assert as_set(battles) == [
+        ("first\nturn", "gpt-4", "claude-1", 1.0),
+        ("NA", "gpt-4", "claude-1", 0.0),
+        ("null", "gpt-4", "claude-1", 0.5),
+        ("[not a list", "gpt-4", "claude-1", 0.5),
+        ("broken \ufffd emoji", "gpt-4", "claude-1", 0.0),
+    ]
+    assert counts["rows_dropped"] == {"without query text": 1, "with an unknown winner": 2}
+    assert counts["queries_repaired"] == 1
+
+
+def test_prompts_with_winner(tmp_path):
+    rows = [{"prompt": "hi", "model_a": "x", "model_b": "y", "winner": "model_a"}]
+    battles, counts = load_battles(write_lines(tmp_path / "a.jsonl", rows))
+    assert as_set(battles) == [("hi", "x", "y", 1.0)]
+    assert counts["layouts"] == ["prompts"]
+
+
+def test_routerbench_wide(tmp_path):
+    def row(prompt, gpt, claude, mixtral):
+        scores = {"gpt-4": gpt, "claude-2": claude, "mixtral": mixtral}
+        more = {f"{name}|model_response": "text" for name in scores} | {f"{name}|total_cost": 0.1 for name in scores}
+        return {"sample_id": "a", "prompt": prompt, "eval_name": "mmlu"} | scores | more | {"oracle": "gpt-4"}
+
+    rows = [row("p1", 1.0, 0.25, 1.0), row("p2", 0.0, None, 0.5), row("p3", None, 0.5, None), row(" ", 1.0, 0.0, 0.0)]
+    battles, counts = load_battles(write_parquet(tmp_path / "wide.parquet", rows))
+    assert counts["score_columns"] == ["claude-2", "gpt-4", "mixtral"]
+    assert sorted(as_set(battles)) == [
+        ("p1", "claude-2", "mixtral", 0.0),
+        ("p1", "gpt-4", "claude-2", 1.0),
+        ("p1", "gpt-4", "mixtral", 0.5),
+        ("p2", "gpt-4", "mixtral", 0.0),
+    ]
+    assert counts["rows_dropped"] == {"with fewer than two scores": 1, "without query text": 1}
+
+    named, counts = load_battles(str(tmp_path / "wide.parquet"), score_columns=["gpt-4", "mixtral"])
+    assert named.model_names == ["gpt-4", "mixtral"]
+    assert sorted(as_set(named)) == [("p1", "gpt-4", "mixtral", 0.5), ("p2", "gpt-4", "mixtral", 0.0)]
+
+
+def test_routerdc_nested_scores(tmp_path):
+    rows = [
+        {"question": "q1", "scores": {"org/m1": 0.9, "org/m2": 0.1, "org/m3": None}, "cluster_id": 3},
+        {"question": "q2", "scores": {"org/m3": 0.5, "org/m2": 0.5}, "cluster_id": 1},
+    ]
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
+    read = [("q1", "org/m1", "org/m2", 1.0), ("q2", "org/m3", "org/m2", 0.5)]
+    for path in (str(tmp_path / "array.json"), write_parquet(tmp_path / "nested.parquet", rows)):
+        battles, _ = load_battles(path)
+        assert [{*row[1:3], row[3]} for row in as_set(battles)] == [{*row[1:3], row[3]} for row in read]
+    named = {row["question"]: json.dumps(row["scores"]) for row in rows}
+    as_text = write_csv(tmp_path / "a.csv", [{"question": q, "scores": scores} for q, scores in named.items()])
+    assert as_set(load_battles(as_text)[0]) == read
+
+
+def test_embedllm_long(tmp_path):
+    def row(prompt_id, prompt, model, label):
+        head = {"prompt_id": prompt_id, "model_id": 4, "category_id": 1, "label": label}
+        return head | {"prompt": prompt, "model_name": model, "category": "mmlu"}
+
+    rows = [
+        row(7, "p7", "m1", 1),
+        row(8, "p8", "m1", 0),
+        row(7, "p7", "m2", 0),
+        row(8, "p8", "m2", 0),
+        row(7, "p7", "m2", 1),  # scored before
+        row(7, "p7", "m3", ""),
+        row(9, "p9", "m3", 1),  # alone, so no battle
+        row(8, "p8", "m3", 1),
+    ]
+    battles, counts = load_battles(write_csv(tmp_path / "train.csv", rows))
+    assert sorted(as_set(battles)) == [
+        ("p7", "m1", "m2", 1.0),
+        ("p8", "m1", "m2", 0.5),
+        ("p8", "m1", "m3", 0.0),
+        ("p8", "m2", "m3", 0.0),
+    ]
+    assert counts["rows_dropped"] == {"scoring a model again": 1, "without a score": 1, "alone with their query": 1}
+
+
+def test_shards_in_a_folder_and_a_glob(tmp_path):
+    (tmp_path / "data" / ".cache").mkdir(parents=True)
+    write_parquet(tmp_path / "data" / "a.parquet", ARENA[:2])
+    write_lines(tmp_path / "data" / "b.jsonl", ARENA[2:])
+    write_lines(tmp_path / "data" / ".cache" / "c.jsonl", ARENA)
+    (tmp_path / "data" / "README.md").write_text("# not data")
+    for path in (tmp_path / "data", tmp_path / "data" / "[ab].*"):
+        battles, counts = load_battles(str(path))
+        assert as_set(battles) == ARENA_READ
+        assert counts["rows_read"] == 4
+
+
+def test_what_is_dropped_is_counted(tmp_path):
+    rows = [
+        *ARENA,
+        arena("", "x", "y", "model_a"),
+        arena(" \n\t", "x", "y", "model_a"),
+        arena(None, "x", "y", "model_a"),
+        arena("q", None, "y", "model_a"),
+        arena("q", "x", " ", "model_a"),
+        arena("q", "x", "x", "model_a"),
+        arena("q", "x", "y", "model_c"),
+        arena("q", "x", "y", None),
+        arena("q", "x", "y", "model_a", conversation_a=[]),
+        arena("q", "x", "y", "model_a", conversation_a=None),
+    ]
+    battles, counts = load_battles(write_parquet(tmp_path / "a.parquet", rows))
+    assert as_set(battles) == ARENA_READ
+    assert counts["rows_dropped"] == {
+        "without query text": 5,
+        "without a model name": 2,
+        "model against itself": 1,
+        "with an unknown winner": 2,
+    }
+    assert counts["rows_read"] == len(rows)
+
+
+def test_queries_that_differ_in_white_space_are_one_and_keep_the_first_spelling(tmp_path):
+    rows = [arena(text, "x", "y", "model_a") for text in ("  for x:\n  f(x) ", "for x: f(x)", "For x: f(x)")]
+    battles, _ = load_battles(write_parquet(tmp_path / "a.parquet", rows))
+    assert battles.queries == ["for x:\n  f(x)", "For x: f(x)"]
+    assert battles.query_idx.tolist() == [0, 0, 1]
+
+
+def test_model_names_survive_unchanged(tmp_path):
+    names = ["org/model-7b", "a, b", "line\nbreak", "\U0001f999 llama", " padded"]
+    rows = [arena("q", name, "other", "model_a") for name in names]
+    battles, _ = load_battles(write_parquet(tmp_path / "a.parquet", rows))
+    assert battles.model_names == sorted([*names, "other"])
+
+
+def many_battles(tmp_path, queries=200):
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in rng.permutation(np.repeat(np.arange(queries), 3)):
+        winner = ["model_a", "model_b", "tie"][rng.integers(3)]
+        a, b = rng.choice(["m1", "m2", "m3"], 2, replace=False)
+        rows.append({"prompt": f"query {' ' * rng.integers(3)} {number}", "model_a": a, "model_b": b, "winner": winner})
+    return load_battles(write_lines(tmp_path / "many.jsonl", rows))[0]
+
+
+def query_sets(split):
+    return {name: {part.queries[i] for i in part.query_idx} for name, part in vars(split).items()}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_split_never_shares_a_query(tmp_path, seed):
+    battles = many_battles(tmp_path)
+    split, counts = split_battles(battles, seed, ties="half")
+    train, val, test = query_sets(split).values()
+    assert not (train & val or train & test or val & test)
+    assert len(train) == 160
+    assert counts["test_queries_in_train"] == 0
+    assert counts["split"]["train"]["battles"] == 480
+    everything = len(split.train) + len(split.val) + len(split.test) + counts["ties_left_out"]
+    assert everything == len(battles) == 600
+
+
+def test_the_split_depends_on_its_seed_and_not_on_ties(tmp_path):
+    battles = many_battles(tmp_path)
+    drop, counts = split_battles(battles, 0, ties="drop")
+    half, _ = split_battles(battles, 0, ties="half")
+    assert as_set(drop.test) == as_set(half.test)
+    assert as_set(drop.val) == as_set(half.val)
+    assert set(drop.train.outcome) == {0, 1}
+    assert set(half.train.outcome) == {0, 0.5, 1}
+    assert len(half.train) > len(drop.train)
+    assert counts["ties_left_out"] == int((battles.outcome == 0.5).sum())
+    assert as_set(split_battles(battles, 1)[0].test) != as_set(drop.test)
+
+
+def test_a_split_by_battle_leaks_and_says_so(tmp_path):
+    split, counts = split_battles(many_battles(tmp_path), 0, by="battle")
+    queries = query_sets(split)
+    leaked = len(queries["train"] & queries["test"])
+    assert counts["test_queries_in_train"] == leaked > 10
+
+
+def test_models_that_training_never_saw_are_left_out_and_counted(tmp_path):
+    battles = many_battles(tmp_path)
+    held_out = split_battles(battles, 0)[0].test
+    rare = as_set(held_out)[0]
+    rows = [
+        {"prompt": q, "model_a": a if (q, a) != rare[:2] else "rare", "model_b": b, "winner": "model_a"}
+        for q, a, b, _ in as_set(battles)
+    ]
+    renamed, _ = load_battles(write_lines(tmp_path / "rare.jsonl", rows))
+    split, counts = split_battles(renamed, 0)
+    assert "rare" in renamed.model_names
+    assert split.train.model_names == split.test.model_names == ["m1", "m2", "m3"]
+    assert counts["unseen_model_battles"] == sum("rare" in row for row in as_set(renamed)) > 0
+    kept = {row for row in as_set(renamed) if "rare" not in row}
+    assert {row for part in vars(split).values() for row in as_set(part)} == kept
+
+
+def test_limit_takes_a_seeded_subset_of_the_queries(tmp_path):
+    battles = many_battles(tmp_path)
+    path = str(tmp_path / "many.jsonl")
+    some, counts = load_battles(path, limit=50, seed=3)
+    assert counts["queries"] == len(set(some.query_idx)) == 50
+    assert counts["battles"] == len(some) == 150  # all three battles of each
+    assert set(as_set(some)) <= set(as_set(battles))
+    assert as_set(some) == as_set(load_battles(path, limit=50, seed=3)[0])
+    assert as_set(some) != as_set(load_battles(path, limit=50, seed=4)[0])
+
+
+def broken(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.parquet", b"", "it is empty"),
+        ("cut.parquet", b"PAR1 and then something else", "cannot read"),
+        ("photo.csv", b"\x89PNG\r\n\x1a\n\0\0", "binary data"),
+        ("cut.csv.gz", gzip.compress(b"prompt,model_a\n" * 999)[:-20], "cannot read"),
+        ("latin.csv", "prompt,model_a,model_b,winner\ncaf\xe9,x,y,model_a\n".encode("latin-1"), "utf-8"),
+        ("open.csv", b'prompt,model_a,model_b,winner\n"never closed,x,y,model_a\n', "cannot read"),
+        ("ragged.csv", b"prompt,model_a,model_b,winner\nq,x,y,model_a,more\n", "line 2 has 5 cells, the header 4"),
+        ("twice.csv", b"prompt,prompt\na,b\n", "several columns are named prompt"),
+        ("cut.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
+        ("list.jsonl", b"[1, 2]", "record 1 is '1', expected a JSON object"),
+        ("deep.json", b"[" * 100000, "cannot read"),
+        ("other.csv", b"name,age\nx,3\n", "has the columns age, name; expected model_a"),
+        ("no_winner.csv", b"prompt,model_a,model_b\nq,x,y\n", "has the columns model_a, model_b, prompt; expected"),
+        ("one.csv", b"prompt,model_a,model_b,winner\nq,x,x,model_a\n", "fewer than two models (x)"),
+        ("none.csv", b"prompt,model_a,model_b,winner\nq,x,y,?\n,x,y,tie\n", "no usable battle"),
+    ],
+)
+def test_broken_files_are_one_clear_error(tmp_path, name, content, message):
+    with pytest.raises(UserError) as error:
+        load_battles(broken(tmp_path, name, content))
+    assert message in str(error.value)
+
+
+def test_no_usable_battle_gives_the_counts_by_reason(tmp_path):
+    file = broken(tmp_path, "a.csv", b"prompt,model_a,model_b,winner\nq,x,y,?\n,x,y,tie\n,x,y,tie\n")
+    with pytest.raises(UserError, match="3 rows read; rows dropped: 1 with an unknown winner, 2 without query text"):
+        load_battles(file)
+
+
+def test_a_folder_without_data_and_missing_score_columns(tmp_path):
+    with pytest.raises(UserError, match="no data at"):
+        load_battles(str(tmp_path))
+    with pytest.raises(UserError, match="has no column gpt-5; found"):
+        load_battles(write_parquet(tmp_path / "a.parquet", ARENA), score_columns=["gpt-5"])
+
+
+def test_a_split_with_an_empty_side_is_an_error(tmp_path):
+    ties = [arena(f"q{i}", "x", "y", "tie") for i in range(30)]
+    battles, _ = load_battles(write_parquet(tmp_path / "a.parquet", ties))
+    with pytest.raises(UserError, match="no battle for test, train, val: found 30 battles, 30 of them ties"):
+        split_battles(battles, 0)
+
+
+cells = st.one_of(
+    st.none(),
+    st.text(max_size=4),
+    st.sampled_from(["x", "y", "model_a", "tie"]),
+    st.integers(),
+    st.floats(),
+    st.booleans(),
+    st.lists(
+        st.sampled_from(["x", None, {"role": "user", "content": "q"}, {"role": "user", "content": 3}]), max_size=2
+    ),
+)
+rows = st.fixed_dictionaries(
+    {"model_a": cells, "model_b": cells, "winner": cells},
+    optional={"conversation_a": cells, "prompt": cells},
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=st.lists(rows, min_size=1, max_size=8))
+def test_every_row_is_kept_or_counted(tmp_path_factory, rows):
+    path = write_lines(tmp_path_factory.mktemp("any") / "a.jsonl", rows)
+    try:
+        battles, counts = load_battles(path)
+    except UserError as error:
+        assert "\n" not in str(error).replace(path, "")
+    else:
+        assert len(battles) + sum(counts["rows_dropped"].values()) == counts["rows_read"] == len(rows)
+        assert all(query.strip() for query in battles.queries)
+        assert (battles.model_a_idx != battles.model_b_idx).all()

@@ -1,0 +1,135 @@
+"""Metrics against hand-worked numbers, scikit-learn and naive loops."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
+
+import metrics
+
+
+def random_battles(seed: int, size: int = 400, models: int = 6):
+    """d with zeros and repeated values, outcome, model a, model b."""
+    rng = np.random.default_rng(seed)
+    a = rng.integers(models, size=size)
+    b = (a + rng.integers(1, models, size=size)) % models
+    d = rng.integers(-3, 4, size=size) / 2
+    return d, (rng.random(size) < 1 / (1 + np.exp(-d))).astype(float), a, b
+
+
+battles = st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=1, max_size=30).map(
+    lambda rows: (np.array([float(d) for d, _ in rows]), np.array([float(y) for _, y in rows]))
+)
+
+
+def test_accuracy_by_hand():
+    d, outcome = np.array([2.0, -1.0, 0.0, 3.0]), np.array([1.0, 0.0, 1.0, 0.0])
+    assert metrics.accuracy(d, outcome) == (1 + 1 + 0.5 + 0) / 4
+
+
+def test_auc_by_hand():
+    # Winners lead by 2, 1 and -1: the positives are {2, 1, -1}, the negatives {-2, -1, 1}. Of the nine pairs
+    # (2: 3 wins; 1: 2 wins and a tie; -1: 1 win and a tie) 6 are won and 2 tied: 7 / 9.
+    assert metrics.auc(np.array([2.0, -1.0, -1.0]), np.array([1.0, 0.0, 1.0])) == pytest.approx(7 / 9)
+
+
+def test_auc_sees_both_classes_where_a_always_won():
+    d = np.array([2.0, 1.0, -1.0])
+    assert metrics.auc(d, np.ones(3)) == pytest.approx(7 / 9)
+    assert metrics.auc(np.array([1.0, 2.0]), np.ones(2)) == 1
+    assert metrics.auc(np.array([-1.0, -2.0]), np.ones(2)) == 0
+
+
+@given(battles)
+def test_auc_equals_a_naive_count(rows):
+    d, outcome = rows
+    lead = np.where(outcome == 1, d, -d)
+    wins = [(x > y) + (x == y) / 2 for x in lead for y in -lead]
+    assert metrics.auc(d, outcome) == pytest.approx(sum(wins) / len(wins))
+
+
+@given(battles, st.integers(0, 2**30 - 1))
+def test_metrics_do_not_depend_on_who_is_called_a(rows, flips):
+    d, outcome = rows
+    a, b = np.arange(len(d)) % 3, np.arange(len(d)) % 3 + 1
+    flip = np.array([flips >> i & 1 for i in range(len(d))], bool)
+    swapped = np.where(flip, -d, d), np.where(flip, 1 - outcome, outcome), np.where(flip, b, a), np.where(flip, a, b)
+    assert metrics.evaluate(d, outcome, a, b, 1.0) == pytest.approx(metrics.evaluate(*swapped, 1.0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_scikit_learn_without_ties(seed):
+    d, outcome, a, b = random_battles(seed)
+    d = d + 0.25  # no d = 0
+    won, chosen = np.where(outcome == 1, a, b), np.where(d > 0, a, b)
+    got = metrics.evaluate(d, outcome, a, b)
+    assert got["auc"] == pytest.approx(roc_auc_score(np.r_[outcome, 1 - outcome], np.r_[d, -d]))
+    assert got["accuracy"] == pytest.approx(np.mean(won == chosen))
+    for name, score in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+        assert got[name] == pytest.approx(score(won, chosen, average="macro", zero_division=0))
+
+
+def test_precision_and_recall_equal_a_naive_loop_with_ties():
+    d, outcome, a, b = random_battles(7)
+    hit, chosen, won = np.zeros(6), np.zeros(6), np.zeros(6)
+    for di, y, ai, bi in zip(d, outcome, a, b, strict=True):
+        winner = ai if y == 1 else bi
+        won[winner] += 1
+        for choice in (ai, bi):
+            weight = 0.5 if di == 0 else float((di > 0) == (choice == ai))
+            chosen[choice] += weight
+            hit[choice] += weight * (choice == winner)
+    precision, recall, _ = metrics.precision_recall_f1(d, outcome, a, b)
+    assert precision == pytest.approx(np.mean(hit / chosen))
+    assert recall == pytest.approx(np.mean(hit / won))
+
+
+def test_precision_is_not_one_by_construction():
+    # Model 0 is always chosen and wins one of three; models 1 and 2 win and are never chosen.
+    d, outcome = np.ones(3), np.array([1.0, 0.0, 0.0])
+    precision, recall, f1 = metrics.precision_recall_f1(d, outcome, np.zeros(3, int), np.array([1, 1, 2]))
+    assert precision == pytest.approx((1 / 3 + 0 + 0) / 3)
+    assert recall == pytest.approx((1 + 0 + 0) / 3)
+    assert f1 == pytest.approx((2 * (1 / 3) / (4 / 3)) / 3)
+
+
+def test_win_probability_by_hand():
+    # margin 0: sigmoid(ln 3) = 3/4. margin ln 2, d = ln 2: s(ln 4) = 4/5, s(0) = 1/2, so p = 0.8 / 1.3.
+    assert np.exp(metrics.log_win_probability(np.log([3.0]))) == pytest.approx([0.75])
+    assert np.exp(metrics.log_win_probability(np.log([2.0]), math.log(2))) == pytest.approx([8 / 13])
+    assert np.exp(metrics.log_win_probability(np.log([9.0]), temperature=2)) == pytest.approx([0.75])
+    assert metrics.log_win_probability(np.array([-2000.0, 2000.0]), 1.0) == pytest.approx([-1999.0, 0], abs=1)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
+def test_the_link_is_the_minimum_of_bpr(margin, p):
+    # Where a wins with probability p, the d that minimises BPR's expected loss must be read as p.
+    d = np.linspace(-12, 12, 240001)
+    expected = p * np.logaddexp(0, margin - d) + (1 - p) * np.logaddexp(0, margin + d)
+    best = d[[expected.argmin()]]
+    assert np.exp(metrics.log_win_probability(best, margin)) == pytest.approx([p], abs=1e-3)
+
+
+def test_knowing_nothing():
+    d, outcome = np.zeros(10), np.r_[np.ones(7), np.zeros(3)]
+    got = metrics.evaluate(d, outcome, np.zeros(10, int), np.ones(10, int), margin=1.0)
+    assert (got["accuracy"], got["auc"]) == (0.5, 0.5)
+    assert got["log_loss"] == pytest.approx(math.log(2))
+
+
+def test_no_battles_is_undefined_and_not_a_half():
+    empty = np.empty(0)
+    assert set(metrics.evaluate(empty, empty, empty, empty).values()) == {None}
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0])
+def test_temperature_recovers_the_one_that_drew_the_outcomes(margin):
+    rng = np.random.default_rng(0)
+    d = rng.normal(0, 4, 40000)
+    p = np.exp(metrics.log_win_probability(d, margin, temperature=2.5))
+    outcome = (rng.random(len(d)) < p).astype(float)
+    assert metrics.fit_temperature(d, outcome, margin) == pytest.approx(2.5, rel=0.05)
