@@ -74,15 +74,17 @@ class RankRouter(nn.Module):
         Nothing in the file is executed. Raises `UserError` where it is no checkpoint of ours.
         """
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+        try:
+            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             version = checkpoint.pop("format_version")
             if version != FORMAT_VERSION:
                 raise UserError(f"{path} has checkpoint format {version}, expected {FORMAT_VERSION}; train it again")
             state, model_names = checkpoint.pop("model_state_dict"), checkpoint.pop("model_names")
             router = cls(model_names, checkpoint["encoder"]["width"], checkpoint["args"])
             router.load_state_dict(state)
-        except OSError as error:
-            raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
         except UserError:
             raise
         except Exception as error:  # whatever a foreign or damaged file raises in torch's reader, or lacks

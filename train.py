@@ -5,7 +5,7 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
-from support.command_line import OneLineParser, real, run_command, whole
+from support.command_line import OneLineParser, names, real, run_command, whole
 from support.files import UserError, make_folder
 from support.runs import environment, pick_device, timed, write_history
 
@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--score_columns",
         metavar="A,B,...",
-        type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
+        type=names,
         help="the models' columns of a wide score table; without it, its numeric columns",
     )
     data.add_argument("--ties", choices=["drop", "half"], default="drop", help="in training: left out, or half a win")

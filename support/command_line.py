@@ -57,6 +57,14 @@ def real(interval: str, holds: Callable[[float], bool]) -> Callable[[str], float
     return parse
 
 
+def names(text: str) -> list[str]:
+    """An argparse type: distinct names with commas between."""
+    found = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if "" in found:
+        raise argparse.ArgumentTypeError(f"expected names with commas between, got {text!r}")
+    return found
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2."""
     try:

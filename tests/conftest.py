@@ -9,6 +9,14 @@ from support.command_line import run_command
 from support.demo import demo_folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """No test reads or writes the user's own cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("demo")

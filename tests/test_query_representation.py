@@ -1,0 +1,217 @@
+"""Pooling and padding against one query at a time, standardisation and clusters in one space."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
+
+from query_representation import (
+    QueryTower,
+    encode,
+    encoder_fingerprint,
+    find_encoder,
+    load_encoder,
+    longest_input,
+    plan_batches,
+    pool,
+)
+from support.files import UserError
+
+CPU = torch.device("cpu")
+QUERIES = [
+    "a",
+    "write a poem about hope",
+    "prove it " * 40,
+    "Bonjour, \u00e7a va?",
+    "\u4f60\u597d",
+    "x" * 300,
+    "b",
+    " ",
+]
+
+
+@pytest.fixture(scope="module")
+def encoders(demo, tmp_path_factory):
+    """Encoder folders: the demo's Qwen2, the same with a left-padding tokenizer, a tiny BERT and a tiny GPT-2."""
+    base = tmp_path_factory.mktemp("encoders")
+    left = base / "left"
+    shutil.copytree(demo / "encoder", left)
+    config = json.loads((left / "tokenizer_config.json").read_text())
+    (left / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": "left"}))
+    torch.manual_seed(0)
+    small = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for name, network in (("bert", BertModel(BertConfig(**small))), ("gpt2", GPT2Model(GPT2Config(**small)))):
+        shutil.copytree(demo / "encoder", base / name, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+        network.save_pretrained(base / name)
+    return {"qwen2": demo / "encoder", "left": left, "bert": base / "bert", "gpt2": base / "gpt2"}
+
+
+def alone(folder, query, pooling, max_length=512):
+    """The embedding of one query by the plain library, without a batch and so without padding."""
+    tokenizer, network = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer(query, return_tensors="pt")["input_ids"][:, :max_length]
+    with torch.no_grad():
+        states = network.eval()(ids).last_hidden_state[0]  # (T, H)
+    return states[-1] if pooling == "last" else states.mean(0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("name", ["qwen2", "left", "bert", "gpt2"])
+def test_embeddings_equal_each_query_alone(encoders, name, pooling):
+    tokenizer, network = load_encoder(encoders[name], CPU, torch.float32)
+    got = encode(QUERIES, tokenizer, network, 512, pooling)
+    assert got.dtype == torch.float32
+    expected = torch.stack([alone(encoders[name], query, pooling) for query in QUERIES])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_left_and_right_padding_tokenizers_give_the_same_bits(encoders):
+    got = [encode(QUERIES, *load_encoder(encoders[name], CPU, torch.float32)) for name in ("qwen2", "left")]
+    assert torch.equal(*got)
+    assert AutoTokenizer.from_pretrained(encoders["left"]).padding_side == "left"  # the fixture does what it says
+
+
+def test_embeddings_keep_the_order_of_the_queries(encoders):
+    loaded = load_encoder(encoders["qwen2"], CPU, torch.float32)
+    forward, backward = encode(QUERIES, *loaded), encode(QUERIES[::-1], *loaded)
+    torch.testing.assert_close(forward, backward.flip(0), atol=1e-5, rtol=1e-4)
+
+
+def test_queries_are_cut_at_max_length(encoders):
+    loaded = load_encoder(encoders["qwen2"], CPU, torch.float32)
+    got = encode(QUERIES, *loaded, max_length=5)
+    expected = torch.stack([alone(encoders["qwen2"], query, "mean", 5) for query in QUERIES])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_encoder_bounds_the_length_where_it_has_learned_positions(encoders):
+    assert longest_input(*load_encoder(encoders["bert"], CPU, torch.float32)) == 512
+    long = ["word " * 2000]
+    loaded = load_encoder(encoders["bert"], CPU, torch.float32)
+    assert encode(long, *loaded, max_length=longest_input(*loaded)).isfinite().all()
+
+
+def test_half_precision_is_pooled_in_float32(encoders):
+    full = encode(QUERIES, *load_encoder(encoders["qwen2"], CPU, torch.float32))
+    half = encode(QUERIES, *load_encoder(encoders["qwen2"], CPU, torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, half.bfloat16().float())  # a mean taken in bfloat16 would be one
+    torch.testing.assert_close(half, full, atol=0.1, rtol=0.1)
+
+
+def test_pooling_by_hand():
+    hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [99.0, 99.0]], [[5.0, 1.0], [1.0, 1.0], [0.0, 4.0]]])  # (2, 3, 2)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert pool(hidden, mask, "mean").tolist() == [[2.0, 4.0], [2.0, 2.0]]
+    assert pool(hidden, mask, "last").tolist() == [[3.0, 6.0], [0.0, 4.0]]
+
+
+@given(st.lists(st.integers(1, 600), max_size=80), st.integers(1, 1000))
+def test_batches_hold_each_query_once_within_the_budget(lengths, budget):
+    lengths = np.array(lengths, dtype=np.int64)
+    batches = plan_batches(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
+
+
+def embeddings_with_huge_dimensions(queries=300, width=8):
+    """Two groups that differ in small dimensions, under two huge ones that say nothing."""
+    rng = np.random.default_rng(0)
+    group = rng.integers(2, size=queries)
+    points = rng.normal(0, 0.02, (queries, width)) + np.outer(group, [0, 0, *[1] * (width - 2)])
+    points[:, :2] = rng.normal(300, 500, (queries, 2))
+    return torch.from_numpy(points).float(), group
+
+
+def test_standardisation_uses_training_statistics_and_survives_constant_dimensions():
+    embeddings, _ = embeddings_with_huge_dimensions()
+    embeddings[:, 5] = 7.0
+    tower = QueryTower(8, num_clusters=0)
+    tower.fit(embeddings, seed=0)
+    points = tower.standardise(embeddings)
+    torch.testing.assert_close(points.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(points.std(0, correction=0), torch.tensor([1.0] * 5 + [0.0] + [1.0] * 2))
+    other = tower.standardise(embeddings + 1)  # new queries do not move the statistics
+    torch.testing.assert_close(other - points, (1 / tower.scale).expand(300, 8), atol=1e-4, rtol=1e-4)
+
+
+def test_huge_dimensions_do_not_own_the_clusters():
+    embeddings, group = embeddings_with_huge_dimensions()
+    tower = QueryTower(8, num_clusters=2)
+    tower.fit(embeddings, seed=0)
+    found = tower.assign(tower.standardise(embeddings)).numpy()
+    assert max(np.mean(found == group), np.mean(found != group)) == 1
+
+
+def test_centroids_lie_where_the_standardised_embeddings_do():
+    embeddings, _ = embeddings_with_huge_dimensions()
+    tower = QueryTower(8, num_clusters=6)
+    tower.fit(embeddings, seed=0)
+    points = tower.standardise(embeddings)
+    cluster_idx = tower.assign(points)
+    for k in range(6):  # what K-means converges to: every centroid is the mean of those assigned to it
+        torch.testing.assert_close(points[cluster_idx == k].mean(0), tower.centroids[k], atol=1e-3, rtol=1e-3)
+    distances = (points[:, None] - tower.centroids[None]).square().sum(2)  # (Q, K), the plain way
+    assert torch.equal(cluster_idx, distances.argmin(1))
+
+
+def test_the_cluster_reaches_the_query_vector():
+    tower = QueryTower(8, num_clusters=3, embedding_dim=16).eval()
+    points = torch.randn(4, 8)
+    assert not torch.allclose(tower(points, torch.zeros(4).long()), tower(points, torch.ones(4).long()))
+    without = QueryTower(8, num_clusters=0, embedding_dim=16)
+    assert without.cluster is None
+    assert without(points, torch.zeros(4).long()).shape == (4, 16)
+
+
+def test_the_fingerprint_is_of_the_content_and_not_of_the_place(encoders, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(encoders["qwen2"], copy)
+    before = encoder_fingerprint(copy)
+    assert before == encoder_fingerprint(encoders["qwen2"])
+    assert before != encoder_fingerprint(encoders["left"])
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert encoder_fingerprint(copy) != before
+
+
+def test_a_tokenizer_without_pad_token_takes_eos(encoders):
+    assert AutoTokenizer.from_pretrained(encoders["gpt2"]).pad_token is None
+    tokenizer, _ = load_encoder(encoders["gpt2"], CPU, torch.float32)
+    assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(encoders, tmp_path):
+    deeper = tmp_path / "deeper"
+    shutil.copytree(encoders["qwen2"], deeper)
+    config = json.loads((deeper / "config.json").read_text())
+    config |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (deeper / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"do not fill the encoder"):
+        load_encoder(deeper, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04}q\x00."])
+def test_corrupt_encoder_files_are_one_clear_line(encoders, tmp_path, file, content):
+    folder = tmp_path / "corrupt"
+    shutil.copytree(encoders["qwen2"], folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match="could not be loaded as a Hugging Face encoder") as error:
+        load_encoder(folder, CPU, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_folder_is_not_taken_for_a_hub_id(tmp_path):
+    with pytest.raises(UserError, match=r"hf download Qwen/Qwen2-0\.5B --local-dir"):
+        find_encoder("../model/no-such-model")
+    with pytest.raises(UserError, match=r"lacks config.json, weights \(\*.safetensors\), a tokenizer"):
+        find_encoder(str(tmp_path))

@@ -1,0 +1,365 @@
+"""The command as a whole: planted truth, what it keeps and writes, every ablation, every bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+import metrics
+import train
+from data_loader import load_battles, split_battles
+from query_representation import encode, load_encoder
+from rankrouter import RankRouter
+from support.demo import demo_folder, true_skills
+
+ROOT = Path(__file__).parent.parent
+QUICK = ("--limit", "600", "--epochs", "2", "--num_clusters", "10", "--embedding_dim", "48")
+
+
+def one_hot_difference(battles):
+    """+1 for model a, -1 for model b: the design matrix of Bradley-Terry."""
+    identity = np.eye(len(battles.model_names))
+    return identity[battles.model_a_idx] - identity[battles.model_b_idx]
+
+
+def test_planted_truth_is_recovered(demo, default_run):
+    history, _ = default_run
+    battles, _ = load_battles(str(demo / "battles.parquet"))
+    split, _ = split_battles(battles, 42)
+    fixed = LogisticRegression(fit_intercept=False, C=10).fit(one_hot_difference(split.train), split.train.outcome)
+    test = split.test
+    fixed_auc = metrics.auc(one_hot_difference(test) @ fixed.coef_[0], test.outcome)
+    skills, _ = true_skills(demo, test.queries, test.model_names)
+    true_d = skills[test.query_idx, test.model_a_idx] - skills[test.query_idx, test.model_b_idx]
+    true_auc = metrics.auc(true_d, test.outcome)
+    assert true_auc - fixed_auc >= 0.10
+    closed = (history["test_metrics"]["auc"] - fixed_auc) / (true_auc - fixed_auc)
+    assert 0.5 <= closed < 1
+    assert history["demo"]["true_margins"]["auc"] == pytest.approx(true_auc)
+    assert history["demo"]["fixed_ranking"]["auc"] == pytest.approx(fixed_auc, abs=0.02)
+
+
+def test_the_true_margins_are_the_log_odds_that_drew_the_outcomes(demo):
+    battles, _ = load_battles(str(demo / "battles.parquet"))
+    decisive = battles.select(battles.outcome != 0.5)
+    skills, _ = true_skills(demo, battles.queries, battles.model_names)
+    d = skills[decisive.query_idx, decisive.model_a_idx] - skills[decisive.query_idx, decisive.model_b_idx]
+    assert metrics.fit_temperature(d, decisive.outcome) == pytest.approx(1, abs=0.08)
+    assert 0.03 < np.mean(battles.outcome == 0.5) < 0.3
+
+
+def test_shuffled_outcomes_leave_nothing_to_find(demo, run_demo, tmp_path):
+    table = pd.read_parquet(demo / "battles.parquet")
+    table["winner"] = np.random.default_rng(0).permutation(table["winner"].to_numpy())
+    table.to_parquet(tmp_path / "shuffled.parquet")
+    history, _ = run_demo("--data_path", str(tmp_path / "shuffled.parquet"), "--epochs", "2")
+    assert history["test_metrics"]["auc"] == pytest.approx(0.5, abs=0.06)
+    assert "demo" not in history  # the truth is not that of these battles
+
+
+def test_the_history_is_complete_and_consistent(default_run):
+    history, output = default_run
+    assert history["status"] == "finished"
+    assert len(history["train_losses"]) == len(history["val_metrics"]) == 10
+    assert history["train_losses"][-1] < history["train_losses"][0]
+    names = ["accuracy", "precision", "recall", "f1", "auc", "log_loss"]
+    assert all(list(row) == names for row in history["val_metrics"])
+    assert list(history["test_metrics"]) == [*names, "log_loss_calibrated"]
+    assert 0 < history["test_metrics"]["precision"] < 1
+    data = history["data"]
+    held = sum(side["battles"] for side in data["split"].values())
+    assert data["rows_read"] == data["battles"] == held + data["ties_left_out"]
+    assert data["test_queries_in_train"] == 0
+    assert sum(cluster["size"] for cluster in history["clusters"]) == data["split"]["train"]["queries"]
+    assert history["args"]["split_seed"] == history["args"]["seed"] == 42
+    assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt"}
+
+
+def test_the_checkpoint_is_that_of_the_best_epoch_and_gives_the_test_metrics(demo, default_run):
+    history, output = default_run
+    aucs = [row["auc"] for row in history["val_metrics"]]
+    assert history["best_epoch"] == aucs.index(max(aucs)) > 0
+
+    # Once more from the files alone, as a user who routes would: text, encoder, checkpoint.
+    router = RankRouter.load(output / "best_model.pt")
+    assert router.facts["epoch"] == history["best_epoch"]
+    battles, _ = load_battles(str(demo / "battles.parquet"))
+    for name, expected in (("val", history["val_metrics"][history["best_epoch"]]), ("test", history["test_metrics"])):
+        part = getattr(split_battles(battles, 42)[0], name)
+        loaded = load_encoder(demo / "encoder", torch.device("cpu"), torch.float32)
+        points = router.query_tower.standardise(encode(part.queries, *loaded))
+        scores = router(points, router.query_tower.assign(points)).detach().numpy()
+        d = scores[part.query_idx, part.model_a_idx] - scores[part.query_idx, part.model_b_idx]
+        got = metrics.evaluate(d, part.outcome, part.model_a_idx, part.model_b_idx, margin=1.0)
+        assert got == pytest.approx({key: expected[key] for key in got}, abs=1e-6)
+
+
+def test_the_best_checkpoint_is_kept_where_later_epochs_are_worse(run_demo):
+    history, output = run_demo("--limit", "300", "--epochs", "12", "--num_clusters", "5", "--lr", "3e-3")
+    aucs = [row["auc"] for row in history["val_metrics"]]
+    assert history["best_epoch"] == int(np.argmax(aucs)) < 11  # the run is one that overfits
+    assert RankRouter.load(output / "best_model.pt").facts["val_metrics"]["auc"] == max(aucs)
+
+
+def comparable(history):
+    args = {key: value for key, value in history["args"].items() if key != "output_dir"}
+    return json.dumps(history | {"timing": None, "args": args})
+
+
+def test_the_same_seed_gives_the_same_history_and_checkpoint(run_demo):
+    (first, first_output), (second, second_output) = run_demo(*QUICK), run_demo(*QUICK)
+    assert comparable(first) == comparable(second)
+    states = [torch.load(out / "best_model.pt")["model_state_dict"] for out in (first_output, second_output)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_seed_varies_everything_unless_the_split_seed_is_given(run_demo):
+    base, _ = run_demo(*QUICK)
+    other, _ = run_demo(*QUICK, "--seed", "1")
+    same_split, _ = run_demo(*QUICK, "--seed", "1", "--split_seed", "42")
+    assert other["data"]["embeddings_hash"] != base["data"]["embeddings_hash"]
+    assert same_split["data"] == base["data"]
+    assert same_split["train_losses"] != base["train_losses"]
+
+
+ABLATIONS = [
+    ("--loss_type", "bce"),
+    ("--loss_type", "hinge"),
+    ("--similarity_metric", "cosine"),
+    ("--num_clusters", "0"),
+    ("--no_model_id",),
+    ("--no_capability",),
+    ("--ties", "half"),
+    ("--split_by", "battle"),
+    ("--pooling", "last"),
+    ("--max_length", "4"),
+    ("--margin", "0"),
+    ("--batch_size", "7"),
+    ("--capability_dim", "8"),
+    ("--cluster_dim", "8"),
+    ("--dropout", "0.5"),
+    ("--weight_decay", "1"),
+    ("--dtype", "bfloat16"),
+]
+
+
+def test_every_ablation_runs_and_differs(run_demo):
+    losses = {(): run_demo(*QUICK)[0]["train_losses"][-1]}
+    for flags in ABLATIONS:
+        history, _ = run_demo(*QUICK, *flags)
+        assert history["status"] == "finished"
+        losses[flags] = history["train_losses"][-1]
+    assert len(set(losses.values())) == len(losses), losses
+
+
+def test_a_split_by_battle_is_counted(run_demo):
+    history, _ = run_demo(*QUICK, "--split_by", "battle")
+    assert history["data"]["test_queries_in_train"] > 0
+
+
+def test_the_link_uses_the_margin_only_with_bpr(run_demo):
+    # At one point of training all losses score alike: read with another margin, the log loss would differ.
+    for loss_type, margin in (("bpr", 2.0), ("hinge", 0.0), ("bce", 0.0)):
+        history, output = run_demo(*QUICK, "--loss_type", loss_type, "--margin", "2")
+        demo = Path(history["args"]["data_path"]).parent
+        battles, _ = load_battles(str(demo / "battles.parquet"), limit=600)
+        part = split_battles(battles, 42)[0].test
+        router = RankRouter.load(output / "best_model.pt")
+        loaded = load_encoder(demo / "encoder", torch.device("cpu"), torch.float32)
+        points = router.query_tower.standardise(encode(part.queries, *loaded))
+        scores = router(points, router.query_tower.assign(points)).detach().double().numpy()
+        d = scores[part.query_idx, part.model_a_idx] - scores[part.query_idx, part.model_b_idx]
+        expected = metrics.log_loss(d, part.outcome, margin)
+        assert history["test_metrics"]["log_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_score_table_trains(run_demo, tmp_path):
+    rng = np.random.default_rng(0)
+    prompts = [f"solve problem {i}" if i % 2 else f"write poem {i}" for i in range(200)]
+    table = pd.DataFrame({"prompt": prompts, "m1": rng.random(200), "m2": rng.random(200), "m3": rng.random(200)})
+    table.to_parquet(tmp_path / "scores.parquet")
+    history, _ = run_demo("--data_path", str(tmp_path / "scores.parquet"), "--num_clusters", "2", "--epochs", "1")
+    assert history["data"]["battles"] == 600
+    assert history["data"]["score_columns"] == ["m1", "m2", "m3"]
+
+
+def test_the_demo_is_the_same_wherever_it_is_written(demo, tmp_path):
+    again = demo_folder(str(tmp_path))
+    files = sorted(path.relative_to(demo) for path in demo.rglob("*") if path.is_file())
+    assert len(files) >= 5
+    assert all((again / file).read_bytes() == (demo / file).read_bytes() for file in files)
+    assert demo_folder(str(tmp_path), seed=1).name != again.name
+
+
+# --- bad input ------------------------------------------------------------------------------------------------
+
+
+def test_missing_data_tells_how_to_get_it(fails, tmp_path):
+    message = fails("--output_dir", str(tmp_path), "--data_path", "no/such.parquet", "--demo")
+    for part in ("no data at no/such.parquet", "accept", "hf download lmsys/chatbot_arena_conversations", "--demo"):
+        assert part in message
+
+
+def test_a_missing_model_tells_how_to_get_it(fails, tmp_path, demo):
+    data = str(demo / "battles.parquet")
+    message = fails("--output_dir", str(tmp_path), "--data_path", data, "--model_path", "../no/model")
+    assert "no model folder at ../no/model" in message
+    assert "hf download Qwen/Qwen2-0.5B" in message
+    assert "is not a Hugging Face model" in fails("--output_dir", str(tmp_path), "--model_path", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--batch_size", "0"),
+        ("--batch_size", "ten"),
+        ("--epochs", "0"),
+        ("--epochs", "1.5"),
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--lr", "inf"),
+        ("--lr", "-1"),
+        ("--embedding_dim", "0"),
+        ("--embedding_dim", "99999999"),
+        ("--capability_dim", "-3"),
+        ("--cluster_dim", "0"),
+        ("--num_clusters", "-1"),
+        ("--margin", "-0.1"),
+        ("--dropout", "1"),
+        ("--weight_decay", "-1"),
+        ("--max_length", "0"),
+        ("--limit", "0"),
+        ("--seed", "-1"),
+        ("--seed", "4294967296"),
+        ("--loss_type", "BPR"),
+        ("--similarity_metric", "euclid"),
+        ("--score_columns", ","),
+        ("--no_such_flag", "1"),
+        ("--loss", "bce"),  # no abbreviations
+    ],
+)
+def test_flags_out_of_range(fails, tmp_path, flag, value):
+    message = fails("--demo", "--output_dir", str(tmp_path / "out"), flag, value)
+    assert flag in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
+def test_devices_that_are_not_here(fails, tmp_path, demo_dir, device):
+    message = fails("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path), "--device", device)
+    assert "--device" in message
+
+
+def test_a_model_tower_without_input(fails):
+    assert "without input" in fails("--demo", "--no_model_id", "--no_capability")
+
+
+def test_more_clusters_than_training_queries(fails, tmp_path, demo_dir):
+    common = ("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path), "--limit", "40")
+    assert "--num_clusters 50 is more than the 3" in fails(*common)
+    assert not (tmp_path / "training_history.json").exists()
+
+
+def test_folders_that_cannot_be_written(fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    inside = str(tmp_path / "file" / "folder")
+    assert "choose another with --output_dir" in fails("--demo", "--output_dir", inside)
+    message = fails("--demo", "--demo_dir", inside, "--output_dir", str(tmp_path / "out"))
+    assert "choose another with --demo_dir" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_read_only_output_folder(fails, tmp_path):
+    tmp_path.chmod(0o500)
+    assert "choose another with --output_dir" in fails("--demo", "--output_dir", str(tmp_path))
+
+
+def test_a_corrupt_encoder_fails_the_run_and_its_history(fails, demo, tmp_path):
+    shutil.copytree(demo / "encoder", tmp_path / "encoder")
+    (tmp_path / "encoder" / "model.safetensors").write_bytes(b"cut")
+    data = ("--data_path", str(demo / "battles.parquet"))
+    message = fails(*data, "--model_path", str(tmp_path / "encoder"), "--output_dir", str(tmp_path))
+    assert "could not be loaded" in message
+    assert json.loads((tmp_path / "training_history.json").read_text())["status"] == "failed"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(fails, demo_dir, tmp_path, monkeypatch):
+    import loss
+
+    calls = 0
+
+    def breaks(a, b, outcome, margin):
+        nonlocal calls
+        calls += 1
+        return loss.hinge_loss(a, b, outcome, margin) * (float("nan") if calls == 20 else 1)
+
+    monkeypatch.setattr(loss, "bpr_loss", breaks)
+    flags = ("--limit", "600", "--num_clusters", "0", "--batch_size", "64", "--embedding_dim", "48")
+    message = fails("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path), *flags)
+    history = json.loads((tmp_path / "training_history.json").read_text())
+    steps = -(-history["data"]["split"]["train"]["battles"] // 64)
+    epoch, step = divmod(19, steps)
+    assert f"epoch {epoch}: the loss is nan at step {step}" in message
+    assert history["status"] == "failed"
+    assert len(history["val_metrics"]) == epoch > 0
+    assert RankRouter.load(tmp_path / "best_model.pt").facts["epoch"] == history["best_epoch"]
+
+
+def test_a_learning_rate_that_explodes_is_one_line(fails, demo_dir, tmp_path):
+    flags = ("--limit", "300", "--num_clusters", "0", "--lr", "1e30")
+    message = fails("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path), *flags)
+    assert "epoch 0" in message
+    assert "lower --lr" in message
+
+
+def run_script(*flags):
+    return subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_and_typos_load_nothing_heavy():
+    heavy = ("torch", "transformers", "sklearn", "pandas", "numpy")
+    code = f"import sys, train; train.parse_args(['--demo']); assert not set(sys.modules) & set({heavy!r})"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    shown = run_script("--help")
+    assert shown.returncode == 0
+    assert "(default: 0.0001)" in shown.stdout
+
+
+def test_the_script_ends_with_one_line_and_exit_code_2(tmp_path):
+    ended = run_script("--output_dir", str(tmp_path), "--data_path", "no/such.parquet", "--model_path", str(tmp_path))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_the_defaults_are_the_contract():
+    args = vars(train.parse_args([]))
+    contract = {
+        "data_path": "../data/chatbot_arena/data/train-00000-of-00001-cced8514c7ed782a.parquet",
+        "model_path": "../model/Qwen2-0.5B",
+        "output_dir": "./outputs",
+        "batch_size": 32,
+        "epochs": 10,
+        "lr": 1e-4,
+        "embedding_dim": 512,
+        "margin": 1.0,
+        "similarity_metric": "dot",
+        "num_clusters": 50,
+        "loss_type": "bpr",
+        "seed": 42,
+        "split_seed": 42,
+        "ties": "drop",
+        "split_by": "query",
+        "max_length": 512,
+        "pooling": "mean",
+        "capability_dim": 64,
+        "cluster_dim": 32,
+    }
+    assert {name: args[name] for name in contract} == contract
