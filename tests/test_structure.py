@@ -10,7 +10,7 @@ SUPPORT = {f"support.{path.stem}" for path in (ROOT / "support").glob("*.py")} -
 ALLOWED = {
     "loss": set(),
     "metrics": set(),
-    "data_loader": {"support.files", "support.tables"},
+    "data_loader": {"support.files", "support.layouts", "support.tables"},
     "query_representation": {"support.embedding_cache", "support.files"},
     "model_profiling": set(),
     "rankrouter": {"query_representation", "model_profiling", "support.files"},
@@ -19,6 +19,7 @@ ALLOWED = {
     "support.files": set(),
     "support.command_line": {"support.files"},
     "support.tables": {"support.files"},
+    "support.layouts": {"support.files", "support.tables"},
     "support.demo": {"support.files"},
     "support.runs": {"support.files"},
 }

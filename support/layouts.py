@@ -1,0 +1,241 @@
+"""The public layouts of battles and score tables, told by their columns; their rows as numbered battles."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from support.files import UserError
+from support.tables import Chunk, Table, as_number
+
+OUTCOMES = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "both_bad": 0.5}
+ONE_HOT = {"winner_model_a": 1.0, "winner_model_b": 0.0, "winner_tie": 0.5}
+# Numeric columns that public score tables carry beside the models' scores.
+NOT_MODELS = {"", "id", "prompt_id", "question_id", "sample_id", "index", "cluster_id", "turn", "tstamp"}
+LAYOUTS = (
+    "model_a, model_b, winner, conversation_a (Arena); or model_a, model_b, prompt and winner or one-hot "
+    "winner_model_a, winner_model_b, winner_tie (Kaggle); or prompt or question with one numeric column per "
+    "model or nested scores (wide score table); or prompt, model_name, label or score (long score table)"
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a file holds battles: "conversations", "prompts", "wide" or "long" scores, and in which columns."""
+
+    kind: str
+    query: str
+    others: tuple[str, ...]  # model a, model b, winner; or the score columns; or model, score, prompt_id
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.query, *self.others]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that are columns of a wide score table."""
+        return self.others if self.kind == "wide" else ()
+
+
+def find_layout(table: Table, score_columns: list[str] | None = None) -> Layout:
+    """Tell a file's layout by its columns. Raises `UserError` where it has none that we know."""
+    found = set(table.columns)
+    prompt = next((name for name in ("prompt", "question") if name in found), None)
+    model = next((name for name in ("model_name", "model") if name in found), None)
+    score = next((name for name in ("label", "score") if name in found), None)
+    winner = ("winner",) if "winner" in found else tuple(ONE_HOT)
+    if score_columns:
+        missing = [name for name in score_columns if name not in found]
+        if missing:
+            raise UserError(f"{table.file} has no column {listed(missing)}; found {listed(table.columns)}")
+        if prompt:
+            return Layout("wide", prompt, tuple(score_columns))
+    elif found.issuperset({"model_a", "model_b", *winner}):
+        if "conversation_a" in found:
+            return Layout("conversations", "conversation_a", ("model_a", "model_b", *winner))
+        if prompt:
+            return Layout("prompts", prompt, ("model_a", "model_b", *winner))
+    elif prompt and model and score:
+        return Layout("long", prompt, (model, score, *found.intersection({"prompt_id"})))
+    elif prompt and "scores" in found:
+        return Layout("nested", prompt, ("scores",))
+    elif prompt:
+        models = [name for name in table.numeric if "|" not in name and name.lower() not in NOT_MODELS]
+        if models:
+            return Layout("wide", prompt, tuple(models))
+    raise UserError(f"{table.file} has the columns {listed(table.columns)}; expected {LAYOUTS}")
+
+
+class Rows:
+    """Numbers queries and models as rows come in, and counts each row left out under one reason."""
+
+    def __init__(self):
+        self.read = 0
+        self.dropped = Counter()
+        self.repaired = 0  # texts in which lone surrogates were replaced
+        self.names = set()  # of models, those of rows left out among them
+        self.query_number, self.queries = {}, []  # text with white space folded -> number; first spelling
+        self.model_number = {}
+        self.fought = []  # (query, model a, model b, outcome)
+        self.scored = []  # (group, query, model, score); the pairs within a group are battles
+        self.groups = {}  # a row of a wide table, or a prompt of a long one -> its number
+        self.taken = set()  # (group, model) of long tables, of which the first score counts
+
+    def add(self, chunk: Chunk, layout: Layout) -> None:
+        columns = [chunk[name] for name in layout.others]
+        for row, (query, *cells) in enumerate(zip(chunk[layout.query], *columns, strict=True), start=self.read):
+            text = self.clean(_first_turn(query) if layout.kind == "conversations" else _prompt(query)).strip()
+            if layout.kind in ("conversations", "prompts"):
+                reason = self.add_battle(text, *cells)
+            elif layout.kind == "long":
+                reason = self.add_score(text, *cells)
+            else:
+                scores = _nested(cells[0]) if layout.kind == "nested" else zip(layout.models, cells, strict=True)
+                reason = self.add_scores(row, text, scores)
+            if reason:
+                self.dropped[reason] += 1
+        self.read += len(chunk[layout.query])
+
+    def add_battle(self, text: str, model_a: object, model_b: object, *winner: object) -> str | None:
+        a, b, outcome = self.name(model_a), self.name(model_b), _outcome(winner)
+        if not text:
+            return "without query text"
+        if not a or not b:
+            return "without a model name"
+        if a == b:
+            return "model against itself"
+        if outcome is None:
+            return "with an unknown winner"
+        self.fought.append((self.query(text), self.model(a), self.model(b), outcome))
+
+    def add_score(self, text: str, model: object, score: object, prompt_id: object = None) -> str | None:
+        name, value = self.name(model), as_number(score)
+        if not text:
+            return "without query text"
+        if not name:
+            return "without a model name"
+        if value is None:
+            return "without a score"
+        query = self.query(text)
+        key = ("text", query) if prompt_id is None else ("id", str(prompt_id))
+        group = self.groups.setdefault(key, len(self.groups))
+        if (group, name) in self.taken:
+            return "scoring a model again"
+        self.taken.add((group, name))
+        self.scored.append((group, query, self.model(name), value))
+
+    def add_scores(self, row: int, text: str, scores: Iterable[tuple[object, object]]) -> str | None:
+        values = {self.name(model): as_number(score) for model, score in scores}
+        valid = [(name, value) for name, value in values.items() if name and value is not None]
+        if not text:
+            return "without query text"
+        if len(valid) < 2:
+            return "with fewer than two scores"
+        group = self.groups.setdefault(("row", row), len(self.groups))
+        self.scored += [(group, self.query(text), self.model(name), value) for name, value in valid]
+
+    def clean(self, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a lone surrogate, which no tokenizer and no file takes
+            self.repaired += 1
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
+
+    def name(self, value: object) -> str:
+        missing = value is None or (isinstance(value, float) and math.isnan(value))
+        name = "" if missing or not str(value).strip() else self.clean(str(value))
+        self.names.update({name} - {""})
+        return name
+
+    def query(self, text: str) -> int:
+        number = self.query_number.setdefault(" ".join(text.split()), len(self.queries))
+        if number == len(self.queries):
+            self.queries.append(text)
+        return number
+
+    def model(self, name: str) -> int:
+        return self.model_number.setdefault(name, len(self.model_number))
+
+    def finish(self) -> tuple[list[str], list[str], np.ndarray]:
+        """Queries (Q,), model names (M,) sorted, and battles (N, 4): query, model a, model b, outcome."""
+        group_sizes = Counter(group for group, *_ in self.scored)
+        self.dropped += Counter({"alone with their query": sum(size == 1 for size in group_sizes.values())})
+        fought = np.array(self.fought, np.float64).reshape(-1, 4)  # (N, 4)
+        battles = np.concatenate([fought, _pairs(np.array(self.scored, np.float64).reshape(-1, 4))])  # (N, 4)
+        model_names = sorted(self.model_number)
+        place = np.empty(len(model_names))  # number as met -> place among the sorted names
+        place[[self.model_number[name] for name in model_names]] = np.arange(len(model_names))
+        battles[:, 1:3] = place[battles[:, 1:3].astype(np.int64)]
+        return self.queries, model_names, battles
+
+
+def _pairs(scored: np.ndarray) -> np.ndarray:
+    """Battles (N, 4) between all models scored in a group: the better score wins, equal scores tie."""
+    scored = scored[np.argsort(scored[:, 0], kind="stable")]  # (S, 4): group, query, model, score
+    _, starts, sizes = np.unique(scored[:, 0], return_index=True, return_counts=True)  # (G,)
+    battles = [np.empty((0, 4))]
+    for size in np.unique(sizes):
+        rows = starts[sizes == size, None] + np.arange(size)  # (groups of this size, size)
+        first, second = np.triu_indices(size, 1)  # (pairs,)
+        a, b = scored[rows[:, first].ravel()], scored[rows[:, second].ravel()]  # (groups * pairs, 4)
+        outcome = (1 + np.sign(a[:, 3] - b[:, 3])) / 2
+        battles.append(np.column_stack([a[:, 1], a[:, 2], b[:, 2], outcome]))
+    return np.concatenate(battles)
+
+
+def _outcome(winner: tuple) -> float | None:
+    """P(a is better) from the cell of `winner`, or from the three of `ONE_HOT`; None where they do not say."""
+    if len(winner) == 1:
+        return OUTCOMES.get(str(winner[0]).strip())
+    flags = [str(flag).strip().lower() in ("1", "1.0", "true") for flag in winner]
+    return list(ONE_HOT.values())[flags.index(True)] if sum(flags) == 1 else None
+
+
+def _first_turn(conversation: object) -> str:
+    """The first user turn of a conversation: a list of turns, or JSON of one."""
+    turns = _json(conversation) if isinstance(conversation, str) else conversation
+    turns = turns if isinstance(turns, list) else []
+    users = (turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user")
+    return _content(next(users, {}).get("content"))
+
+
+def _content(content: object) -> str:
+    """The text of a turn: a string, or a list of parts of which the texts count."""
+    if isinstance(content, list):
+        return "\n".join(filter(None, map(_content, content)))
+    if isinstance(content, dict):
+        return _content(content.get("text"))
+    return content if isinstance(content, str) else ""
+
+
+def _prompt(prompt: object) -> str:
+    """A prompt: a string, or a list of turns (also as JSON) whose first element counts."""
+    turns = prompt if isinstance(prompt, list) else _json(prompt)
+    if isinstance(turns, list) and all(turn is None or isinstance(turn, str) for turn in turns):
+        return (turns[0] if turns else None) or ""
+    return prompt if isinstance(prompt, str) else ""
+
+
+def _nested(scores: object) -> list[tuple]:
+    """(model, score) pairs of one cell: a mapping, its items, or JSON of it."""
+    scores = _json(scores) if isinstance(scores, str) else scores
+    items = list(scores.items()) if isinstance(scores, dict) else scores
+    pairs = items if isinstance(items, list) else []
+    return [pair for pair in pairs if isinstance(pair, tuple) and len(pair) == 2]
+
+
+def _json(text: object) -> object:
+    """What JSON holds, or None where a text is not JSON."""
+    try:
+        return json.loads(text) if isinstance(text, str) and text.lstrip()[:1] in ("[", "{") else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
