@@ -71,8 +71,9 @@ def load_battles(
         found = "no usable battle" if len(rows.names) > 1 else f"fewer than two models ({listed(rows.names)})"
         reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items()) or "none"
         raise UserError(f"{found} in {path}: {rows.read} rows read; rows dropped: {reasons}")
-    if limit is not None and limit < len(battles.queries):
-        kept = np.random.default_rng(seed).choice(len(battles.queries), limit, replace=False)
+    used = np.unique(battles.query_idx)  # (Q,)
+    if limit is not None and limit < len(used):
+        kept = np.random.default_rng(seed).choice(used, limit, replace=False)
         battles = battles.select(np.isin(battles.query_idx, kept))
     counts = {
         "path": str(path),

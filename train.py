@@ -287,6 +287,7 @@ def print_table(history: dict) -> None:
             f"\nRankRouter closes {history['demo']['gap_closed']:.0%} of the gap in AUC between the best "
             "query-independent ranking and the true margins."
         )
+    print(f"\nsaved    {history['args']['output_dir']}: best_model.pt, training_history.json")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 
 import train
 from support.command_line import run_command
 from support.demo import demo_folder
+
+torch.set_num_threads(1)  # the tests' networks are tiny, and threads that wait for a busy core cost minutes
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,51 @@
+"""The README says what the code does: its flags, its files, its example."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def section(title):
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_flag_stands_there_with_its_default():
+    rows = re.findall(r"^\| `--(\w+)` \| (?:`(.*?)`)? ?\|", section("Flags"), re.MULTILINE)
+    defaults = {name: value for name, value in vars(train.parse_args([])).items() if name != "split_seed"}
+    expected = {name: "" if value is None or value is False else str(value) for name, value in defaults.items()}
+    assert dict(rows) == expected | {"split_seed": ""}
+
+
+def test_the_file_map_is_complete():
+    listed = set(re.findall(r"^\| `([\w/]+\.py)`", section("Files"), re.MULTILINE))
+    files = [path for folder in (ROOT, ROOT / "support") for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert listed == {str(path.relative_to(ROOT)) for path in files}
+
+
+def test_every_key_of_the_outputs_is_explained(default_run):
+    history, _ = default_run
+    explained = set(re.findall(r"`(\w+)`", section("Outputs")))
+    assert set(history) | set(history["test_metrics"]) <= explained
+
+
+def test_the_example_that_reads_results_runs(run_demo, tmp_path):
+    for name in ("one", "two"):
+        _, output = run_demo("--limit", "300", "--epochs", "1", "--num_clusters", "0")
+        shutil.copytree(output, tmp_path / "outputs" / name)
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert sorted(re.findall(r"^ *(run|one|two)\b", ended.stdout, re.MULTILINE)) == ["one", "run", "two"]
+    assert "log_loss_calibrated" in ended.stdout
+
+
+def test_the_two_commands_are_the_first_two_blocks():
+    blocks = re.findall(r"^```bash\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert blocks[0].strip().endswith("python train.py --demo")
+    assert blocks[1].strip().endswith("python -m pytest")
