@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.command_line import OneLineParser, names, real, run_command, whole
 from support.files import UserError, make_folder
-from support.runs import environment, pick_device, timed, write_history
+from support.runs import environment, pick_device, print_data, print_test, timed, write_history
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
 # been checked: --help and a typo answer at once.
@@ -62,11 +62,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     towers.add_argument("--no_capability", action="store_true", help="ablation: model tower without capability vector")
     towers.add_argument("--similarity_metric", choices=["dot", "cosine"], default="dot", help="cosine learns a scale")
     towers.add_argument(
-        "--dropout", type=real("from 0 to below 1", lambda x: 0 <= x < 1), default=0.1, help="share, in both MLPs"
+        "--dropout", type=real("from 0 to below 1", lambda x: 0 <= x < 1), default=0.1, help="in both towers' MLPs"
     )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--loss_type", choices=["bpr", "bce", "hinge"], default="bpr", help="of a battle: loss.py")
+    training.add_argument(
+        "--loss_type", choices=["bpr", "bce", "hinge"], default="bpr", help="logistic, pointwise, or margin"
+    )
     training.add_argument(
         "--margin",
         type=real("of at least 0", lambda x: x >= 0),
@@ -104,7 +106,7 @@ def embed(args: argparse.Namespace, folder: Path, queries: list[str], device) ->
     tokenizer, network = load_encoder(folder, device, getattr(torch, dtype))
     max_length = min(args.max_length, longest_input(tokenizer, network))
     if max_length < args.max_length:
-        print(f"encoder: reads at most {max_length} tokens of a query, --max_length is {args.max_length}")
+        print(f"encoder  reads at most {max_length} tokens of a query, fewer than --max_length {args.max_length}")
     embeddings = encode(queries, tokenizer, network, max_length, args.pooling)  # (Q, H)
     return embeddings, {
         "path": str(args.model_path),
@@ -157,7 +159,10 @@ def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
     distinct, row = query.unique(return_inverse=True)  # (Q,), (N,)
     with torch.no_grad():
         scores = router(points[distinct], cluster_idx[distinct])  # (Q, M)
-    d = (scores[row, model_a] - scores[row, model_b]).double().cpu().numpy()  # (N,)
+    d = (scores[row, model_a] - scores[row, model_b]).double().cpu()  # (N,)
+    if not torch.isfinite(d).all():
+        raise UserError("the scores are no longer finite; try a lower --lr")
+    d = d.numpy()
     return d, metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx, margin)
 
 
@@ -252,47 +257,10 @@ def compare_with_truth(demo: Path, test, history: dict) -> None:
     history["demo"] = rows | {"gap_closed": gap_closed}
 
 
-def print_data(data: dict, args: argparse.Namespace) -> None:
-    dropped = ", ".join(f"{count} {reason}" for reason, count in data["rows_dropped"].items()) or "none"
-    print(f"data     {data['rows_read']} rows, dropped: {dropped}; from {data['path']}")
-    if data["score_columns"]:
-        print(f"scores   of {', '.join(data['score_columns'])}")
-    if data["queries_repaired"]:
-        print(f"repaired {data['queries_repaired']} texts with broken Unicode")
-    ties = "half wins in training" if args.ties == "half" else "left out"
-    print(
-        f"battles  {data['battles']}, of them {data['ties']} ties ({ties}); "
-        f"{data['queries']} queries, {data['models']} models"
-    )
-    sides = ", ".join(f"{name} {size['battles']} ({size['queries']} queries)" for name, size in data["split"].items())
-    print(f"split    by {args.split_by}: {sides}; test queries also in training: {data['test_queries_in_train']}")
-    if data["unseen_model_battles"]:
-        print(f"unseen   {data['unseen_model_battles']} held-out battles of models that training never saw: left out")
-
-
-def print_table(history: dict) -> None:
-    size = history["data"]["split"]["test"]
-    print(
-        f"\ntest     epoch {history['best_epoch']}, once, on {size['battles']} battles of {size['queries']} queries\n"
-    )
-    rows = {"RankRouter": history["test_metrics"]}
-    if "demo" in history:
-        rows["best fixed ranking"] = history["demo"]["fixed_ranking"]
-        rows["true margins"] = history["demo"]["true_margins"]
-    print(" " * 20 + "".join(f"{name.replace('log_loss_', ''):>11}" for name in history["test_metrics"]))
-    for label, row in rows.items():
-        print(f"{label:<20}" + "".join(f"{row[name]:>11.4f}" for name in row))
-    if "demo" in history and history["demo"]["gap_closed"] is not None:
-        print(
-            f"\nRankRouter closes {history['demo']['gap_closed']:.0%} of the gap in AUC between the best "
-            "query-independent ranking and the true margins."
-        )
-    print(f"\nsaved    {history['args']['output_dir']}: best_model.pt, training_history.json")
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
+    device = pick_device(args.device)
     demo, truth_known = None, args.demo and args.data_path is None
     if None in (args.data_path, args.model_path):
         from support.demo import demo_folder
@@ -304,14 +272,13 @@ def main(argv: list[str] | None = None) -> None:
     from data_loader import load_battles, split_battles
     from query_representation import find_encoder
 
-    device = pick_device(args.device)
     encoder_folder = find_encoder(args.model_path)
     timing = {}
     with timed(timing, "load"):
         battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed)
         split, split_counts = split_battles(battles, args.split_seed, args.split_by, args.ties)
     data = counts | split_counts
-    print_data(data, args)
+    print_data(data)
     train_queries = data["split"]["train"]["queries"]
     if args.num_clusters > train_queries:
         raise UserError(
@@ -331,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         raise
     history["status"] = "finished"
     write_history(args.output_dir, history)
-    print_table(history)
+    print_test(history)
 
 
 if __name__ == "__main__":

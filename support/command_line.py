@@ -67,6 +67,7 @@ def names(text: str) -> list[str]:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch as it ends
     try:
         main()
         sys.stdout.flush()

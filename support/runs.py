@@ -1,4 +1,4 @@
-"""What a run records of itself, and where it computes."""
+"""What a run records and prints of itself, and the device it takes."""
 
 import json
 import platform
@@ -60,3 +60,42 @@ def environment(device, dtype: str) -> dict:
         "threads": torch.get_num_threads(),
         "commit": commit,
     }
+
+
+def print_data(data: dict) -> None:
+    """What was read and how it was split, from the `data` of a history."""
+    dropped = ", ".join(f"{count} {reason}" for reason, count in data["rows_dropped"].items()) or "none"
+    print(f"data     {data['rows_read']} rows, dropped: {dropped}; from {data['path']}")
+    if data["score_columns"]:
+        print(f"scores   of {', '.join(data['score_columns'])}")
+    if data["queries_repaired"]:
+        print(f"repaired {data['queries_repaired']} texts with broken Unicode")
+    print(
+        f"battles  {data['battles']} on {data['queries']} queries, {data['models']} models; "
+        f"{data['ties']} ties, {data['ties_left_out']} of them left out"
+    )
+    sides = ", ".join(f"{name} {size['battles']} ({size['queries']} queries)" for name, size in data["split"].items())
+    print(f"split    {sides}; test queries also in training: {data['test_queries_in_train']}")
+    if data["unseen_model_battles"]:
+        print(f"unseen   {data['unseen_model_battles']} held-out battles of models that training never saw: left out")
+
+
+def print_test(history: dict) -> None:
+    """The final table of a history, and on the demo the share of the gap closed."""
+    size = history["data"]["split"]["test"]
+    print(
+        f"\ntest     epoch {history['best_epoch']}, once, on {size['battles']} battles of {size['queries']} queries\n"
+    )
+    rows = {"RankRouter": history["test_metrics"]}
+    if "demo" in history:
+        rows["best fixed ranking"] = history["demo"]["fixed_ranking"]
+        rows["true margins"] = history["demo"]["true_margins"]
+    print(" " * 20 + "".join(f"{name.replace('log_loss_', ''):>11}" for name in history["test_metrics"]))
+    for label, row in rows.items():
+        print(f"{label:<20}" + "".join(f"{row[name]:>11.4f}" for name in row))
+    if "demo" in history and history["demo"]["gap_closed"] is not None:
+        print(
+            f"\nRankRouter closes {history['demo']['gap_closed']:.0%} of the gap in AUC between the best "
+            "query-independent ranking and the true margins."
+        )
+    print(f"\nsaved    {history['args']['output_dir']}: best_model.pt, training_history.json")

@@ -1,5 +1,6 @@
 """Pooling and padding against one query at a time, standardisation and clusters in one space."""
 
+import contextlib
 import json
 import shutil
 
@@ -215,3 +216,24 @@ def test_a_missing_folder_is_not_taken_for_a_hub_id(tmp_path):
         find_encoder("../model/no-such-model")
     with pytest.raises(UserError, match=r"lacks config.json, weights \(\*.safetensors\), a tokenizer"):
         find_encoder(str(tmp_path))
+
+
+def test_a_hub_id_is_downloaded_and_an_offline_hub_is_one_line(encoders, monkeypatch):
+    asked = []
+
+    def snapshot_download(hub_id, **options):
+        asked.append(hub_id)
+        if hub_id == "owner/gone":
+            raise RuntimeError("the hub says\nno")
+        return str(encoders["qwen2"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert find_encoder("owner/name-0.5B") == encoders["qwen2"]
+    with pytest.raises(
+        UserError, match="owner/gone is no folder here and could not be downloaded as a hub id: the hub"
+    ):
+        find_encoder("owner/gone")
+    for path in ("./owner/name", "/owner/name", "name", "a/b/c", str(encoders["qwen2"])):
+        with contextlib.suppress(UserError):
+            find_encoder(path)
+    assert asked == ["owner/name-0.5B", "owner/gone"]

@@ -318,8 +318,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(fails,
     assert RankRouter.load(tmp_path / "best_model.pt").facts["epoch"] == history["best_epoch"]
 
 
-def test_a_learning_rate_that_explodes_is_one_line(fails, demo_dir, tmp_path):
-    flags = ("--limit", "300", "--num_clusters", "0", "--lr", "1e30")
+@pytest.mark.parametrize("batch_size", ["32", "100000"])  # of one step an epoch, the loss itself is finite
+def test_a_learning_rate_that_explodes_is_one_line(fails, demo_dir, tmp_path, batch_size):
+    flags = ("--limit", "300", "--num_clusters", "0", "--lr", "1e30", "--batch_size", batch_size)
     message = fails("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path), *flags)
     assert "epoch 0" in message
     assert "lower --lr" in message
