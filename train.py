@@ -62,7 +62,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     towers.add_argument("--no_capability", action="store_true", help="ablation: model tower without capability vector")
     towers.add_argument("--similarity_metric", choices=["dot", "cosine"], default="dot", help="cosine learns a scale")
     towers.add_argument(
-        "--dropout", type=real("from 0 to below 1", lambda x: 0 <= x < 1), default=0.1, help="in both towers' MLPs"
+        "--dropout",
+        type=real("from 0 to below 1", lambda x: 0 <= x < 1),
+        default=0.1,
+        help="in both towers' MLPs",
     )
 
     training = parser.add_argument_group("training")
