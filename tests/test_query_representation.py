@@ -229,7 +229,7 @@ def test_a_hub_id_is_downloaded_and_an_offline_hub_is_one_line(encoders, monkeyp
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert find_encoder("owner/name-0.5B") == encoders["qwen2"]
-    with pytest.raises(UserError, match="owner/gone is no folder here and could not be downloaded .* the hub says"):
+    with pytest.raises(UserError, match=r"owner/gone is no folder here and could not be downloaded .* the hub says"):
         find_encoder("owner/gone")
     for path in ("./owner/name", "/owner/name", "name", "a/b/c", str(encoders["qwen2"])):
         with contextlib.suppress(UserError):
