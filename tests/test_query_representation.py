@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_info, threadpool_limits
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
 
 from query_representation import (
@@ -16,6 +18,7 @@ from query_representation import (
     encode,
     encoder_fingerprint,
     find_encoder,
+    fit_centroids,
     load_encoder,
     longest_input,
     plan_batches,
@@ -160,6 +163,20 @@ def test_centroids_lie_where_the_standardised_embeddings_do():
         torch.testing.assert_close(points[cluster_idx == k].mean(0), tower.centroids[k], atol=1e-3, rtol=1e-3)
     distances = (points[:, None] - tower.centroids[None]).square().sum(2)  # (Q, K), the plain way
     assert torch.equal(cluster_idx, distances.argmin(1))
+
+
+def test_k_means_runs_on_one_thread(monkeypatch):
+    threads = []
+    fit = KMeans.fit
+
+    def watched(self, points):
+        threads.extend(pool["num_threads"] for pool in threadpool_info())
+        return fit(self, points)
+
+    monkeypatch.setattr(KMeans, "fit", watched)
+    with threadpool_limits(2):
+        fit_centroids(torch.randn(50, 4), 3, seed=0)
+    assert set(threads) == {1}
 
 
 def test_the_cluster_reaches_the_query_vector():

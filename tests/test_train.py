@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 import metrics
 import train
 from data_loader import load_battles, split_battles
+from loss import bpr_loss
 from query_representation import encode, load_encoder
 from rankrouter import RankRouter
 from support.demo import demo_folder, true_skills
@@ -83,23 +84,47 @@ def test_the_history_is_complete_and_consistent(default_run):
     assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt"}
 
 
+def embed(demo, queries):
+    """Embeddings (Q, H) of queries by the demo's encoder."""
+    return encode(queries, *load_encoder(demo / "encoder", torch.device("cpu"), torch.float32))
+
+
+def margins(router, embeddings, battles):
+    """The router's margins d (N,) from embeddings of all queries, as somebody who routes would get them."""
+    points = router.query_tower.standardise(embeddings)
+    scores = router(points, router.query_tower.assign(points)).detach().double().numpy()  # (Q, M)
+    return scores[battles.query_idx, battles.model_a_idx] - scores[battles.query_idx, battles.model_b_idx]
+
+
 def test_the_checkpoint_is_that_of_the_best_epoch_and_gives_the_test_metrics(demo, default_run):
     history, output = default_run
     aucs = [row["auc"] for row in history["val_metrics"]]
     assert history["best_epoch"] == aucs.index(max(aucs)) > 0
-
-    # Once more from the files alone, as a user who routes would: text, encoder, checkpoint.
     router = RankRouter.load(output / "best_model.pt")
     assert router.facts["epoch"] == history["best_epoch"]
-    battles, _ = load_battles(str(demo / "battles.parquet"))
-    for name, expected in (("val", history["val_metrics"][history["best_epoch"]]), ("test", history["test_metrics"])):
-        part = getattr(split_battles(battles, 42)[0], name)
-        loaded = load_encoder(demo / "encoder", torch.device("cpu"), torch.float32)
-        points = router.query_tower.standardise(encode(part.queries, *loaded))
-        scores = router(points, router.query_tower.assign(points)).detach().numpy()
-        d = scores[part.query_idx, part.model_a_idx] - scores[part.query_idx, part.model_b_idx]
+    split, _ = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42)
+    embeddings = embed(demo, split.test.queries)
+    for part, expected in (
+        (split.val, history["val_metrics"][history["best_epoch"]]),
+        (split.test, history["test_metrics"]),
+    ):
+        d = margins(router, embeddings, part)
         got = metrics.evaluate(d, part.outcome, part.model_a_idx, part.model_b_idx, margin=1.0)
         assert got == pytest.approx({key: expected[key] for key in got}, abs=1e-6)
+
+
+def test_statistics_and_clusters_see_training_queries_only(demo, default_run):
+    history, output = default_run
+    router = RankRouter.load(output / "best_model.pt")
+    split, _ = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42)
+    embeddings = embed(demo, split.train.queries)[np.unique(split.train.query_idx)]
+    torch.testing.assert_close(router.query_tower.mean, embeddings.mean(0), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(router.query_tower.scale, embeddings.std(0, correction=0), atol=1e-6, rtol=1e-5)
+    points = router.query_tower.standardise(embeddings)
+    cluster_idx = router.query_tower.assign(points)
+    assert torch.bincount(cluster_idx, minlength=50).tolist() == [cluster["size"] for cluster in history["clusters"]]
+    for k, centroid in enumerate(router.query_tower.centroids):  # the mean of its training queries, and of no other
+        torch.testing.assert_close(points[cluster_idx == k].mean(0), centroid, atol=0.02, rtol=0)
 
 
 def test_the_best_checkpoint_is_kept_where_later_epochs_are_worse(run_demo):
@@ -127,7 +152,11 @@ def test_the_seed_varies_everything_unless_the_split_seed_is_given(run_demo):
     same_split, _ = run_demo(*QUICK, "--seed", "1", "--split_seed", "42")
     assert other["data"]["embeddings_hash"] != base["data"]["embeddings_hash"]
     assert same_split["data"] == base["data"]
-    assert same_split["train_losses"] != base["train_losses"]
+    assert same_split["clusters"] != base["clusters"]
+    plain, plain_other = (
+        run_demo(*QUICK, "--num_clusters", "0", "--seed", seed, "--split_seed", "42")[0] for seed in ("42", "1")
+    )
+    assert plain["train_losses"] != plain_other["train_losses"]
 
 
 ABLATIONS = [
@@ -165,20 +194,23 @@ def test_a_split_by_battle_is_counted(run_demo):
     assert history["data"]["test_queries_in_train"] > 0
 
 
-def test_the_link_uses_the_margin_only_with_bpr(run_demo):
-    # At one point of training all losses score alike: read with another margin, the log loss would differ.
-    for loss_type, margin in (("bpr", 2.0), ("hinge", 0.0), ("bce", 0.0)):
-        history, output = run_demo(*QUICK, "--loss_type", loss_type, "--margin", "2")
-        demo = Path(history["args"]["data_path"]).parent
-        battles, _ = load_battles(str(demo / "battles.parquet"), limit=600)
-        part = split_battles(battles, 42)[0].test
-        router = RankRouter.load(output / "best_model.pt")
-        loaded = load_encoder(demo / "encoder", torch.device("cpu"), torch.float32)
-        points = router.query_tower.standardise(encode(part.queries, *loaded))
-        scores = router(points, router.query_tower.assign(points)).detach().double().numpy()
-        d = scores[part.query_idx, part.model_a_idx] - scores[part.query_idx, part.model_b_idx]
-        expected = metrics.log_loss(d, part.outcome, margin)
-        assert history["test_metrics"]["log_loss"] == pytest.approx(expected, abs=1e-5)
+@pytest.mark.parametrize(("loss_type", "margin"), [("bpr", 2.0), ("hinge", 0.0), ("bce", 0.0)])
+def test_the_margin_is_in_the_link_of_bpr_alone(demo, run_demo, loss_type, margin):
+    history, output = run_demo(*QUICK, "--loss_type", loss_type, "--margin", "2")
+    part = split_battles(load_battles(str(demo / "battles.parquet"), limit=600)[0], 42)[0].test
+    d = margins(RankRouter.load(output / "best_model.pt"), embed(demo, part.queries), part)
+    assert history["test_metrics"]["log_loss"] == pytest.approx(metrics.log_loss(d, part.outcome, margin), abs=1e-5)
+
+
+def test_an_epoch_trains_with_dropout_also_after_an_evaluation():
+    args = vars(train.parse_args(["--num_clusters", "0", "--embedding_dim", "8"]))
+    router = RankRouter(["x", "y"], 4, args).eval()
+    before = router.model_tower.capability.weight.clone()
+    a, b = torch.tensor([0, 0]), torch.tensor([1, 1])
+    optimiser = torch.optim.SGD(router.parameters(), lr=1)
+    train.train_epoch(router, optimiser, bpr_loss, torch.randn(1, 4), a, (a, a, b, torch.ones(2)), batch_size=1)
+    assert router.training
+    assert not torch.equal(router.model_tower.capability.weight, before)
 
 
 def test_a_score_table_trains(run_demo, tmp_path):
