@@ -1,6 +1,7 @@
 """Battles between models, loaded from files in the public layouts and split by query."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -44,6 +45,14 @@ class Split:
     test: Battles  # no ties
 
 
+def data_files(path: str) -> list[Path]:
+    """The files at `path`. Raises `UserError`, with the way to get Chatbot Arena, where there are none."""
+    files = find_files(path)
+    if not files:
+        raise UserError(f"no data at {path}: expected a file, a glob, or a folder of {listed(SUFFIXES)}; {DOWNLOAD}")
+    return files
+
+
 def load_battles(
     path: str, score_columns: list[str] | None = None, limit: int | None = None, seed: int = 42
 ) -> tuple[Battles, dict]:
@@ -54,9 +63,7 @@ def load_battles(
     battles of that many queries, drawn by `seed`. Returns the battles and the counts for the history. Raises
     `UserError` where a file cannot be read, has no known layout, or leaves no battle.
     """
-    files = find_files(path)
-    if not files:
-        raise UserError(f"no data at {path}: expected a file, a glob, or a folder of {listed(SUFFIXES)}; {DOWNLOAD}")
+    files = data_files(path)
     rows, layouts = Rows(), set()
     for file in files:
         table = open_table(file)
@@ -64,17 +71,15 @@ def load_battles(
         layouts.add(layout)
         for chunk in table.read(layout.columns):
             rows.add(chunk, layout)
-    queries, model_names, fought = rows.finish()
-    query_idx, model_a_idx, model_b_idx = fought[:, :3].astype(np.int64).T  # (N,) each
-    battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, fought[:, 3].astype(np.float32))
+    queries, model_names, table, outside_limit = rows.finish(limit, seed)
+    query_idx, model_a_idx, model_b_idx = table[:, :3].astype(np.int64).T  # (N,) each
+    battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, table[:, 3].astype(np.float32))
     if len(battles) == 0:
-        found = "no usable battle" if len(rows.names) > 1 else f"fewer than two models ({listed(rows.names)})"
         reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items()) or "none"
-        raise UserError(f"{found} in {path}: {rows.read} rows read; rows dropped: {reasons}")
-    used = np.unique(battles.query_idx)  # (Q,)
-    if limit is not None and limit < len(used):
-        kept = np.random.default_rng(seed).choice(used, limit, replace=False)
-        battles = battles.select(np.isin(battles.query_idx, kept))
+        raise UserError(
+            f"no usable battle in {path}: {rows.read} rows read, rows dropped: {reasons}; "
+            "expected battles between at least two models"
+        )
     counts = {
         "path": str(path),
         "content_hash": content_hash(files),
@@ -82,7 +87,9 @@ def load_battles(
         "score_columns": sorted({name for layout in layouts for name in layout.models}),
         "rows_read": rows.read,
         "rows_dropped": dict(rows.dropped),
+        "scores_missing": rows.scores_missing,
         "queries_repaired": rows.repaired,
+        "queries_outside_limit": outside_limit,
         "battles": len(battles),
         "ties": int((battles.outcome == 0.5).sum()),
         "queries": len(np.unique(battles.query_idx)),
@@ -127,15 +134,17 @@ def split_battles(battles: Battles, seed: int, by: str = "query", ties: str = "d
         val=renumbered.select(held_out & (side == "val")),
         test=renumbered.select(held_out & (side == "test")),
     )
-    sizes = {name: (len(part), len(np.unique(part.query_idx))) for name, part in vars(split).items()}
-    empty = [name for name, (num_battles, _) in sizes.items() if num_battles == 0]
+    sizes = {
+        name: {"battles": len(part), "queries": len(np.unique(part.query_idx))} for name, part in vars(split).items()
+    }
+    empty = [name for name, size in sizes.items() if size["battles"] == 0]
     if empty:
         raise UserError(
             f"the split leaves no battle for {listed(empty)}: found {len(battles)} battles, {int(tie.sum())} of "
             f"them ties, over {len(np.unique(battles.query_idx))} queries; more battles are needed"
         )
     counts = {
-        "split": {name: {"battles": size[0], "queries": size[1]} for name, size in sizes.items()},
+        "split": sizes,
         "ties_left_out": int((tie & ~in_train).sum()),
         "unseen_model_battles": int(((side != "train") & ~tie & ~known).sum()),
         "test_queries_in_train": len(np.intersect1d(split.train.query_idx, split.test.query_idx)),

@@ -24,7 +24,8 @@ def auc(d: np.ndarray, outcome: np.ndarray) -> float | None:
     if len(d) == 0:
         return None
     both_outcomes = np.concatenate([outcome, 1 - outcome])  # (2N,)
-    return float(roc_auc_score(both_outcomes, np.concatenate([d, -d])))
+    both_d = np.concatenate([d, -d])  # (2N,)
+    return float(roc_auc_score(both_outcomes, both_d))
 
 
 def precision_recall_f1(

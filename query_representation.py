@@ -1,7 +1,9 @@
 """Query tower: a frozen Hugging Face encoder, K-means clusters of its embeddings, and an MLP over both."""
 
+import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +18,25 @@ TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768, "mps": 8192}
 ASSIGN_ROWS = 65536  # queries compared with the centroids at a time
 
 
+def is_hub_id(model_path: str) -> bool:
+    """Whether `model_path` is no folder here and has the form of a hub id, `owner/name`."""
+    return not os.path.exists(os.path.expanduser(model_path)) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", model_path))
+
+
 def find_encoder(model_path: str) -> Path:
-    """The folder of an encoder, given as a folder or as a hub id (`owner/name`, downloaded on first use).
+    """The folder of an encoder, given as a folder or as a hub id, which is downloaded on first use.
 
     Raises `UserError` where there is no such folder, or no model in it.
     """
-    folder = Path(model_path).expanduser()
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model_path):
-        folder = _download(model_path)
-    if not folder.is_dir():
+    folder = _download(model_path) if is_hub_id(model_path) else Path(os.path.expanduser(model_path))
+    if not os.path.isdir(folder):
         raise UserError(
             f"no model folder at {model_path}; get Qwen2-0.5B with `hf download Qwen/Qwen2-0.5B --local-dir "
-            "../model/Qwen2-0.5B`, or name another folder or hub id with --model_path, or use --demo"
+            "../model/Qwen2-0.5B`, or name another folder or hub id (owner/name) with --model_path, or use --demo"
         )
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    missing = []
+    if not (folder / "config.json").is_file():
+        missing.append("config.json")
     if not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         missing.append("weights (*.safetensors)")
     if not any([*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("*.model")]):
@@ -92,7 +99,11 @@ def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
 
 def longest_input(tokenizer, network) -> int:
     """The most tokens that an encoder takes; a very large number where it states no limit."""
-    return min(tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None) or sys.maxsize)
+    positions = getattr(network.config, "max_position_embeddings", None) or sys.maxsize
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # RoBERTa and its kin number positions from there
+    return min(tokenizer.model_max_length, positions)
 
 
 def tokenize(queries: list[str], tokenizer, max_length: int) -> list[torch.Tensor]:
@@ -145,7 +156,9 @@ def encode(queries: list[str], tokenizer, network, max_length: int = 512, poolin
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file need not hold every step
     with tqdm(total=int(lengths.sum()), desc="encode", unit="tok", unit_scale=True, delay=1, mininterval=every) as bar:
         for batch in plan_batches(lengths, TOKENS_PER_BATCH[device.type]):
-            padded = pad_sequence([ids[i] for i in batch], True, tokenizer.pad_token_id).to(device)  # (B, T)
+            padded = pad_sequence([ids[i] for i in batch], batch_first=True, padding_value=tokenizer.pad_token_id).to(
+                device
+            )  # (B, T)
             ends = torch.from_numpy(lengths[batch]).to(device)  # (B,)
             mask = (torch.arange(padded.shape[1], device=device) < ends[:, None]).long()  # (B, T)
             hidden = network(input_ids=padded, attention_mask=mask).last_hidden_state  # (B, T, H)
@@ -157,9 +170,11 @@ def encode(queries: list[str], tokenizer, network, max_length: int = 512, poolin
 def fit_centroids(points: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:
     """K-means centroids (K, H) of points (Q, H), Q >= K, by one k-means++ start."""
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1):  # with more threads one seed gives several results
+    with threadpool_limits(1), warnings.catch_warnings():  # with more threads one seed gives several results
+        warnings.simplefilter("ignore", ConvergenceWarning)  # where fewer than K points differ, clusters stay empty
         kmeans = KMeans(num_clusters, n_init=1, random_state=seed).fit(points.numpy())
     return torch.from_numpy(kmeans.cluster_centers_)  # (K, H)
 

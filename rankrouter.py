@@ -28,6 +28,7 @@ class RankRouter(nn.Module):
     def __init__(self, model_names: list[str], encoder_width: int, args: Mapping):
         super().__init__()
         self.model_names = list(model_names)
+        self.facts = {}  # what `load` found beside the weights
         self.query_tower = QueryTower(
             encoder_width,
             embedding_dim=args["embedding_dim"],
@@ -43,7 +44,7 @@ class RankRouter(nn.Module):
             use_model_id=not args["no_model_id"],
             dropout=args["dropout"],
         )
-        # Unscaled, a cosine margin lies in [-2, 2] and no loss could come near 0. The scale starts at 10.
+        # Unscaled, a cosine's margin lies in [-2, 2], and BPR could not fall below softplus(-2) = 0.127.
         is_cosine = args["similarity_metric"] == "cosine"
         self.log_scale = nn.Parameter(torch.tensor(10.0).log()) if is_cosine else None
 
@@ -80,15 +81,20 @@ class RankRouter(nn.Module):
         try:
             checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             version = checkpoint.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise UserError(f"{path} has checkpoint format {version}, expected {FORMAT_VERSION}; train it again")
+        except Exception as error:  # whatever a foreign or damaged file raises in torch's reader, or lacks
+            raise _not_ours(path, error) from error
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has checkpoint format {version}, expected {FORMAT_VERSION}; train it again")
+        try:
             state, model_names = checkpoint.pop("model_state_dict"), checkpoint.pop("model_names")
             router = cls(model_names, checkpoint["encoder"]["width"], checkpoint["args"])
             router.load_state_dict(state)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a foreign or damaged file raises in torch's reader, or lacks
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(f"{path} is no RankRouter checkpoint ({type(error).__name__}: {reason})") from error
+        except Exception as error:  # as above
+            raise _not_ours(path, error) from error
         router.facts = checkpoint
         return router.eval()
+
+
+def _not_ours(path: str | Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [""])[0]
+    return UserError(f"{path} is no RankRouter checkpoint ({type(error).__name__}: {reason})")

@@ -5,7 +5,7 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
-from support.command_line import OneLineParser, names, real, run_command, whole
+from support.command_line import OneLineParser, comma_separated, real_number, run_command, whole_number
 from support.files import UserError, make_folder
 from support.runs import environment, pick_device, print_data, print_test, timed, write_history
 
@@ -14,8 +14,9 @@ from support.runs import environment, pick_device, print_data, print_test, timed
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; with --demo, a path that is not given is None."""
     parser = OneLineParser("Train RankRouter on battles; keep the checkpoint with the best validation AUC.")
-    seed, dim = whole(0, 2**32 - 1), whole(1, 65536)
+    seed, dim = whole_number(0, 2**32 - 1), whole_number(1, 65536)
 
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -26,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--score_columns",
         metavar="A,B,...",
-        type=names,
+        type=comma_separated,
         help="the models' columns of a wide score table; without it, its numeric columns",
     )
     data.add_argument("--ties", choices=["drop", "half"], default="drop", help="in training: left out, or half a win")
@@ -36,15 +37,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="query",
         help="what the 80/10/10 split draws; battle lets test queries stand in training, as published code does",
     )
-    data.add_argument("--limit", metavar="N", type=whole(1), help="only N queries, by --split_seed: a quick look")
+    data.add_argument("--limit", metavar="N", type=whole_number(1), help="only N queries: a quick look")
     data.add_argument("--demo", action="store_true", help="synthetic battles, tiny Qwen2; a path given still holds")
-    data.add_argument("--demo_dir", metavar="DIR", help="where the demo is kept; without it, the user's cache folder")
+    data.add_argument("--demo_dir", metavar="DIR", help="where the demo is kept, else the user's cache folder")
     data.add_argument("--output_dir", default="./outputs", help="for training_history.json and best_model.pt")
 
     encoder = parser.add_argument_group("encoder, frozen")
     encoder.add_argument("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")
     encoder.add_argument("--pooling", choices=["mean", "last"], default="mean", help="of a query's token states")
-    encoder.add_argument("--max_length", type=whole(1), default=512, help="tokens of a query that are read")
+    encoder.add_argument(
+        "--max_length", type=whole_number(1, 2**20), default=512, help="tokens of a query that are read"
+    )
     encoder.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: cuda, else mps, else cpu")
     encoder.add_argument(
         "--dtype",
@@ -55,7 +58,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     towers = parser.add_argument_group("towers")
     towers.add_argument("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
-    towers.add_argument("--num_clusters", type=whole(0), default=50, help="K-means clusters; 0: no cluster features")
+    towers.add_argument(
+        "--num_clusters", type=whole_number(0), default=50, help="K-means clusters; 0: no cluster features"
+    )
     towers.add_argument("--cluster_dim", type=dim, default=32, help="width of a cluster's learned embedding")
     towers.add_argument("--capability_dim", type=dim, default=64, help="width of a model's capability vector")
     towers.add_argument("--no_model_id", action="store_true", help="ablation: model tower without ID embedding")
@@ -63,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     towers.add_argument("--similarity_metric", choices=["dot", "cosine"], default="dot", help="cosine learns a scale")
     towers.add_argument(
         "--dropout",
-        type=real("from 0 to below 1", lambda x: 0 <= x < 1),
+        type=real_number("from 0 to below 1", lambda x: 0 <= x < 1),
         default=0.1,
         help="in both towers' MLPs",
     )
@@ -74,15 +79,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     training.add_argument(
         "--margin",
-        type=real("of at least 0", lambda x: x >= 0),
+        type=real_number("of at least 0", lambda x: x >= 0),
         default=1.0,
         help="lead in score that bpr and hinge ask of a winner",
     )
-    training.add_argument("--batch_size", type=whole(1), default=32, help="battles per step")
-    training.add_argument("--epochs", type=whole(1), default=10, help="passes over the training battles")
-    training.add_argument("--lr", type=real("above 0", lambda x: x > 0), default=1e-4, help="learning rate of AdamW")
+    training.add_argument("--batch_size", type=whole_number(1), default=32, help="battles per step")
+    training.add_argument("--epochs", type=whole_number(1), default=10, help="passes over the training battles")
     training.add_argument(
-        "--weight_decay", type=real("of at least 0", lambda x: x >= 0), default=0.01, help="of AdamW, decoupled"
+        "--lr", type=real_number("above 0", lambda x: x > 0), default=1e-4, help="learning rate of AdamW"
+    )
+    training.add_argument(
+        "--weight_decay", type=real_number("of at least 0", lambda x: x >= 0), default=0.01, help="of AdamW, decoupled"
     )
     training.add_argument("--seed", type=seed, default=42, help="of clusters, initial weights and batches")
     training.add_argument("--split_seed", type=seed, help="of the split and of --limit; without it, --seed")
@@ -107,10 +114,19 @@ def embed(args: argparse.Namespace, folder: Path, queries: list[str], device) ->
     auto = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     dtype = auto if args.dtype == "auto" else args.dtype
     tokenizer, network = load_encoder(folder, device, getattr(torch, dtype))
+    special = tokenizer.num_special_tokens_to_add()
+    if args.max_length <= special:
+        raise UserError(f"--max_length {args.max_length} leaves no room beside {special} special tokens; give more")
     max_length = min(args.max_length, longest_input(tokenizer, network))
     if max_length < args.max_length:
         print(f"encoder  reads at most {max_length} tokens of a query, fewer than --max_length {args.max_length}")
     embeddings = encode(queries, tokenizer, network, max_length, args.pooling)  # (Q, H)
+    bad = int((~embeddings.isfinite()).any(dim=1).sum())
+    if bad:
+        raise UserError(
+            f"{bad} of {len(queries)} embeddings are not finite in {dtype}; "
+            "try --dtype float32, and if it is that already, get the encoder's weights again"
+        )
     return embeddings, {
         "path": str(args.model_path),
         "fingerprint": encoder_fingerprint(folder),
@@ -162,28 +178,31 @@ def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
     distinct, row = query.unique(return_inverse=True)  # (Q,), (N,)
     with torch.no_grad():
         scores = router(points[distinct], cluster_idx[distinct])  # (Q, M)
-    d = (scores[row, model_a] - scores[row, model_b]).double().cpu()  # (N,)
-    if not torch.isfinite(d).all():
-        raise UserError("the scores are no longer finite; try a lower --lr")
-    d = d.numpy()
+    if not torch.isfinite(scores).all():
+        raise UserError("the scores after its last step are not finite; try a lower --lr")
+    d = (scores[row, model_a] - scores[row, model_b]).double().cpu().numpy()  # (N,)
     return d, metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx, margin)
 
 
-def run(args: argparse.Namespace, split, encoder_folder: Path, device, history: dict) -> None:
+def run(args: argparse.Namespace, split, device, history: dict) -> None:
     """Encode, cluster, train, and test once; fills `history`, and writes it and the checkpoint as it goes."""
     import numpy as np
     import torch
 
     import metrics
     from loss import bce_loss, bpr_loss, hinge_loss
+    from query_representation import find_encoder
     from rankrouter import RankRouter
 
     checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
+    earlier = checkpoint.with_name("best_model.earlier.pt")  # of another run, and so of another history
+    if checkpoint.exists():
+        checkpoint.replace(earlier)
     write_history(args.output_dir, history)
 
     queries = split.train.queries
     with timed(timing, "encode"):
-        embeddings, encoder = embed(args, encoder_folder, queries, device)  # (Q, H)
+        embeddings, encoder = embed(args, find_encoder(args.model_path), queries, device)  # (Q, H)
     timing["queries_encoded"] = len(queries)
     history["environment"] = environment(device, encoder["dtype"])
     history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
@@ -220,7 +239,8 @@ def run(args: argparse.Namespace, split, encoder_folder: Path, device, history: 
             with timed(timing, "evaluate"):
                 d, val = evaluate(router, points, cluster_idx, split.val, margin)  # (N,)
         except UserError as error:
-            raise UserError(f"epoch {epoch}: {error}; what was saved before is in {args.output_dir}") from error
+            saved = f"; the checkpoint of epoch {history['best_epoch']} is kept" if epoch else ""
+            raise UserError(f"epoch {epoch}: {error}{saved}") from error
         history["train_losses"].append(mean_loss)
         history["val_metrics"].append(val)
         if val["auc"] > best_auc:
@@ -229,6 +249,7 @@ def run(args: argparse.Namespace, split, encoder_folder: Path, device, history: 
             history["calibration"] = {"temperature": temperature}
             facts = {"args": vars(args), "encoder": encoder, "epoch": epoch, "val_metrics": val}
             router.save(checkpoint, **facts, temperature=temperature)
+            earlier.unlink(missing_ok=True)
         write_history(args.output_dir, history)
         print(
             f"epoch {epoch:<3}  loss {mean_loss:.4f}   val  auc {val['auc']:.4f}  accuracy {val['accuracy']:.4f}  "
@@ -250,9 +271,9 @@ def compare_with_truth(demo: Path, test, history: dict) -> None:
     import metrics
     from support.demo import true_skills
 
-    skills, mean_skill = true_skills(demo, test.queries, test.model_names)  # (Q, M), (M,)
+    skills, fixed_skills = true_skills(demo, test.queries, test.model_names)  # (Q, M), (M,)
     rows = {}
-    for name, scores in (("fixed_ranking", np.broadcast_to(mean_skill, skills.shape)), ("true_margins", skills)):
+    for name, scores in (("fixed_ranking", np.broadcast_to(fixed_skills, skills.shape)), ("true_margins", skills)):
         d = scores[test.query_idx, test.model_a_idx] - scores[test.query_idx, test.model_b_idx]  # (N,)
         rows[name] = metrics.evaluate(d, test.outcome, test.model_a_idx, test.model_b_idx)
     fixed, true = rows["fixed_ranking"]["auc"], rows["true_margins"]["auc"]
@@ -263,8 +284,12 @@ def compare_with_truth(demo: Path, test, history: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
+    from data_loader import data_files, load_battles, split_battles
+
+    if args.data_path is not None:
+        data_files(args.data_path)  # missing data is told before anything slow
     device = pick_device(args.device)
-    demo, truth_known = None, args.demo and args.data_path is None
+    demo, truth_known = None, args.data_path is None
     if None in (args.data_path, args.model_path):
         from support.demo import demo_folder
 
@@ -272,10 +297,10 @@ def main(argv: list[str] | None = None) -> None:
         args.data_path = args.data_path or str(demo / "battles.parquet")
         args.model_path = args.model_path or str(demo / "encoder")
 
-    from data_loader import load_battles, split_battles
-    from query_representation import find_encoder
+    from query_representation import find_encoder, is_hub_id
 
-    encoder_folder = find_encoder(args.model_path)
+    if not is_hub_id(args.model_path):
+        find_encoder(args.model_path)  # as is a missing model; a download can wait until the data are read
     timing = {}
     with timed(timing, "load"):
         battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed)
@@ -289,10 +314,18 @@ def main(argv: list[str] | None = None) -> None:
             f"choose at most {train_queries}, or 0 for no cluster features"
         )
 
-    history = {"status": "running", "args": vars(args), "train_losses": [], "val_metrics": [], "best_epoch": None}
-    history |= {"test_metrics": None, "data": data, "timing": timing}
+    history = {
+        "status": "running",
+        "args": vars(args),
+        "train_losses": [],
+        "val_metrics": [],
+        "best_epoch": None,
+        "test_metrics": None,
+        "data": data,
+        "timing": timing,
+    }
     try:
-        run(args, split, encoder_folder, device, history)
+        run(args, split, device, history)
         if truth_known:
             compare_with_truth(demo, split.test, history)
     except BaseException:

@@ -26,7 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
 
     def parse(text: str) -> int:
@@ -42,7 +42,7 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def real(interval: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+def real_number(interval: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
     """An argparse type: a finite number that lies in `interval`, as `holds` tells."""
 
     def parse(text: str) -> float:
@@ -57,7 +57,7 @@ def real(interval: str, holds: Callable[[float], bool]) -> Callable[[str], float
     return parse
 
 
-def names(text: str) -> list[str]:
+def comma_separated(text: str) -> list[str]:
     """An argparse type: distinct names with commas between."""
     found = list(dict.fromkeys(name.strip() for name in text.split(",")))
     if "" in found:
@@ -66,7 +66,7 @@ def names(text: str) -> list[str]:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch as it ends
     try:
         main()

@@ -14,6 +14,8 @@ NUM_QUERIES, NUM_MODELS = 4000, 12
 TIE_WEIGHT = 0.4  # of Davidson (1970): P(tie) is proportional to it times the geometric mean of the two strengths
 BASE_SPREAD, TOPIC_SPREAD = 0.7, 2.2  # standard deviations of a model's skill overall, and of its shift per topic
 
+FILES = ("battles.parquet", "truth.json", "encoder/config.json", "encoder/model.safetensors", "encoder/tokenizer.json")
+
 # A prompt is an opener, a topic's request about two of its subjects, and a closer.
 OPENERS = ["", "Please ", "Hi! ", "Quick question: ", "I need your help. ", "For a friend: ", "Hello, ", "Be honest: "]
 CLOSERS = ["", ", thanks", ", in short", ", step by step", ", for a beginner", ", with one example"]
@@ -76,8 +78,9 @@ def demo_folder(demo_dir: str | None = None, seed: int = 0) -> Path:
     """
     parent = make_folder(demo_dir or user_cache_folder(), "--demo_dir")
     folder = parent / f"demo-{content_hash([__file__])[:12]}-{seed}"
-    if folder.is_dir():
+    if all((folder / name).is_file() for name in FILES):
         return folder
+    shutil.rmtree(folder, ignore_errors=True)  # a cleaner of caches may have taken some of it
     beside = parent / f".{folder.name}.{os.getpid()}"
     try:
         beside.mkdir()
@@ -93,22 +96,33 @@ def demo_folder(demo_dir: str | None = None, seed: int = 0) -> Path:
 
 
 def true_skills(folder: Path, queries: list[str], model_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Every model's skill on every query (Q, M), and its mean over the topics (M,), both in log-odds.
+    """Every model's skill on every query (Q, M), and the best skills that ignore the query (M,), in log-odds.
 
-    Differences of the first are the true margins; the second is the best ranking that ignores the query.
+    Differences of the first are the true margins. The second are the Bradley-Terry strengths that fit the true
+    probabilities of all pairs of models, averaged over the topics, best.
     """
+    from sklearn.linear_model import LogisticRegression
+
     truth = json.loads((folder / "truth.json").read_text())
     skills = np.array(truth["skills"])[:, [truth["models"].index(name) for name in model_names]]  # (topics, M)
     topics = [truth["topic_of_query"][query] for query in queries]
-    return skills[topics], skills.mean(axis=0)
+    a, b = np.triu_indices(len(model_names), 1)  # (pairs,)
+    p = (1 / (1 + np.exp(skills[:, b] - skills[:, a]))).mean(axis=0)  # (pairs,)
+    one_hot = np.eye(len(model_names))
+    pairs = np.tile(one_hot[a] - one_hot[b], (2, 1))  # (2 * pairs, M): each won with weight p, lost with 1 - p
+    won = np.repeat([1, 0], len(a))  # (2 * pairs,)
+    fixed = LogisticRegression(fit_intercept=False, C=1e6).fit(pairs, won, np.concatenate([p, 1 - p]))
+    return skills[topics], fixed.coef_[0]  # (Q, M), (M,)
 
 
 def _write_battles(folder: Path, seed: int) -> list[str]:
-    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     rng = np.random.default_rng(seed)
     model_names = [f"demo-model-{chr(ord('a') + i)}" for i in range(NUM_MODELS)]
-    skills = rng.normal(0, BASE_SPREAD, NUM_MODELS) + rng.normal(0, TOPIC_SPREAD, (len(TOPICS), NUM_MODELS))
+    base = rng.normal(0, BASE_SPREAD, NUM_MODELS)  # (M,)
+    skills = base + rng.normal(0, TOPIC_SPREAD, (len(TOPICS), NUM_MODELS))  # (topics, M)
     topic_of_query = _prompts(rng)
     rows = []
     for query, topic in topic_of_query.items():
@@ -116,29 +130,28 @@ def _write_battles(folder: Path, seed: int) -> list[str]:
             a, b = rng.choice(NUM_MODELS, 2, replace=False)
             strength_a, strength_b = np.exp(skills[topic, [a, b]])
             weights = np.array([strength_a, strength_b, TIE_WEIGHT * np.sqrt(strength_a * strength_b)])
-            winner = rng.choice(["model_a", "model_b", "tie"], p=weights / weights.sum())
+            winner = str(rng.choice(["model_a", "model_b", "tie"], p=weights / weights.sum()))
             rows.append((query, model_names[a], model_names[b], winner))
 
-    def conversation(query: str) -> list[dict]:
-        return [{"content": query, "role": "user"}, {"content": "(not part of the demo)", "role": "assistant"}]
-
-    table = pd.DataFrame(
+    answer = {"content": "(not part of the demo)", "role": "assistant"}
+    table = [
         {
-            "question_id": [f"demo-{i:05d}" for i in range(len(rows))],
-            "model_a": [row[1] for row in rows],
-            "model_b": [row[2] for row in rows],
-            "winner": [row[3] for row in rows],
+            "question_id": f"demo-{number:05d}",
+            "model_a": model_a,
+            "model_b": model_b,
+            "winner": winner,
             "judge": "synthetic",
-            "conversation_a": [conversation(row[0]) for row in rows],
-            "conversation_b": [conversation(row[0]) for row in rows],
+            "conversation_a": [{"content": query, "role": "user"}, answer],
+            "conversation_b": [{"content": query, "role": "user"}, answer],
             "turn": 1,
             "anony": True,
             "language": "English",
             "tstamp": 0.0,
         }
-    )
+        for number, (query, model_a, model_b, winner) in enumerate(rows)
+    ]
     buffer = io.BytesIO()
-    table.to_parquet(buffer)
+    pq.write_table(pa.Table.from_pylist(table), buffer)
     atomic_write(folder / "battles.parquet", buffer.getvalue())
     truth = {"models": model_names, "skills": skills.tolist(), "topic_of_query": topic_of_query}
     atomic_write(folder / "truth.json", json.dumps(truth).encode())

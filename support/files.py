@@ -32,7 +32,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
 
 def make_folder(path: str | Path, flag: str) -> Path:
     """Create the folder that `flag` names, with its parents, and make sure that it can be written to."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     probe = folder / f".probe.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ OUTCOMES = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "b
 ONE_HOT = {"winner_model_a": 1.0, "winner_model_b": 0.0, "winner_tie": 0.5}
 # Numeric columns that public score tables carry beside the models' scores.
 NOT_MODELS = {"", "id", "prompt_id", "question_id", "sample_id", "index", "cluster_id", "turn", "tstamp"}
+NOT_MODELS_PREFIX = ("unnamed:", "__index_level_")  # what pandas makes of an index
 LAYOUTS = (
     "model_a, model_b, winner, conversation_a (Arena); or model_a, model_b, prompt and winner or one-hot "
     "winner_model_a, winner_model_b, winner_tie (Kaggle); or prompt or question with one numeric column per "
@@ -24,11 +25,16 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file holds battles: "conversations", "prompts", "wide" or "long" scores, and in which columns."""
+    """How a file holds battles, and in which columns.
+
+    kind: "conversations" or "prompts" (others: model a, model b, winner, the last as one column or as three);
+    "wide" (others: the score columns); "nested" (the column of all scores); "long" (model, score and, where there
+    is one, prompt_id).
+    """
 
     kind: str
     query: str
-    others: tuple[str, ...]  # model a, model b, winner; or the score columns; or model, score, prompt_id
+    others: tuple[str, ...]
 
     @property
     def columns(self) -> list[str]:
@@ -63,10 +69,15 @@ def find_layout(table: Table, score_columns: list[str] | None = None) -> Layout:
     elif prompt and "scores" in found:
         return Layout("nested", prompt, ("scores",))
     elif prompt:
-        models = [name for name in table.numeric if "|" not in name and name.lower() not in NOT_MODELS]
+        models = [name for name in table.numeric if _is_model(name)]
         if models:
             return Layout("wide", prompt, tuple(models))
     raise UserError(f"{table.file} has the columns {listed(table.columns)}; expected {LAYOUTS}")
+
+
+def _is_model(column: str) -> bool:
+    name = column.strip().lower()
+    return "|" not in name and name not in NOT_MODELS and not name.startswith(NOT_MODELS_PREFIX)
 
 
 class Rows:
@@ -74,68 +85,71 @@ class Rows:
 
     def __init__(self):
         self.read = 0
-        self.dropped = Counter()
+        self.dropped = Counter()  # reason -> rows
+        self.scores_missing = 0  # empty cells of wide score tables, in rows that are kept
         self.repaired = 0  # texts in which lone surrogates were replaced
-        self.names = set()  # of models, those of rows left out among them
-        self.query_number, self.queries = {}, []  # text with white space folded -> number; first spelling
+        self.queries = []  # the first spelling of each
+        self.query_number = {}  # query with white space folded -> its place in queries
         self.model_number = {}
-        self.fought = []  # (query, model a, model b, outcome)
-        self.scored = []  # (group, query, model, score); the pairs within a group are battles
-        self.groups = {}  # a row of a wide table, or a prompt of a long one -> its number
-        self.taken = set()  # (group, model) of long tables, of which the first score counts
+        self.battles = []  # (query, model a, model b, outcome)
+        self.scores = []  # (group, query, model, score): the pairs within a group are battles
+        self.group_number = {}  # a row of a wide table, or a prompt of a long one -> its group
+        self.scored = set()  # (group, model) of long tables
 
     def add(self, chunk: Chunk, layout: Layout) -> None:
+        """Take in the rows of a chunk, read with the layout's columns."""
         columns = [chunk[name] for name in layout.others]
-        for row, (query, *cells) in enumerate(zip(chunk[layout.query], *columns, strict=True), start=self.read):
+        for query, *cells in zip(chunk[layout.query], *columns, strict=True):
             text = self.clean(_first_turn(query) if layout.kind == "conversations" else _prompt(query)).strip()
-            if layout.kind in ("conversations", "prompts"):
+            if not text:
+                reason = "without query text"
+            elif layout.kind in ("conversations", "prompts"):
                 reason = self.add_battle(text, *cells)
             elif layout.kind == "long":
                 reason = self.add_score(text, *cells)
+            elif layout.kind == "nested":
+                reason = self.add_scores(text, _nested(cells[0]))
             else:
-                scores = _nested(cells[0]) if layout.kind == "nested" else zip(layout.models, cells, strict=True)
-                reason = self.add_scores(row, text, scores)
+                reason = self.add_scores(text, zip(layout.models, cells, strict=True))
             if reason:
                 self.dropped[reason] += 1
-        self.read += len(chunk[layout.query])
+            self.read += 1
 
     def add_battle(self, text: str, model_a: object, model_b: object, *winner: object) -> str | None:
         a, b, outcome = self.name(model_a), self.name(model_b), _outcome(winner)
-        if not text:
-            return "without query text"
         if not a or not b:
             return "without a model name"
         if a == b:
             return "model against itself"
         if outcome is None:
             return "with an unknown winner"
-        self.fought.append((self.query(text), self.model(a), self.model(b), outcome))
+        self.battles.append((self.query(text), self.model(a), self.model(b), outcome))
+        return None
 
     def add_score(self, text: str, model: object, score: object, prompt_id: object = None) -> str | None:
-        name, value = self.name(model), as_number(score)
-        if not text:
-            return "without query text"
+        name, value = self.name(model), _score(score)
         if not name:
             return "without a model name"
         if value is None:
             return "without a score"
         query = self.query(text)
-        key = ("text", query) if prompt_id is None else ("id", str(prompt_id))
-        group = self.groups.setdefault(key, len(self.groups))
-        if (group, name) in self.taken:
+        # An id alone would mix prompts where shards count from 0 each, or where it is left empty.
+        group = self.group_number.setdefault((str(prompt_id), query), len(self.group_number))
+        if (group, name) in self.scored:
             return "scoring a model again"
-        self.taken.add((group, name))
-        self.scored.append((group, query, self.model(name), value))
+        self.scored.add((group, name))
+        self.scores.append((group, query, self.model(name), value))
+        return None
 
-    def add_scores(self, row: int, text: str, scores: Iterable[tuple[object, object]]) -> str | None:
-        values = {self.name(model): as_number(score) for model, score in scores}
+    def add_scores(self, text: str, scores: Iterable[tuple[object, object]]) -> str | None:
+        values = {self.name(model): _score(score) for model, score in scores}
         valid = [(name, value) for name, value in values.items() if name and value is not None]
-        if not text:
-            return "without query text"
         if len(valid) < 2:
             return "with fewer than two scores"
-        group = self.groups.setdefault(("row", row), len(self.groups))
-        self.scored += [(group, self.query(text), self.model(name), value) for name, value in valid]
+        self.scores_missing += len(values) - len(valid)
+        group = self.group_number.setdefault(("row", self.read), len(self.group_number))
+        self.scores += [(group, self.query(text), self.model(name), value) for name, value in valid]
+        return None
 
     def clean(self, text: str) -> str:
         try:
@@ -146,10 +160,8 @@ class Rows:
         return text
 
     def name(self, value: object) -> str:
-        missing = value is None or (isinstance(value, float) and math.isnan(value))
-        name = "" if missing or not str(value).strip() else self.clean(str(value))
-        self.names.update({name} - {""})
-        return name
+        missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+        return "" if missing else self.clean(str(value))
 
     def query(self, text: str) -> int:
         number = self.query_number.setdefault(" ".join(text.split()), len(self.queries))
@@ -160,17 +172,28 @@ class Rows:
     def model(self, name: str) -> int:
         return self.model_number.setdefault(name, len(self.model_number))
 
-    def finish(self) -> tuple[list[str], list[str], np.ndarray]:
-        """Queries (Q,), model names (M,) sorted, and battles (N, 4): query, model a, model b, outcome."""
-        group_sizes = Counter(group for group, *_ in self.scored)
-        self.dropped += Counter({"alone with their query": sum(size == 1 for size in group_sizes.values())})
-        fought = np.array(self.fought, np.float64).reshape(-1, 4)  # (N, 4)
-        battles = np.concatenate([fought, _pairs(np.array(self.scored, np.float64).reshape(-1, 4))])  # (N, 4)
+    def finish(self, limit: int | None, seed: int) -> tuple[list[str], list[str], np.ndarray, int]:
+        """Queries (Q,), model names (M,) sorted, battles (N, 4) as query, model a, model b, outcome, and how many
+        queries with battles `limit` leaves out, by a draw of `seed`.
+        """
+        battles = np.array(self.battles, np.float64).reshape(-1, 4)  # (N, 4)
+        scores = np.array(self.scores, np.float64).reshape(-1, 4)  # (S, 4)
+        _, group_idx, group_sizes = np.unique(scores[:, 0], return_inverse=True, return_counts=True)
+        alone = group_sizes[group_idx] == 1  # (S,)
+        self.dropped += Counter({"alone with their query": int(alone.sum())})
+        scores = scores[~alone]
+        fighting = np.union1d(battles[:, 0], scores[:, 1])  # (queries,)
+        left_out = max(0, len(fighting) - limit) if limit else 0
+        if left_out:  # before the pairs are made, which a large table has no room for
+            kept = np.random.default_rng(seed).choice(fighting, limit, replace=False)
+            battles = battles[np.isin(battles[:, 0], kept)]
+            scores = scores[np.isin(scores[:, 1], kept)]
+        battles = np.concatenate([battles, _pairs(scores)])  # (N, 4)
         model_names = sorted(self.model_number)
         place = np.empty(len(model_names))  # number as met -> place among the sorted names
         place[[self.model_number[name] for name in model_names]] = np.arange(len(model_names))
         battles[:, 1:3] = place[battles[:, 1:3].astype(np.int64)]
-        return self.queries, model_names, battles
+        return self.queries, model_names, battles, left_out
 
 
 def _pairs(scored: np.ndarray) -> np.ndarray:
@@ -182,17 +205,22 @@ def _pairs(scored: np.ndarray) -> np.ndarray:
         rows = starts[sizes == size, None] + np.arange(size)  # (groups of this size, size)
         first, second = np.triu_indices(size, 1)  # (pairs,)
         a, b = scored[rows[:, first].ravel()], scored[rows[:, second].ravel()]  # (groups * pairs, 4)
-        outcome = (1 + np.sign(a[:, 3] - b[:, 3])) / 2
-        battles.append(np.column_stack([a[:, 1], a[:, 2], b[:, 2], outcome]))
-    return np.concatenate(battles)
+        outcome = (1 + np.sign(a[:, 3] - b[:, 3])) / 2  # (groups * pairs,)
+        battles.append(np.column_stack([a[:, 1], a[:, 2], b[:, 2], outcome]))  # (groups * pairs, 4)
+    return np.concatenate(battles)  # (N, 4)
 
 
 def _outcome(winner: tuple) -> float | None:
     """P(a is better) from the cell of `winner`, or from the three of `ONE_HOT`; None where they do not say."""
     if len(winner) == 1:
         return OUTCOMES.get(str(winner[0]).strip())
-    flags = [str(flag).strip().lower() in ("1", "1.0", "true") for flag in winner]
+    flags = [as_number(flag) == 1 for flag in winner]
     return list(ONE_HOT.values())[flags.index(True)] if sum(flags) == 1 else None
+
+
+def _score(cell: object) -> float | None:
+    score = as_number(cell)
+    return score if score is not None and math.isfinite(score) else None
 
 
 def _first_turn(conversation: object) -> str:
@@ -221,11 +249,10 @@ def _prompt(prompt: object) -> str:
 
 
 def _nested(scores: object) -> list[tuple]:
-    """(model, score) pairs of one cell: a mapping, its items, or JSON of it."""
+    """(model, score) pairs of one cell: a mapping, its items (as parquet's map type comes), or JSON of a mapping."""
     scores = _json(scores) if isinstance(scores, str) else scores
-    items = list(scores.items()) if isinstance(scores, dict) else scores
-    pairs = items if isinstance(items, list) else []
-    return [pair for pair in pairs if isinstance(pair, tuple) and len(pair) == 2]
+    items = scores.items() if isinstance(scores, dict) else scores if isinstance(scores, list) else []
+    return [item for item in items if isinstance(item, tuple) and len(item) == 2]
 
 
 def _json(text: object) -> object:
@@ -237,5 +264,6 @@ def _json(text: object) -> object:
 
 
 def listed(names: Iterable[str]) -> str:
+    """Names for a message, sorted, the first twenty of them."""
     names = sorted(names)
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"

@@ -21,8 +21,10 @@ def write_history(output_dir: str, history: dict) -> None:
 def timed(timing: dict, name: str) -> Iterator[None]:
     """Add the seconds that the block takes to `timing[name]`."""
     start = time.perf_counter()
-    yield
-    timing[name] = timing.get(name, 0.0) + time.perf_counter() - start
+    try:
+        yield
+    finally:
+        timing[name] = timing.get(name, 0.0) + time.perf_counter() - start
 
 
 def pick_device(name: str):
@@ -33,12 +35,12 @@ def pick_device(name: str):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected cpu, cuda, cuda:N or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); try auto or cpu") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} is not supported; expected auto, cpu, cuda, cuda:N or mps")
     return device
 
 
@@ -68,6 +70,10 @@ def print_data(data: dict) -> None:
     print(f"data     {data['rows_read']} rows, dropped: {dropped}; from {data['path']}")
     if data["score_columns"]:
         print(f"scores   of {', '.join(data['score_columns'])}")
+    if data["scores_missing"]:
+        print(f"missing  {data['scores_missing']} single scores, in rows that have others")
+    if data["queries_outside_limit"]:
+        print(f"limit    leaves out {data['queries_outside_limit']} queries")
     if data["queries_repaired"]:
         print(f"repaired {data['queries_repaired']} texts with broken Unicode")
     print(

@@ -5,7 +5,7 @@ import csv
 import glob
 import gzip
 import json
-import math
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -43,28 +43,27 @@ class Table:
 
 def find_files(path: str) -> list[Path]:
     """The data files that `path` (a file, a folder, or a glob) stands for, sorted; hidden ones are passed over."""
-    place = Path(path).expanduser()
-    if place.is_file():
+    place = Path(os.path.expanduser(path))
+    if os.path.isfile(place):  # unlike Path's own, it takes any string, however long
         return [place]
-    if place.is_dir():
+    if os.path.isdir(place):
         inside = sorted(file.relative_to(place) for file in place.rglob("*"))
         shown = [name for name in inside if not any(part.startswith(".") for part in name.parts)]
         return [place / name for name in shown if name.name.endswith(SUFFIXES) and (place / name).is_file()]
-    return sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
+    return sorted(Path(name) for name in glob.glob(str(place), recursive=True) if os.path.isfile(name))
 
 
 def open_table(file: Path) -> Table:
-    """Open a file, reading no more of it than its columns need. Raises `UserError` where it is none of ours."""
+    """Open a file and learn its columns. Raises `UserError` where it is none of our formats."""
     return _reading(file, lambda: _open(file))
 
 
 def as_number(value: object) -> float | None:
-    """The finite number that a cell holds, or None."""
+    """The number that a cell holds, true and false being 1 and 0, or None; it may be infinite or NaN."""
     try:
-        number = float(value)
+        return float({"true": 1, "false": 0}.get(str(value).strip().lower(), value))
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
 
 
 def _open(file: Path) -> Table:
@@ -89,7 +88,9 @@ def _open_parquet(file: Path) -> Table:
         for batch in parquet.iter_batches(CHUNK_ROWS, columns=columns):
             yield {name: batch.column(name).to_pylist() for name in columns}
 
-    numeric = [f.name for f in fields if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
+    types = pa.types
+    kinds = (types.is_floating, types.is_integer, types.is_decimal, types.is_boolean)
+    numeric = [field.name for field in fields if any(kind(field.type) for kind in kinds)]
     return Table(file, _distinct([field.name for field in fields]), numeric, chunks)
 
 
@@ -99,14 +100,13 @@ def _open_records(file: Path, records: Callable[[], Iterator[dict]]) -> Table:
         while some := list(islice(rest, CHUNK_ROWS)):
             yield {name: [record.get(name) for record in some] for name in columns}
 
-    sample = list(islice(records(), CHUNK_ROWS))
-    columns = list(dict.fromkeys(name for record in sample for name in record))
-    numeric = []
-    for name in columns:
-        cells = [cell for record in sample if (cell := record.get(name)) not in (None, "")]
-        if cells and all(as_number(cell) is not None and not isinstance(cell, bool) for cell in cells):
-            numeric.append(name)
-    return Table(file, columns, numeric, chunks)
+    # All rows are looked at: a column may begin late, and a text may follow a thousand numbers.
+    numeric = {}  # column -> whether every filled cell is a number; None where none is filled
+    for record in records():
+        for name, cell in record.items():
+            if numeric.setdefault(name) is not False and cell not in (None, ""):
+                numeric[name] = as_number(cell) is not None
+    return Table(file, list(numeric), [name for name, holds in numeric.items() if holds], chunks)
 
 
 def _json_lines(stream: TextIO) -> Iterator[dict]:
@@ -152,7 +152,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _reading(file: Path, step: Callable):
-    # What the parsers raise on a broken file is the user's to mend, and none of it names the file.
+    """One step of reading; what the parsers raise on a broken file is the user's to mend, and names no file."""
     try:
         return step()
     except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, pa.ArrowException) as error:

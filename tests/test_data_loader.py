@@ -38,8 +38,8 @@ def arena(query, a, b, winner, **more):
     } | more
 
 
-def as_set(battles):
-    """Battles as readable tuples, the winner's side first named as it stands."""
+def as_rows(battles):
+    """Battles as readable tuples: query, model a, model b, outcome."""
     rows = zip(battles.query_idx, battles.model_a_idx, battles.model_b_idx, battles.outcome, strict=True)
     names = battles.model_names
     return [(battles.queries[q], names[a], names[b], float(y)) for q, a, b, y in rows]
@@ -79,7 +79,7 @@ ARENA_READ = [
 
 def test_arena_33k(tmp_path):
     battles, counts = load_battles(write_parquet(tmp_path / "train.parquet", ARENA))
-    assert as_set(battles) == ARENA_READ
+    assert as_rows(battles) == ARENA_READ
     assert battles.model_names == ["alpaca-13b", "koala-13b", "vicuna-13b"]
     assert (counts["rows_read"], counts["battles"], counts["ties"], counts["queries"]) == (4, 4, 2, 3)
     assert counts["layouts"] == ["conversations"]
@@ -93,7 +93,7 @@ def test_arena_140k_parts_and_later_first_user_turn(tmp_path):
         {"id": "3", "model_a": "x", "model_b": "y", "winner": "model_b", "conversation_a": turns("", "")},
     ]
     battles, counts = load_battles(write_parquet(tmp_path / "a.parquet", rows))
-    assert as_set(battles) == [("one\ntwo", "x", "y", 0.5), ("three", "x", "y", 0.0)]
+    assert as_rows(battles) == [("one\ntwo", "x", "y", 0.5), ("three", "x", "y", 0.0)]
     assert counts["rows_dropped"] == {"without query text": 1}
 
 
@@ -115,7 +115,7 @@ def test_kaggle_55k(tmp_path, gzipped):
     ]
     file = tmp_path / ("train.csv.gz" if gzipped else "train.csv")
     battles, counts = load_battles(write_csv(file, rows, gzip.open if gzipped else open))
-    assert as_set(battles) == [
+    assert as_rows(battles) == [
         ("first\nturn", "gpt-4", "claude-1", 1.0),
         ("NA", "gpt-4", "claude-1", 0.0),
         ("null", "gpt-4", "claude-1", 0.5),
@@ -129,7 +129,7 @@ def test_kaggle_55k(tmp_path, gzipped):
 def test_prompts_with_winner(tmp_path):
     rows = [{"prompt": "hi", "model_a": "x", "model_b": "y", "winner": "model_a"}]
     battles, counts = load_battles(write_lines(tmp_path / "a.jsonl", rows))
-    assert as_set(battles) == [("hi", "x", "y", 1.0)]
+    assert as_rows(battles) == [("hi", "x", "y", 1.0)]
     assert counts["layouts"] == ["prompts"]
 
 
@@ -142,17 +142,18 @@ def test_routerbench_wide(tmp_path):
     rows = [row("p1", 1.0, 0.25, 1.0), row("p2", 0.0, None, 0.5), row("p3", None, 0.5, None), row(" ", 1.0, 0.0, 0.0)]
     battles, counts = load_battles(write_parquet(tmp_path / "wide.parquet", rows))
     assert counts["score_columns"] == ["claude-2", "gpt-4", "mixtral"]
-    assert sorted(as_set(battles)) == [
+    assert sorted(as_rows(battles)) == [
         ("p1", "claude-2", "mixtral", 0.0),
         ("p1", "gpt-4", "claude-2", 1.0),
         ("p1", "gpt-4", "mixtral", 0.5),
         ("p2", "gpt-4", "mixtral", 0.0),
     ]
     assert counts["rows_dropped"] == {"with fewer than two scores": 1, "without query text": 1}
+    assert counts["scores_missing"] == 1
 
     named, counts = load_battles(str(tmp_path / "wide.parquet"), score_columns=["gpt-4", "mixtral"])
     assert named.model_names == ["gpt-4", "mixtral"]
-    assert sorted(as_set(named)) == [("p1", "gpt-4", "mixtral", 0.5), ("p2", "gpt-4", "mixtral", 0.0)]
+    assert sorted(as_rows(named)) == [("p1", "gpt-4", "mixtral", 0.5), ("p2", "gpt-4", "mixtral", 0.0)]
 
 
 def test_routerdc_nested_scores(tmp_path):
@@ -164,10 +165,10 @@ def test_routerdc_nested_scores(tmp_path):
     read = [("q1", "org/m1", "org/m2", 1.0), ("q2", "org/m3", "org/m2", 0.5)]
     for path in (str(tmp_path / "array.json"), write_parquet(tmp_path / "nested.parquet", rows)):
         battles, _ = load_battles(path)
-        assert [{*row[1:3], row[3]} for row in as_set(battles)] == [{*row[1:3], row[3]} for row in read]
+        assert [{*row[1:3], row[3]} for row in as_rows(battles)] == [{*row[1:3], row[3]} for row in read]
     named = {row["question"]: json.dumps(row["scores"]) for row in rows}
     as_text = write_csv(tmp_path / "a.csv", [{"question": q, "scores": scores} for q, scores in named.items()])
-    assert as_set(load_battles(as_text)[0]) == read
+    assert as_rows(load_battles(as_text)[0]) == read
 
 
 def test_embedllm_long(tmp_path):
@@ -186,13 +187,61 @@ def test_embedllm_long(tmp_path):
         row(8, "p8", "m3", 1),
     ]
     battles, counts = load_battles(write_csv(tmp_path / "train.csv", rows))
-    assert sorted(as_set(battles)) == [
+    assert sorted(as_rows(battles)) == [
         ("p7", "m1", "m2", 1.0),
         ("p8", "m1", "m2", 0.5),
         ("p8", "m1", "m3", 0.0),
         ("p8", "m2", "m3", 0.0),
     ]
     assert counts["rows_dropped"] == {"scoring a model again": 1, "without a score": 1, "alone with their query": 1}
+
+
+def test_prompt_ids_that_repeat_or_are_empty_do_not_mix_prompts(tmp_path):
+    def row(prompt_id, prompt, model, label):
+        return {"prompt_id": prompt_id, "prompt": prompt, "model_name": model, "label": label}
+
+    (tmp_path / "shards").mkdir()
+    write_csv(tmp_path / "shards" / "a.csv", [row(0, "x", "m1", 1), row(0, "x", "m2", 0)])
+    write_csv(tmp_path / "shards" / "b.csv", [row(0, "y", "m1", 0), row(0, "y", "m3", 1)])
+    assert as_rows(load_battles(str(tmp_path / "shards"))[0]) == [("x", "m1", "m2", 1.0), ("y", "m1", "m3", 0.0)]
+    rows = [row("", prompt, model, label) for prompt in "xy" for model, label in (("m1", 1), ("m2", 0))]
+    battles, counts = load_battles(write_csv(tmp_path / "empty.csv", rows))
+    assert as_rows(battles) == [("x", "m1", "m2", 1.0), ("y", "m1", "m2", 1.0)]
+    assert counts["rows_dropped"] == {}
+
+
+@pytest.mark.parametrize("write", [write_csv, write_lines, write_parquet])
+def test_wide_scores_as_booleans_with_gaps_and_an_index(tmp_path, write):
+    nan = float("nan")
+    rows = [
+        {"Unnamed: 0": i, "__index_level_0__": i, "prompt": f"p{i}", "org/m.1": i % 2 == 0, "m2": i % 3 == 0, "m3": nan}
+        for i in range(5000)
+    ]
+    rows[4999]["m3"] = 0.5  # the only score of m3, in another chunk than the first
+    battles, counts = load_battles(write(tmp_path / "table", rows))
+    assert counts["score_columns"] == ["m2", "m3", "org/m.1"]
+    assert counts["scores_missing"] == 4999
+    assert counts["battles"] == 4999 + 3
+    assert as_rows(battles)[:4] == [(f"p{i}", "org/m.1", "m2", y) for i, y in enumerate((0.5, 0.0, 1.0, 0.0))]
+
+
+def test_a_column_that_begins_late_is_a_column(tmp_path):
+    rows = [{"prompt": f"p{i}", "m1": 1, "m2": 0} for i in range(4500)] + [{"prompt": "late", "m1": 0, "m3": 1}]
+    _, counts = load_battles(write_lines(tmp_path / "a.jsonl", rows))
+    assert counts["score_columns"] == ["m1", "m2", "m3"]
+
+
+def test_only_the_needed_columns_of_a_parquet_file_are_read(tmp_path, monkeypatch):
+    asked = []
+    plain = pq.ParquetFile.iter_batches
+
+    def watched(self, *args, columns=None, **options):
+        asked.append(columns)
+        return plain(self, *args, columns=columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    load_battles(write_parquet(tmp_path / "a.parquet", ARENA))
+    assert asked == [["conversation_a", "model_a", "model_b", "winner"]]
 
 
 def test_shards_in_a_folder_and_a_glob(tmp_path):
@@ -203,7 +252,7 @@ def test_shards_in_a_folder_and_a_glob(tmp_path):
     (tmp_path / "data" / "README.md").write_text("# not data")
     for path in (tmp_path / "data", tmp_path / "data" / "[ab].*"):
         battles, counts = load_battles(str(path))
-        assert as_set(battles) == ARENA_READ
+        assert as_rows(battles) == ARENA_READ
         assert counts["rows_read"] == 4
 
 
@@ -222,7 +271,7 @@ def test_what_is_dropped_is_counted(tmp_path):
         arena("q", "x", "y", "model_a", conversation_a=None),
     ]
     battles, counts = load_battles(write_parquet(tmp_path / "a.parquet", rows))
-    assert as_set(battles) == ARENA_READ
+    assert as_rows(battles) == ARENA_READ
     assert counts["rows_dropped"] == {
         "without query text": 5,
         "without a model name": 2,
@@ -277,13 +326,13 @@ def test_the_split_depends_on_its_seed_and_not_on_ties(tmp_path):
     battles = many_battles(tmp_path)
     drop, counts = split_battles(battles, 0, ties="drop")
     half, _ = split_battles(battles, 0, ties="half")
-    assert as_set(drop.test) == as_set(half.test)
-    assert as_set(drop.val) == as_set(half.val)
+    assert as_rows(drop.test) == as_rows(half.test)
+    assert as_rows(drop.val) == as_rows(half.val)
     assert set(drop.train.outcome) == {0, 1}
     assert set(half.train.outcome) == {0, 0.5, 1}
     assert len(half.train) > len(drop.train)
     assert counts["ties_left_out"] == int((battles.outcome == 0.5).sum())
-    assert as_set(split_battles(battles, 1)[0].test) != as_set(drop.test)
+    assert as_rows(split_battles(battles, 1)[0].test) != as_rows(drop.test)
 
 
 def test_a_split_by_battle_leaks_and_says_so(tmp_path):
@@ -296,18 +345,18 @@ def test_a_split_by_battle_leaks_and_says_so(tmp_path):
 def test_models_that_training_never_saw_are_left_out_and_counted(tmp_path):
     battles = many_battles(tmp_path)
     held_out = split_battles(battles, 0)[0].test
-    rare = as_set(held_out)[0]
+    rare = as_rows(held_out)[0]
     rows = [
         {"prompt": q, "model_a": a if (q, a) != rare[:2] else "rare", "model_b": b, "winner": "model_a"}
-        for q, a, b, _ in as_set(battles)
+        for q, a, b, _ in as_rows(battles)
     ]
     renamed, _ = load_battles(write_lines(tmp_path / "rare.jsonl", rows))
     split, counts = split_battles(renamed, 0)
     assert "rare" in renamed.model_names
     assert split.train.model_names == split.test.model_names == ["m1", "m2", "m3"]
-    assert counts["unseen_model_battles"] == sum("rare" in row for row in as_set(renamed)) > 0
-    kept = {row for row in as_set(renamed) if "rare" not in row}
-    assert {row for part in vars(split).values() for row in as_set(part)} == kept
+    assert counts["unseen_model_battles"] == sum("rare" in row for row in as_rows(renamed)) > 0
+    kept = {row for row in as_rows(renamed) if "rare" not in row}
+    assert {row for part in vars(split).values() for row in as_rows(part)} == kept
 
 
 def test_limit_takes_a_seeded_subset_of_the_queries(tmp_path):
@@ -315,10 +364,11 @@ def test_limit_takes_a_seeded_subset_of_the_queries(tmp_path):
     path = str(tmp_path / "many.jsonl")
     some, counts = load_battles(path, limit=50, seed=3)
     assert counts["queries"] == len(set(some.query_idx)) == 50
+    assert counts["queries_outside_limit"] == 150
     assert counts["battles"] == len(some) == 150  # all three battles of each
-    assert set(as_set(some)) <= set(as_set(battles))
-    assert as_set(some) == as_set(load_battles(path, limit=50, seed=3)[0])
-    assert as_set(some) != as_set(load_battles(path, limit=50, seed=4)[0])
+    assert set(as_rows(some)) <= set(as_rows(battles))
+    assert as_rows(some) == as_rows(load_battles(path, limit=50, seed=3)[0])
+    assert as_rows(some) != as_rows(load_battles(path, limit=50, seed=4)[0])
 
 
 def broken(tmp_path, name, content):
@@ -343,7 +393,11 @@ def broken(tmp_path, name, content):
         ("deep.json", b"[" * 100000, "cannot read"),
         ("other.csv", b"name,age\nx,3\n", "has the columns age, name; expected model_a"),
         ("no_winner.csv", b"prompt,model_a,model_b\nq,x,y\n", "has the columns model_a, model_b, prompt; expected"),
-        ("one.csv", b"prompt,model_a,model_b,winner\nq,x,x,model_a\n", "fewer than two models (x)"),
+        (
+            "one.csv",
+            b"prompt,model_a,model_b,winner\nq,x,x,model_a\n",
+            "1 model against itself; expected battles between at least two models",
+        ),
         ("none.csv", b"prompt,model_a,model_b,winner\nq,x,y,?\n,x,y,tie\n", "no usable battle"),
     ],
 )
@@ -355,8 +409,14 @@ def test_broken_files_are_one_clear_error(tmp_path, name, content, message):
 
 def test_no_usable_battle_gives_the_counts_by_reason(tmp_path):
     file = broken(tmp_path, "a.csv", b"prompt,model_a,model_b,winner\nq,x,y,?\n,x,y,tie\n,x,y,tie\n")
-    with pytest.raises(UserError, match="3 rows read; rows dropped: 1 with an unknown winner, 2 without query text"):
+    with pytest.raises(UserError, match="3 rows read, rows dropped: 1 with an unknown winner, 2 without query text"):
         load_battles(file)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "~nosuchuser/x", "nul\0byte", "/dev/null", ""])
+def test_paths_that_are_no_files(path):
+    with pytest.raises(UserError, match="no data at"):
+        load_battles(path)
 
 
 def test_a_folder_without_data_and_missing_score_columns(tmp_path):

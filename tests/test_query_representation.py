@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from query_representation import (
     QueryTower,
@@ -98,6 +107,23 @@ def test_the_encoder_bounds_the_length_where_it_has_learned_positions(encoders):
     long = ["word " * 2000]
     loaded = load_encoder(encoders["bert"], CPU, torch.float32)
     assert encode(long, *loaded, max_length=longest_input(*loaded)).isfinite().all()
+
+
+def test_positions_that_start_behind_the_padding_are_not_overrun(encoders, tmp_path):
+    shutil.copytree(
+        encoders["bert"], tmp_path / "roberta", ignore=shutil.ignore_patterns("config.json", "*.safetensors")
+    )
+    sizes = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaModel(RobertaConfig(**sizes, max_position_embeddings=66)).save_pretrained(tmp_path / "roberta")
+    loaded = load_encoder(tmp_path / "roberta", CPU, torch.float32)
+    assert longest_input(*loaded) == 64
+    assert encode(["word " * 500], *loaded, max_length=64).isfinite().all()
+
+
+def test_the_encoder_is_frozen(encoders):
+    _, network = load_encoder(encoders["qwen2"], CPU, torch.float32)
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
 def test_half_precision_is_pooled_in_float32(encoders):

@@ -35,6 +35,23 @@ def test_every_key_of_the_outputs_is_explained(default_run):
     assert set(history) | set(history["test_metrics"]) <= explained
 
 
+def test_the_output_to_expect_is_what_a_run_prints(demo_dir, tmp_path, capsys):
+    flags = ("--limit", "300", "--epochs", "10", "--num_clusters", "0")
+    train.main(["--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path), *flags])
+    printed = capsys.readouterr().out
+    expected = re.search(r"It ends with.*?```text\n(.*?)```", README, re.DOTALL)[1]
+
+    def shape(text):
+        text = re.sub(r" {2}best$", "", text, flags=re.MULTILINE).replace(str(tmp_path), "outputs")
+        return re.sub(r"-?\d+(\.\d+)?", "0", text).split()
+
+    assert shape(printed)[-len(shape(expected)) :] == shape(expected)
+
+
+def test_no_placeholder_is_left():
+    assert "@" not in README
+
+
 def test_the_example_that_reads_results_runs(run_demo, tmp_path):
     for name in ("one", "two"):
         _, output = run_demo("--limit", "300", "--epochs", "1", "--num_clusters", "0")

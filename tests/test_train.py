@@ -1,5 +1,6 @@
 """The command as a whole: planted truth, what it keeps and writes, every ablation, every bad input."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,14 +13,16 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from transformers import AutoModel
 
 import metrics
 import train
 from data_loader import load_battles, split_battles
 from loss import bpr_loss
-from query_representation import encode, load_encoder
+from query_representation import encode, encoder_fingerprint, load_encoder
 from rankrouter import RankRouter
-from support.demo import demo_folder, true_skills
+from support.demo import FILES, demo_folder, true_skills
+from support.files import content_hash
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--limit", "600", "--epochs", "2", "--num_clusters", "10", "--embedding_dim", "48")
@@ -29,6 +32,18 @@ def one_hot_difference(battles):
     """+1 for model a, -1 for model b: the design matrix of Bradley-Terry."""
     identity = np.eye(len(battles.model_names))
     return identity[battles.model_a_idx] - identity[battles.model_b_idx]
+
+
+def embed(demo, queries):
+    """Embeddings (Q, H) of queries by the demo's encoder."""
+    return encode(queries, *load_encoder(demo / "encoder", torch.device("cpu"), torch.float32))
+
+
+def margins(router, embeddings, battles):
+    """The router's margins d (N,) from embeddings of all queries, as somebody who routes would get them."""
+    points = router.query_tower.standardise(embeddings)
+    scores = router(points, router.query_tower.assign(points)).detach().double().numpy()  # (Q, M)
+    return scores[battles.query_idx, battles.model_a_idx] - scores[battles.query_idx, battles.model_b_idx]
 
 
 def test_planted_truth_is_recovered(demo, default_run):
@@ -44,8 +59,30 @@ def test_planted_truth_is_recovered(demo, default_run):
     assert true_auc - fixed_auc >= 0.10
     closed = (history["test_metrics"]["auc"] - fixed_auc) / (true_auc - fixed_auc)
     assert 0.5 <= closed < 1
-    assert history["demo"]["true_margins"]["auc"] == pytest.approx(true_auc)
-    assert history["demo"]["fixed_ranking"]["auc"] == pytest.approx(fixed_auc, abs=0.02)
+    told = history["demo"]
+    assert told["true_margins"]["auc"] == pytest.approx(true_auc)
+    assert told["fixed_ranking"]["auc"] == pytest.approx(fixed_auc, abs=0.02)
+    fixed_auc = told["fixed_ranking"]["auc"]
+    closed = (history["test_metrics"]["auc"] - fixed_auc) / (true_auc - fixed_auc)
+    assert told["gap_closed"] == pytest.approx(closed)
+
+
+def test_the_fixed_skills_are_the_best_that_ignore_the_query(demo, default_run):
+    history, _ = default_run
+    names = [f"demo-model-{letter}" for letter in "abcdefghijkl"]
+    truth = json.loads((demo / "truth.json").read_text())
+    _, fixed = true_skills(demo, [], names)
+    skills = np.array(truth["skills"])
+    a, b = np.triu_indices(12, 1)
+    p = 1 / (1 + np.exp(skills[:, b] - skills[:, a]))  # (topics, pairs)
+
+    def expected_loss(s):
+        d = s[a] - s[b]
+        return np.mean(p * np.logaddexp(0, -d) + (1 - p) * np.logaddexp(0, d))
+
+    rng = np.random.default_rng(0)
+    others = [skills.mean(0), *(fixed + rng.normal(0, 0.1, 12) for _ in range(50))]
+    assert all(expected_loss(fixed) < expected_loss(other) for other in others)
 
 
 def test_the_true_margins_are_the_log_odds_that_drew_the_outcomes(demo):
@@ -66,8 +103,9 @@ def test_shuffled_outcomes_leave_nothing_to_find(demo, run_demo, tmp_path):
     assert "demo" not in history  # the truth is not that of these battles
 
 
-def test_the_history_is_complete_and_consistent(default_run):
+def test_the_history_is_complete_and_consistent(demo, default_run):
     history, output = default_run
+    split, _ = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42)
     assert history["status"] == "finished"
     assert len(history["train_losses"]) == len(history["val_metrics"]) == 10
     assert history["train_losses"][-1] < history["train_losses"][0]
@@ -82,18 +120,22 @@ def test_the_history_is_complete_and_consistent(default_run):
     assert sum(cluster["size"] for cluster in history["clusters"]) == data["split"]["train"]["queries"]
     assert history["args"]["split_seed"] == history["args"]["seed"] == 42
     assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt"}
-
-
-def embed(demo, queries):
-    """Embeddings (Q, H) of queries by the demo's encoder."""
-    return encode(queries, *load_encoder(demo / "encoder", torch.device("cpu"), torch.float32))
-
-
-def margins(router, embeddings, battles):
-    """The router's margins d (N,) from embeddings of all queries, as somebody who routes would get them."""
-    points = router.query_tower.standardise(embeddings)
-    scores = router(points, router.query_tower.assign(points)).detach().double().numpy()  # (Q, M)
-    return scores[battles.query_idx, battles.model_a_idx] - scores[battles.query_idx, battles.model_b_idx]
+    assert set(history) == {
+        *("status", "args", "train_losses", "val_metrics", "best_epoch", "test_metrics", "data", "clusters"),
+        *("calibration", "environment", "timing", "demo"),
+    }
+    assert set(history["timing"]) == {"load", "encode", "cluster", "train", "evaluate", "queries_encoded"}
+    assert data["content_hash"] == content_hash([demo / "battles.parquet"])
+    assert data["embeddings_hash"] == hashlib.sha256(embed(demo, split.train.queries).numpy()).hexdigest()
+    encoder = RankRouter.load(output / "best_model.pt").facts["encoder"]
+    assert encoder == {
+        "path": str(demo / "encoder"),
+        "fingerprint": encoder_fingerprint(demo / "encoder"),
+        "width": 128,
+        "pooling": "mean",
+        "max_length": 512,
+        "dtype": "float32",
+    }
 
 
 def test_the_checkpoint_is_that_of_the_best_epoch_and_gives_the_test_metrics(demo, default_run):
@@ -125,6 +167,59 @@ def test_statistics_and_clusters_see_training_queries_only(demo, default_run):
     assert torch.bincount(cluster_idx, minlength=50).tolist() == [cluster["size"] for cluster in history["clusters"]]
     for k, centroid in enumerate(router.query_tower.centroids):  # the mean of its training queries, and of no other
         torch.testing.assert_close(points[cluster_idx == k].mean(0), centroid, atol=0.02, rtol=0)
+
+
+def test_the_temperature_is_fitted_on_validation_and_applied_on_test(demo, default_run):
+    history, output = default_run
+    router = RankRouter.load(output / "best_model.pt")
+    split, _ = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42)
+    embeddings = embed(demo, split.test.queries)
+    temperature = metrics.fit_temperature(margins(router, embeddings, split.val), split.val.outcome, margin=1.0)
+    assert router.facts["temperature"] == history["calibration"]["temperature"] == pytest.approx(temperature, rel=1e-3)
+    calibrated = metrics.log_loss(margins(router, embeddings, split.test), split.test.outcome, 1.0, temperature)
+    assert history["test_metrics"]["log_loss_calibrated"] == pytest.approx(calibrated, abs=1e-4)
+    assert temperature != pytest.approx(1, abs=0.05)
+
+
+def test_of_equal_epochs_the_earliest_is_kept(run_demo, monkeypatch):
+    monkeypatch.setattr(metrics, "auc", lambda d, outcome: 0.7)
+    history, output = run_demo(*QUICK)
+    assert history["best_epoch"] == RankRouter.load(output / "best_model.pt").facts["epoch"] == 0
+
+
+def test_the_history_is_written_after_every_epoch(run_demo, monkeypatch):
+    written = []
+    write = train.write_history
+
+    def watched(output_dir, history):
+        write(output_dir, history)
+        read = json.loads((Path(output_dir) / "training_history.json").read_text())
+        written.append((read["status"], len(read["train_losses"]), len(read["val_metrics"])))
+
+    monkeypatch.setattr(train, "write_history", watched)
+    run_demo(*QUICK)
+    assert written == [("running", 0, 0), ("running", 1, 1), ("running", 2, 2), ("finished", 2, 2)]
+
+
+def test_every_epoch_has_an_order_of_its_own(monkeypatch):
+    seen = []
+    args = vars(train.parse_args(["--num_clusters", "0", "--embedding_dim", "8"]))
+    router = RankRouter(["x", "y"], 1, args)
+    forward = router.forward
+
+    def watched(points, cluster_idx):
+        seen.extend(points[:, 0].int().tolist())
+        return forward(points, cluster_idx)
+
+    router.forward = watched
+    query, zeros = torch.arange(20), torch.zeros(20, dtype=torch.int64)
+    battles = (query, zeros, zeros + 1, torch.ones(20))
+    optimiser = torch.optim.SGD(router.parameters(), lr=0.1)
+    for _ in range(2):
+        train.train_epoch(router, optimiser, bpr_loss, query[:, None].float(), zeros, battles, batch_size=6)
+    first, second = seen[:20], seen[20:]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert len({tuple(order) for order in (first, second, range(20))}) == 3
 
 
 def test_the_best_checkpoint_is_kept_where_later_epochs_are_worse(run_demo):
@@ -162,6 +257,7 @@ def test_the_seed_varies_everything_unless_the_split_seed_is_given(run_demo):
 ABLATIONS = [
     ("--loss_type", "bce"),
     ("--loss_type", "hinge"),
+    ("--loss_type", "hinge", "--margin", "0.5"),
     ("--similarity_metric", "cosine"),
     ("--num_clusters", "0"),
     ("--no_model_id",),
@@ -221,6 +317,10 @@ def test_a_score_table_trains(run_demo, tmp_path):
     history, _ = run_demo("--data_path", str(tmp_path / "scores.parquet"), "--num_clusters", "2", "--epochs", "1")
     assert history["data"]["battles"] == 600
     assert history["data"]["score_columns"] == ["m1", "m2", "m3"]
+    two = ("--score_columns", "m3, m1", "--num_clusters", "2", "--epochs", "1")
+    history, output = run_demo("--data_path", str(tmp_path / "scores.parquet"), *two)
+    assert history["data"]["battles"] == 200
+    assert RankRouter.load(output / "best_model.pt").model_names == ["m1", "m3"]
 
 
 def test_the_demo_is_the_same_wherever_it_is_written(demo, tmp_path):
@@ -231,11 +331,22 @@ def test_the_demo_is_the_same_wherever_it_is_written(demo, tmp_path):
     assert demo_folder(str(tmp_path), seed=1).name != again.name
 
 
+@pytest.mark.parametrize("lost", FILES)
+def test_a_demo_of_which_a_file_was_lost_is_made_again(demo, tmp_path, lost):
+    shutil.copytree(demo, tmp_path / demo.name)
+    (tmp_path / demo.name / lost).unlink()
+    again = demo_folder(str(tmp_path))
+    assert all((again / file).read_bytes() == (demo / file).read_bytes() for file in FILES)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------
 
 
-def test_missing_data_tells_how_to_get_it(fails, tmp_path):
-    message = fails("--output_dir", str(tmp_path), "--data_path", "no/such.parquet", "--demo")
+def test_missing_data_tells_how_to_get_it_before_the_demo_is_made_or_a_hub_is_asked(fails, tmp_path):
+    fresh = str(tmp_path / "demo")
+    message = fails("--output_dir", str(tmp_path), "--data_path", "no/such.parquet", "--demo", "--demo_dir", fresh)
+    assert not Path(fresh).exists()
+    assert "no data at" in fails("--output_dir", str(tmp_path), "--data_path", "no/such.parquet", "--model_path", "a/b")
     for part in ("no data at no/such.parquet", "accept", "hf download lmsys/chatbot_arena_conversations", "--demo"):
         assert part in message
 
@@ -245,7 +356,8 @@ def test_a_missing_model_tells_how_to_get_it(fails, tmp_path, demo):
     message = fails("--output_dir", str(tmp_path), "--data_path", data, "--model_path", "../no/model")
     assert "no model folder at ../no/model" in message
     assert "hf download Qwen/Qwen2-0.5B" in message
-    assert "is not a Hugging Face model" in fails("--output_dir", str(tmp_path), "--model_path", str(tmp_path))
+    message = fails("--output_dir", str(tmp_path), "--data_path", data, "--model_path", str(tmp_path))
+    assert "is not a Hugging Face model" in message
 
 
 @pytest.mark.parametrize(
@@ -346,8 +458,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(fails,
     epoch, step = divmod(19, steps)
     assert f"epoch {epoch}: the loss is nan at step {step}" in message
     assert history["status"] == "failed"
+    assert f"the checkpoint of epoch {history['best_epoch']} is kept" in message
     assert len(history["val_metrics"]) == epoch > 0
     assert RankRouter.load(tmp_path / "best_model.pt").facts["epoch"] == history["best_epoch"]
+
+
+def test_embeddings_that_are_not_finite_are_refused(fails, demo, tmp_path):
+    network = AutoModel.from_pretrained(demo / "encoder")
+    with torch.no_grad():
+        network.embed_tokens.weight[:50] = float("nan")
+    shutil.copytree(demo / "encoder", tmp_path / "encoder")
+    network.save_pretrained(tmp_path / "encoder")
+    data = ("--data_path", str(demo / "battles.parquet"), "--limit", "100", "--num_clusters", "2")
+    message = fails(*data, "--model_path", str(tmp_path / "encoder"), "--output_dir", str(tmp_path))
+    assert "embeddings are not finite in float32" in message
+
+
+def test_a_run_that_fails_does_not_pass_off_an_earlier_checkpoint_as_its_own(fails, run_demo, demo, tmp_path):
+    _, output = run_demo(*QUICK)
+    flags = ("--data_path", str(demo / "battles.parquet"), "--output_dir", str(output), *QUICK, "--lr", "1e30")
+    message = fails(*flags, "--model_path", str(demo / "encoder"))
+    assert "epoch 0" in message
+    assert "is kept" not in message
+    assert not (output / "best_model.pt").exists()
+    RankRouter.load(output / "best_model.earlier.pt")
+    train.main([*flags, "--lr", "1e-4", "--model_path", str(demo / "encoder")])
+    assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt"}
 
 
 @pytest.mark.parametrize("batch_size", ["32", "100000"])  # of one step an epoch, the loss itself is finite

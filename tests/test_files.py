@@ -1,0 +1,51 @@
+"""Files are replaced whole or not at all, and hashed by their content."""
+
+import hashlib
+import os
+
+import pytest
+
+from support.files import UserError, atomic_write, content_hash
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "history.json"
+    atomic_write(path, b"old")
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+
+            def full(*_):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(os, step, full)
+            with pytest.raises(UserError, match="history.json: No space left on device"):
+                atomic_write(path, b"new")
+        assert path.read_bytes() == b"old"
+        assert os.listdir(tmp_path) == ["history.json"]
+    atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["history.json"]
+
+
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "history.json"
+    atomic_write(path, b"old")
+    seen = []
+    fsync = os.fsync
+
+    def look(descriptor):
+        seen.append(path.read_bytes())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    atomic_write(path, b"new")
+    assert seen == [b"old"]
+
+
+def test_the_hash_is_of_the_contents_in_order(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"two"), ("c", b"one")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (tmp_path / name for name in "abc")
+    digests = hashlib.sha256(b"one").digest() + hashlib.sha256(b"two").digest()
+    assert content_hash([a, b]) == content_hash([c, b]) == hashlib.sha256(digests).hexdigest()
+    assert content_hash([b, a]) != content_hash([a, b])
