@@ -222,7 +222,7 @@ def test_wide_scores_as_booleans_with_gaps_and_an_index(tmp_path, write):
     assert counts["score_columns"] == ["m2", "m3", "org/m.1"]
     assert counts["scores_missing"] == 4999
     assert counts["battles"] == 4999 + 3
-    assert as_rows(battles)[:4] == [(f"p{i}", "org/m.1", "m2", y) for i, y in enumerate((0.5, 0.0, 1.0, 0.0))]
+    assert as_rows(battles)[:4] == [(f"p{i}", "org/m.1", "m2", y) for i, y in enumerate((0.5, 0.5, 1.0, 0.0))]
 
 
 def test_a_column_that_begins_late_is_a_column(tmp_path):
@@ -396,7 +396,7 @@ def broken(tmp_path, name, content):
         (
             "one.csv",
             b"prompt,model_a,model_b,winner\nq,x,x,model_a\n",
-            "1 model against itself; expected battles between at least two models",
+            "against itself; expected battles between at least two",
         ),
         ("none.csv", b"prompt,model_a,model_b,winner\nq,x,y,?\n,x,y,tie\n", "no usable battle"),
     ],

@@ -18,7 +18,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
                 raise OSError(28, "No space left on device")
 
             patch.setattr(os, step, full)
-            with pytest.raises(UserError, match="history.json: No space left on device"):
+            with pytest.raises(UserError, match=r"history\.json: No space left on device"):
                 atomic_write(path, b"new")
         assert path.read_bytes() == b"old"
         assert os.listdir(tmp_path) == ["history.json"]

@@ -67,8 +67,7 @@ def test_planted_truth_is_recovered(demo, default_run):
     assert told["gap_closed"] == pytest.approx(closed)
 
 
-def test_the_fixed_skills_are_the_best_that_ignore_the_query(demo, default_run):
-    history, _ = default_run
+def test_the_fixed_skills_are_the_best_that_ignore_the_query(demo):
     names = [f"demo-model-{letter}" for letter in "abcdefghijkl"]
     truth = json.loads((demo / "truth.json").read_text())
     _, fixed = true_skills(demo, [], names)
