@@ -108,6 +108,9 @@ def longest_input(tokenizer, network) -> int:
 
 def tokenize(queries: list[str], tokenizer, max_length: int) -> list[torch.Tensor]:
     """Token ids of each query, cut to `max_length` tokens, without padding: Q int64 tensors (T,), T >= 1."""
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:  # the tokenizer would then not cut at all
+        raise UserError(f"--max_length {max_length} leaves no room beside {special} special tokens; give more")
     ids = tokenizer(queries, truncation=True, max_length=max_length)["input_ids"]
     # A text may leave no token at all (control characters, say); the pad token stands for it.
     return [torch.tensor(query_ids or [tokenizer.pad_token_id]) for query_ids in ids]
@@ -145,7 +148,7 @@ def encode(queries: list[str], tokenizer, network, max_length: int = 512, poolin
     """Embeddings of `queries` in their order: float32 (Q, H), on the CPU.
 
     Queries longer than `max_length` tokens (at most `longest_input`) are cut. A progress bar on stderr counts
-    tokens.
+    tokens. Raises `UserError` where embeddings are not finite.
     """
     from tqdm import tqdm
 
@@ -164,6 +167,12 @@ def encode(queries: list[str], tokenizer, network, max_length: int = 512, poolin
             hidden = network(input_ids=padded, attention_mask=mask).last_hidden_state  # (B, T, H)
             embeddings[batch] = pool(hidden, mask, pooling).cpu()  # (B, H)
             bar.update(int(lengths[batch].sum()))
+    bad = int((~embeddings.isfinite()).any(dim=1).sum())
+    if bad:
+        raise UserError(
+            f"{bad} of {len(queries)} embeddings are not finite in {network.dtype}; "
+            "try --dtype float32, and if it is that already, get the encoder's weights again"
+        )
     return embeddings
 
 

@@ -17,6 +17,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; with --demo, a path that is not given is None."""
     parser = OneLineParser("Train RankRouter on battles; keep the checkpoint with the best validation AUC.")
     seed, dim = whole_number(0, 2**32 - 1), whole_number(1, 65536)
+    positive = real_number("above 0", lambda x: x > 0)
+    not_negative = real_number("of at least 0", lambda x: x >= 0)
+    share = real_number("from 0 to below 1", lambda x: 0 <= x < 1)
 
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -66,31 +69,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     towers.add_argument("--no_model_id", action="store_true", help="ablation: model tower without ID embedding")
     towers.add_argument("--no_capability", action="store_true", help="ablation: model tower without capability vector")
     towers.add_argument("--similarity_metric", choices=["dot", "cosine"], default="dot", help="cosine learns a scale")
-    towers.add_argument(
-        "--dropout",
-        type=real_number("from 0 to below 1", lambda x: 0 <= x < 1),
-        default=0.1,
-        help="in both towers' MLPs",
-    )
+    towers.add_argument("--dropout", type=share, default=0.1, help="in both towers' MLPs")
 
     training = parser.add_argument_group("training")
-    training.add_argument(
-        "--loss_type", choices=["bpr", "bce", "hinge"], default="bpr", help="logistic, pointwise, or margin"
-    )
-    training.add_argument(
-        "--margin",
-        type=real_number("of at least 0", lambda x: x >= 0),
-        default=1.0,
-        help="lead in score that bpr and hinge ask of a winner",
-    )
+    losses = ["bpr", "bce", "hinge"]
+    training.add_argument("--loss_type", choices=losses, default="bpr", help="logistic, pointwise, or margin ranking")
+    training.add_argument("--margin", type=not_negative, default=1.0, help="lead that bpr and hinge ask of a winner")
     training.add_argument("--batch_size", type=whole_number(1), default=32, help="battles per step")
     training.add_argument("--epochs", type=whole_number(1), default=10, help="passes over the training battles")
-    training.add_argument(
-        "--lr", type=real_number("above 0", lambda x: x > 0), default=1e-4, help="learning rate of AdamW"
-    )
-    training.add_argument(
-        "--weight_decay", type=real_number("of at least 0", lambda x: x >= 0), default=0.01, help="of AdamW, decoupled"
-    )
+    training.add_argument("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
+    training.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW, decoupled")
     training.add_argument("--seed", type=seed, default=42, help="of clusters, initial weights and batches")
     training.add_argument("--split_seed", type=seed, help="of the split and of --limit; without it, --seed")
 
@@ -105,28 +93,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def embed(args: argparse.Namespace, folder: Path, queries: list[str], device) -> tuple:
+def embed(args: argparse.Namespace, queries: list[str], device) -> tuple:
     """Embeddings (Q, H) of the queries, and what a checkpoint must know of the encoder."""
     import torch
 
-    from query_representation import encode, encoder_fingerprint, load_encoder, longest_input
+    from query_representation import encode, encoder_fingerprint, find_encoder, load_encoder, longest_input
 
+    folder = find_encoder(args.model_path)
     auto = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     dtype = auto if args.dtype == "auto" else args.dtype
     tokenizer, network = load_encoder(folder, device, getattr(torch, dtype))
-    special = tokenizer.num_special_tokens_to_add()
-    if args.max_length <= special:
-        raise UserError(f"--max_length {args.max_length} leaves no room beside {special} special tokens; give more")
     max_length = min(args.max_length, longest_input(tokenizer, network))
     if max_length < args.max_length:
         print(f"encoder  reads at most {max_length} tokens of a query, fewer than --max_length {args.max_length}")
     embeddings = encode(queries, tokenizer, network, max_length, args.pooling)  # (Q, H)
-    bad = int((~embeddings.isfinite()).any(dim=1).sum())
-    if bad:
-        raise UserError(
-            f"{bad} of {len(queries)} embeddings are not finite in {dtype}; "
-            "try --dtype float32, and if it is that already, get the encoder's weights again"
-        )
     return embeddings, {
         "path": str(args.model_path),
         "fingerprint": encoder_fingerprint(folder),
@@ -191,7 +171,6 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
 
     import metrics
     from loss import bce_loss, bpr_loss, hinge_loss
-    from query_representation import find_encoder
     from rankrouter import RankRouter
 
     checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
@@ -202,7 +181,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
 
     queries = split.train.queries
     with timed(timing, "encode"):
-        embeddings, encoder = embed(args, find_encoder(args.model_path), queries, device)  # (Q, H)
+        embeddings, encoder = embed(args, queries, device)  # (Q, H)
     timing["queries_encoded"] = len(queries)
     history["environment"] = environment(device, encoder["dtype"])
     history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()

@@ -18,6 +18,7 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2Model,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
 )
@@ -32,6 +33,7 @@ from query_representation import (
     longest_input,
     plan_batches,
     pool,
+    tokenize,
 )
 from support.files import UserError
 
@@ -100,6 +102,24 @@ def test_queries_are_cut_at_max_length(encoders):
     got = encode(QUERIES, *loaded, max_length=5)
     expected = torch.stack([alone(encoders["qwen2"], query, "mean", 5) for query in QUERIES])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_length_without_room_for_a_word_is_refused(encoders, tmp_path):
+    folder = tmp_path / "special"
+    shutil.copytree(encoders["gpt2"], folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token, text = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, text, token],
+        "pair": [token, text, {"Sequence": {"id": "B", "type_id": 0}}, token],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert [len(ids) for ids in tokenize(["word " * 9], tokenizer, 3)] == [3]
+    with pytest.raises(UserError, match="--max_length 2 leaves no room beside 2 special tokens"):
+        tokenize(["word " * 9], tokenizer, 2)
 
 
 def test_the_encoder_bounds_the_length_where_it_has_learned_positions(encoders):

@@ -470,7 +470,7 @@ def test_embeddings_that_are_not_finite_are_refused(fails, demo, tmp_path):
     network.save_pretrained(tmp_path / "encoder")
     data = ("--data_path", str(demo / "battles.parquet"), "--limit", "100", "--num_clusters", "2")
     message = fails(*data, "--model_path", str(tmp_path / "encoder"), "--output_dir", str(tmp_path))
-    assert "embeddings are not finite in float32" in message
+    assert "embeddings are not finite in torch.float32" in message
 
 
 def test_a_run_that_fails_does_not_pass_off_an_earlier_checkpoint_as_its_own(fails, run_demo, demo, tmp_path):
