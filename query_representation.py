@@ -73,10 +73,9 @@ def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        network, info = transformers.AutoModel.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        local = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+        network, info = transformers.AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **local)
     except Exception as error:  # a broken folder raises whatever its parsers raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder} could not be loaded as a Hugging Face encoder: {reason}") from error
@@ -97,9 +96,22 @@ def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
     return tokenizer, network.to(device).eval().requires_grad_(False)
 
 
+@torch.inference_mode()
+def encoder_width(network) -> int:
+    """H, as one token shows it: not every architecture states it alike. Raises `UserError` on no text encoder."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=network.device)
+    try:
+        return network(input_ids=token, attention_mask=token + 1).last_hidden_state.shape[2]
+    except Exception as error:  # whatever a model for images or for pairs of inputs makes of it
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{type(network).__name__} does not encode text ({reason}); expected a text encoder") from error
+
+
 def longest_input(tokenizer, network) -> int:
     """The most tokens that an encoder takes; a very large number where it states no limit."""
-    positions = getattr(network.config, "max_position_embeddings", None) or sys.maxsize
+    positions = getattr(network.config, "max_position_embeddings", None)
+    if positions is None or positions < 1:
+        positions = sys.maxsize
     for name, module in network.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions -= module.padding_idx + 1  # RoBERTa and its kin number positions from there
@@ -154,14 +166,19 @@ def encode(queries: list[str], tokenizer, network, max_length: int = 512, poolin
 
     ids = tokenize(queries, tokenizer, max_length)
     lengths = np.array([len(query_ids) for query_ids in ids])  # (Q,)
-    embeddings = torch.empty(len(queries), network.config.hidden_size)  # (Q, H)
+    vocabulary = network.get_input_embeddings().num_embeddings
+    highest = max(int(query_ids.max()) for query_ids in ids)
+    if highest >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {highest}, the encoder knows {vocabulary}: they do not belong together"
+        )
+    embeddings = torch.empty(len(queries), encoder_width(network))  # (Q, H)
     device = network.device
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file need not hold every step
     with tqdm(total=int(lengths.sum()), desc="encode", unit="tok", unit_scale=True, delay=1, mininterval=every) as bar:
         for batch in plan_batches(lengths, TOKENS_PER_BATCH[device.type]):
-            padded = pad_sequence([ids[i] for i in batch], batch_first=True, padding_value=tokenizer.pad_token_id).to(
-                device
-            )  # (B, T)
+            # Padding is masked, so any token does; a pad token may lie outside the encoder's vocabulary.
+            padded = pad_sequence([ids[i] for i in batch], batch_first=True, padding_value=0).to(device)  # (B, T)
             ends = torch.from_numpy(lengths[batch]).to(device)  # (B,)
             mask = (torch.arange(padded.shape[1], device=device) < ends[:, None]).long()  # (B, T)
             hidden = network(input_ids=padded, attention_mask=mask).last_hidden_state  # (B, T, H)

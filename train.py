@@ -16,7 +16,7 @@ from support.runs import environment, pick_device, print_data, print_test, timed
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; with --demo, a path that is not given is None."""
     parser = OneLineParser("Train RankRouter on battles; keep the checkpoint with the best validation AUC.")
-    seed, dim = whole_number(0, 2**32 - 1), whole_number(1, 65536)
+    seed, dim = whole_number(0, 2**32 - 1), whole_number(1, 8192)
     positive = real_number("above 0", lambda x: x > 0)
     not_negative = real_number("of at least 0", lambda x: x >= 0)
     share = real_number("from 0 to below 1", lambda x: 0 <= x < 1)
@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     losses = ["bpr", "bce", "hinge"]
     training.add_argument("--loss_type", choices=losses, default="bpr", help="logistic, pointwise, or margin ranking")
     training.add_argument("--margin", type=not_negative, default=1.0, help="lead that bpr and hinge ask of a winner")
-    training.add_argument("--batch_size", type=whole_number(1), default=32, help="battles per step")
+    training.add_argument("--batch_size", type=whole_number(1, 2**31 - 1), default=32, help="battles per step")
     training.add_argument("--epochs", type=whole_number(1), default=10, help="passes over the training battles")
     training.add_argument("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
     training.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW, decoupled")
@@ -210,7 +210,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
     }[args.loss_type]
     battles = to_tensors(split.train, device)
     optimiser = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    best_auc = -1.0
+    best_auc, best_state = -1.0, None
     for epoch in range(args.epochs):
         try:
             with timed(timing, "train"):
@@ -224,6 +224,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
         history["val_metrics"].append(val)
         if val["auc"] > best_auc:
             best_auc, history["best_epoch"] = val["auc"], epoch
+            best_state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
             temperature = metrics.fit_temperature(d, split.val.outcome, margin)
             history["calibration"] = {"temperature": temperature}
             facts = {"args": vars(args), "encoder": encoder, "epoch": epoch, "val_metrics": val}
@@ -235,11 +236,11 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
             f"log loss {val['log_loss']:.4f}{'  best' if history['best_epoch'] == epoch else ''}"
         )
 
-    # Test, once, with the checkpoint that was kept
-    best = RankRouter.load(checkpoint).to(device)
+    # Test, once, with the weights that were kept: from memory, as another run may share the folder
+    router.load_state_dict(best_state)
     with timed(timing, "evaluate"):
-        d, history["test_metrics"] = evaluate(best, points, cluster_idx, split.test, margin)
-        calibrated = metrics.log_loss(d, split.test.outcome, margin, best.facts["temperature"])
+        d, history["test_metrics"] = evaluate(router, points, cluster_idx, split.test, margin)
+        calibrated = metrics.log_loss(d, split.test.outcome, margin, history["calibration"]["temperature"])
     history["test_metrics"]["log_loss_calibrated"] = calibrated
 
 

@@ -67,17 +67,21 @@ def comma_separated(text: str) -> list[str]:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch as it ends
+    if sys.stdout is not None:  # a log file shows each epoch as it ends, and takes any model's name
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output has gone (`... | head`); without this, Python's own last flush would complain.
+    except OSError as error:
+        # Standard output is gone or full; without this, Python's own last flush of it would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if isinstance(error, BrokenPipeError):  # `... | head` has seen enough
+            sys.exit(1)
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)

@@ -172,6 +172,7 @@ def _prompts(rng: np.random.Generator) -> dict[str, int]:
 def _write_encoder(folder: Path, prompts: list[str], seed: int) -> None:
     """A random Qwen2 of two layers, 128 wide, and a byte-level BPE tokenizer trained on the prompts."""
     import torch
+    from safetensors import SafetensorError
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model, logging
 
@@ -192,4 +193,8 @@ def _write_encoder(folder: Path, prompts: list[str], seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        Qwen2Model(config).save_pretrained(folder)
+        network = Qwen2Model(config)
+    try:
+        network.save_pretrained(folder)
+    except SafetensorError as error:  # what a full disk raises there
+        raise OSError(str(error)) from error

@@ -233,11 +233,9 @@ def _first_turn(conversation: object) -> str:
 
 def _content(content: object) -> str:
     """The text of a turn: a string, or a list of parts of which the texts count."""
-    if isinstance(content, list):
-        return "\n".join(filter(None, map(_content, content)))
-    if isinstance(content, dict):
-        return _content(content.get("text"))
-    return content if isinstance(content, str) else ""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "\n".join(text for text in texts if isinstance(text, str) and text)
 
 
 def _prompt(prompt: object) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -33,10 +34,10 @@ def pick_device(name: str):
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name!r} is none of ours; expected auto, cpu, cuda, cuda:N or mps")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("expected cpu, cuda, cuda:N or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

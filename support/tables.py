@@ -21,6 +21,11 @@ from support.files import UserError
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 CHUNK_ROWS = 4096
+NO_NUMBER = ("", "NA", "N/A", "None", "null")  # what tables write where a number is missing
+
+FORMATS = "parquet, comma-separated CSV in UTF-8, or JSON (the last two also gzipped)"
+# What the parsers raise on a broken file.
+BROKEN = (OSError, EOFError, ValueError, OverflowError, RecursionError, csv.Error, zlib.error, pa.ArrowException)
 
 Chunk = dict[str, list]  # column name -> Python values of some consecutive rows
 
@@ -86,12 +91,17 @@ def _open_parquet(file: Path) -> Table:
 
     def chunks(columns: list[str]) -> Iterator[Chunk]:
         for batch in parquet.iter_batches(CHUNK_ROWS, columns=columns):
-            yield {name: batch.column(name).to_pylist() for name in columns}
+            yield {name: _as_text(batch.column(name)).to_pylist() for name in columns}
 
     types = pa.types
     kinds = (types.is_floating, types.is_integer, types.is_decimal, types.is_boolean)
     numeric = [field.name for field in fields if any(kind(field.type) for kind in kinds)]
     return Table(file, _distinct([field.name for field in fields]), numeric, chunks)
+
+
+def _as_text(column: pa.Array) -> pa.Array:
+    is_bytes = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    return column.cast(pa.large_string()) if is_bytes else column
 
 
 def _open_records(file: Path, records: Callable[[], Iterator[dict]]) -> Table:
@@ -104,7 +114,7 @@ def _open_records(file: Path, records: Callable[[], Iterator[dict]]) -> Table:
     numeric = {}  # column -> whether every filled cell is a number; None where none is filled
     for record in records():
         for name, cell in record.items():
-            if numeric.setdefault(name) is not False and cell not in (None, ""):
+            if numeric.setdefault(name) is not False and cell is not None and cell not in NO_NUMBER:
                 numeric[name] = as_number(cell) is not None
     return Table(file, list(numeric), [name for name, holds in numeric.items() if holds], chunks)
 
@@ -136,12 +146,18 @@ def _csv_rows(stream: TextIO) -> Iterator[dict]:
     # Every cell stays text: "NA", "null" and "None" are queries here, not missing values.
     csv.field_size_limit(2**31 - 1)
     with stream:
-        rows = csv.reader(stream, strict=True)
-        header = _distinct(next(rows))
-        for cells in filter(None, rows):
-            if len(cells) != len(header):
-                raise ValueError(f"line {rows.line_num} has {len(cells)} cells, the header {len(header)}")
-            yield dict(zip(header, cells, strict=True))
+        lines = csv.reader(stream, strict=True)
+        header, num_rows = [], 0
+        for cells in filter(None, lines):
+            if not header:
+                header = _distinct(cells)
+            elif len(cells) != len(header):
+                raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
+            else:
+                num_rows += 1
+                yield dict(zip(header, cells, strict=True))
+        if not num_rows:
+            raise ValueError(f"it has the columns {', '.join(header) or 'none'} and no row")
 
 
 def _distinct(names: list[str]) -> list[str]:
@@ -155,5 +171,5 @@ def _reading(file: Path, step: Callable):
     """One step of reading; what the parsers raise on a broken file is the user's to mend, and names no file."""
     try:
         return step()
-    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, pa.ArrowException) as error:
-        raise UserError(f"cannot read {file}: {error}; expected parquet, CSV (also gzipped) or JSON") from error
+    except BROKEN as error:
+        raise UserError(f"cannot read {file}: {error}; expected {FORMATS}") from error

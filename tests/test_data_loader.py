@@ -225,6 +225,33 @@ def test_wide_scores_as_booleans_with_gaps_and_an_index(tmp_path, write):
     assert as_rows(battles)[:4] == [(f"p{i}", "org/m.1", "m2", y) for i, y in enumerate((0.5, 0.5, 1.0, 0.0))]
 
 
+def test_a_score_that_is_not_there_does_not_cost_the_model(tmp_path):
+    rows = [
+        {"prompt": f"p{i}", "a": 1, "b": 0, "c": cell} for i, cell in enumerate(["1", "NA", "", "inf", "null", "0"])
+    ]
+    battles, counts = load_battles(write_csv(tmp_path / "a.csv", rows))
+    assert counts["score_columns"] == ["a", "b", "c"]
+    assert counts["scores_missing"] == 4
+    assert len(battles) == 2 * 3 + 4
+
+
+def test_text_as_bytes_and_blank_lines_before_a_header(tmp_path):
+    row = {"prompt": b"caf\xc3\xa9", "model_a": b"x", "model_b": b"y", "winner": b"tie"}
+    assert as_rows(load_battles(write_parquet(tmp_path / "bytes.parquet", [row]))[0]) == [("caf\u00e9", "x", "y", 0.5)]
+    (tmp_path / "a.csv").write_text("\n\nprompt,model_a,model_b,winner\n\nq,x,y,tie\n")
+    assert as_rows(load_battles(str(tmp_path / "a.csv"))[0]) == [("q", "x", "y", 0.5)]
+
+
+def test_content_nested_too_deep_is_no_text(tmp_path):
+    content = "q"
+    for _ in range(400):
+        content = [content]
+    rows = [*ARENA, arena("", "x", "y", "tie", conversation_a=[{"role": "user", "content": content}])]
+    battles, counts = load_battles(write_lines(tmp_path / "deep.jsonl", rows))
+    assert as_rows(battles) == ARENA_READ
+    assert counts["rows_dropped"] == {"without query text": 1}
+
+
 def test_a_column_that_begins_late_is_a_column(tmp_path):
     rows = [{"prompt": f"p{i}", "m1": 1, "m2": 0} for i in range(4500)] + [{"prompt": "late", "m1": 0, "m3": 1}]
     _, counts = load_battles(write_lines(tmp_path / "a.jsonl", rows))
@@ -387,6 +414,11 @@ def broken(tmp_path, name, content):
         ("latin.csv", "prompt,model_a,model_b,winner\ncaf\xe9,x,y,model_a\n".encode("latin-1"), "utf-8"),
         ("open.csv", b'prompt,model_a,model_b,winner\n"never closed,x,y,model_a\n', "cannot read"),
         ("ragged.csv", b"prompt,model_a,model_b,winner\nq,x,y,model_a,more\n", "line 2 has 5 cells, the header 4"),
+        (
+            "header.csv",
+            b"prompt,model_a,model_b,winner\n",
+            "it has the columns prompt, model_a, model_b, winner and no row",
+        ),
         ("twice.csv", b"prompt,prompt\na,b\n", "several columns are named prompt"),
         ("cut.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
         ("list.jsonl", b"[1, 2]", "record 1 is '1', expected a JSON object"),

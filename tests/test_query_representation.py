@@ -140,6 +140,26 @@ def test_positions_that_start_behind_the_padding_are_not_overrun(encoders, tmp_p
     assert encode(["word " * 500], *loaded, max_length=64).isfinite().all()
 
 
+def test_a_pad_token_outside_the_vocabulary_does_no_harm_and_a_foreign_tokenizer_is_refused(encoders):
+    tokenizer, network = load_encoder(encoders["gpt2"], CPU, torch.float32)
+    expected = encode(QUERIES, tokenizer, network)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    network.resize_token_embeddings(tokenizer.pad_token_id)
+    torch.testing.assert_close(encode(QUERIES, tokenizer, network), expected)
+    network.resize_token_embeddings(20)
+    with pytest.raises(UserError, match="the encoder knows 20: they do not belong together"):
+        encode(QUERIES, tokenizer, network)
+
+
+def test_the_width_is_that_of_the_output_and_not_of_the_configuration(encoders):
+    tokenizer, network = load_encoder(encoders["gpt2"], CPU, torch.float32)
+    network.config.hidden_size = 999
+    assert encode(QUERIES, tokenizer, network).shape == (len(QUERIES), 32)
+    network.forward = lambda pixel_values: None
+    with pytest.raises(UserError, match="GPT2Model does not encode text"):
+        encode(QUERIES, tokenizer, network)
+
+
 def test_the_encoder_is_frozen(encoders):
     _, network = load_encoder(encoders["qwen2"], CPU, torch.float32)
     assert not network.training

@@ -364,6 +364,7 @@ def test_a_missing_model_tells_how_to_get_it(fails, tmp_path, demo):
     [
         ("--batch_size", "0"),
         ("--batch_size", "ten"),
+        ("--batch_size", "1" + "0" * 24),
         ("--epochs", "0"),
         ("--epochs", "1.5"),
         ("--lr", "0"),
@@ -395,7 +396,7 @@ def test_flags_out_of_range(fails, tmp_path, flag, value):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "hpu", ""])
 def test_devices_that_are_not_here(fails, tmp_path, demo_dir, device):
     message = fails("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path), "--device", device)
     assert "--device" in message
@@ -504,6 +505,28 @@ def test_help_and_typos_load_nothing_heavy():
     shown = run_script("--help")
     assert shown.returncode == 0
     assert "(default: 0.0001)" in shown.stdout
+
+
+def test_a_run_tests_its_own_weights_where_another_writes_to_the_same_folder(run_demo, monkeypatch):
+    alone, _ = run_demo(*QUICK)
+    save = RankRouter.save
+
+    def overwritten(router, path, **facts):
+        save(router, path, **facts)
+        Path(path).write_bytes(b"another run's checkpoint")
+
+    monkeypatch.setattr(RankRouter, "save", overwritten)
+    assert run_demo(*QUICK)[0]["test_metrics"] == alone["test_metrics"]
+
+
+@pytest.mark.parametrize(("redirect", "code"), [(">&-", 0), ("> /dev/full", 2)])
+def test_standard_output_that_cannot_be_written_is_no_traceback(demo, tmp_path, redirect, code):
+    paths = f"--data_path {demo}/battles.parquet --model_path {demo}/encoder --output_dir {tmp_path}"
+    quick = "--limit 100 --epochs 1 --num_clusters 0 --embedding_dim 8"
+    command = f"{sys.executable} train.py {paths} {quick} {redirect}"
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == code
+    assert len(ended.stderr.splitlines()) == (code > 0)
 
 
 def test_the_script_ends_with_one_line_and_exit_code_2(tmp_path):
