@@ -72,8 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     towers.add_argument("--dropout", type=share, default=0.1, help="in both towers' MLPs")
 
     training = parser.add_argument_group("training")
-    losses = ["bpr", "bce", "hinge"]
-    training.add_argument("--loss_type", choices=losses, default="bpr", help="logistic, pointwise, or margin ranking")
+    training.add_argument("--loss_type", choices=["bpr", "bce", "hinge"], default="bpr", help="of a battle's scores")
     training.add_argument("--margin", type=not_negative, default=1.0, help="lead that bpr and hinge ask of a winner")
     training.add_argument("--batch_size", type=whole_number(1, 2**31 - 1), default=32, help="battles per step")
     training.add_argument("--epochs", type=whole_number(1), default=10, help="passes over the training battles")
@@ -160,7 +159,7 @@ def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
         scores = router(points[distinct], cluster_idx[distinct])  # (Q, M)
     if not torch.isfinite(scores).all():
         raise UserError("the scores after its last step are not finite; try a lower --lr")
-    d = (scores[row, model_a] - scores[row, model_b]).double().cpu().numpy()  # (N,)
+    d = (scores[row, model_a] - scores[row, model_b]).cpu().double().numpy()  # (N,)
     return d, metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx, margin)
 
 
