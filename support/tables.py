@@ -51,7 +51,7 @@ def find_files(path: str) -> list[Path]:
     place = Path(os.path.expanduser(path))
     if os.path.isfile(place):  # unlike Path's own, it takes any string, however long
         return [place]
-    if os.path.isdir(place):
+    if os.path.isdir(place) and path:  # no name is not this folder
         inside = sorted(file.relative_to(place) for file in place.rglob("*"))
         shown = [name for name in inside if not any(part.startswith(".") for part in name.parts)]
         return [place / name for name in shown if name.name.endswith(SUFFIXES) and (place / name).is_file()]
