@@ -29,7 +29,7 @@ def find_encoder(model_path: str) -> Path:
     Raises `UserError` where there is no such folder, or no model in it.
     """
     folder = _download(model_path) if is_hub_id(model_path) else Path(os.path.expanduser(model_path))
-    if not os.path.isdir(folder):
+    if not model_path or not os.path.isdir(folder):
         raise UserError(
             f"no model folder at {model_path}; get Qwen2-0.5B with `hf download Qwen/Qwen2-0.5B --local-dir "
             "../model/Qwen2-0.5B`, or name another folder or hub id (owner/name) with --model_path, or use --demo"
@@ -96,26 +96,26 @@ def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
     return tokenizer, network.to(device).eval().requires_grad_(False)
 
 
-@torch.inference_mode()
-def encoder_width(network) -> int:
-    """H, as one token shows it: not every architecture states it alike. Raises `UserError` on no text encoder."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=network.device)
+def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Hidden states (B, T, H) of token ids (B, T). Raises `UserError` where the encoder cannot take them."""
     try:
-        return network(input_ids=token, attention_mask=token + 1).last_hidden_state.shape[2]
-    except Exception as error:  # whatever a model for images or for pairs of inputs makes of it
+        return network(input_ids=ids, attention_mask=mask).last_hidden_state
+    except Exception as error:  # whatever a model for images, or one without memory left, makes of it
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{type(network).__name__} does not encode text ({reason}); expected a text encoder") from error
+        raise UserError(
+            f"{type(network).__name__} cannot encode {ids.shape[0]} texts of {ids.shape[1]} tokens "
+            f"({type(error).__name__}: {reason}); expected a text encoder"
+        ) from error
 
 
 def longest_input(tokenizer, network) -> int:
     """The most tokens that an encoder takes; a very large number where it states no limit."""
-    positions = getattr(network.config, "max_position_embeddings", None)
-    if positions is None or positions < 1:
-        positions = sys.maxsize
+    positions = getattr(network.config, "max_position_embeddings", None) or 0
     for name, module in network.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions -= module.padding_idx + 1  # RoBERTa and its kin number positions from there
-    return min(tokenizer.model_max_length, positions)
+    stated = [limit for limit in (tokenizer.model_max_length, positions) if isinstance(limit, int) and limit > 0]
+    return min(stated, default=sys.maxsize)
 
 
 def tokenize(queries: list[str], tokenizer, max_length: int) -> list[torch.Tensor]:
@@ -155,6 +155,13 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     return (hidden * mask[:, :, None]).sum(1) / lengths[:, None]  # (B, H)
 
 
+def _vocabulary(network) -> int:
+    try:
+        return network.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):  # an encoder without a table of tokens, of characters say
+        return sys.maxsize
+
+
 @torch.inference_mode()
 def encode(queries: list[str], tokenizer, network, max_length: int = 512, pooling: str = "mean") -> torch.Tensor:
     """Embeddings of `queries` in their order: float32 (Q, H), on the CPU.
@@ -166,14 +173,16 @@ def encode(queries: list[str], tokenizer, network, max_length: int = 512, poolin
 
     ids = tokenize(queries, tokenizer, max_length)
     lengths = np.array([len(query_ids) for query_ids in ids])  # (Q,)
-    vocabulary = network.get_input_embeddings().num_embeddings
+    device = network.device
+    probe = torch.ones(1, 8, dtype=torch.int64, device=device)  # (1, T)
+    width = hidden_states(network, probe, probe).shape[2]  # H: not every configuration states it
+    vocabulary = _vocabulary(network)
     highest = max(int(query_ids.max()) for query_ids in ids)
     if highest >= vocabulary:
         raise UserError(
-            f"the tokenizer gives token {highest}, the encoder knows {vocabulary}: they do not belong together"
+            f"the tokenizer gives token {highest}, the encoder knows {vocabulary}: they are not of one model"
         )
-    embeddings = torch.empty(len(queries), encoder_width(network))  # (Q, H)
-    device = network.device
+    embeddings = torch.empty(len(queries), width)  # (Q, H)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file need not hold every step
     with tqdm(total=int(lengths.sum()), desc="encode", unit="tok", unit_scale=True, delay=1, mininterval=every) as bar:
         for batch in plan_batches(lengths, TOKENS_PER_BATCH[device.type]):
@@ -181,7 +190,7 @@ def encode(queries: list[str], tokenizer, network, max_length: int = 512, poolin
             padded = pad_sequence([ids[i] for i in batch], batch_first=True, padding_value=0).to(device)  # (B, T)
             ends = torch.from_numpy(lengths[batch]).to(device)  # (B,)
             mask = (torch.arange(padded.shape[1], device=device) < ends[:, None]).long()  # (B, T)
-            hidden = network(input_ids=padded, attention_mask=mask).last_hidden_state  # (B, T, H)
+            hidden = hidden_states(network, padded, mask)  # (B, T, H)
             embeddings[batch] = pool(hidden, mask, pooling).cpu()  # (B, H)
             bar.update(int(lengths[batch].sum()))
     bad = int((~embeddings.isfinite()).any(dim=1).sum())

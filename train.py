@@ -174,7 +174,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
 
     checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
     earlier = checkpoint.with_name("best_model.earlier.pt")  # of another run, and so of another history
-    if checkpoint.exists():
+    if checkpoint.is_file():
         checkpoint.replace(earlier)
     write_history(args.output_dir, history)
 
@@ -273,8 +273,8 @@ def main(argv: list[str] | None = None) -> None:
         from support.demo import demo_folder
 
         demo = demo_folder(args.demo_dir)
-        args.data_path = args.data_path or str(demo / "battles.parquet")
-        args.model_path = args.model_path or str(demo / "encoder")
+        args.data_path = str(demo / "battles.parquet") if args.data_path is None else args.data_path
+        args.model_path = str(demo / "encoder") if args.model_path is None else args.model_path
 
     from query_representation import find_encoder, is_hub_id
 

@@ -67,7 +67,7 @@ def comma_separated(text: str) -> list[str]:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    if sys.stdout is not None:  # a log file shows each epoch as it ends, and takes any model's name
+    if hasattr(sys.stdout, "reconfigure"):  # a log file shows each epoch as it ends, and takes any model's name
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
@@ -79,8 +79,8 @@ def run_command(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        # Standard output is gone or full; without this, Python's own last flush of it would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:  # it may be gone or full, and Python's own last flush of it would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # `... | head` has seen enough
             sys.exit(1)
         print("error:", error, file=sys.stderr)

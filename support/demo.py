@@ -76,7 +76,7 @@ def demo_folder(demo_dir: str | None = None, seed: int = 0) -> Path:
 
     It lies in `demo_dir` (default: the user's cache folder), under a name that changes whenever this file does.
     """
-    parent = make_folder(demo_dir or user_cache_folder(), "--demo_dir")
+    parent = make_folder(user_cache_folder() if demo_dir is None else demo_dir, "--demo_dir")
     folder = parent / f"demo-{content_hash([__file__])[:12]}-{seed}"
     if all((folder / name).is_file() for name in FILES):
         return folder

@@ -32,6 +32,8 @@ def atomic_write(path: str | Path, data: bytes) -> None:
 
 def make_folder(path: str | Path, flag: str) -> Path:
     """Create the folder that `flag` names, with its parents, and make sure that it can be written to."""
+    if not str(path):
+        raise UserError(f"{flag} is empty; expected a folder")
     folder = Path(os.path.expanduser(path))
     probe = folder / f".probe.{os.getpid()}"
     try:

@@ -69,7 +69,7 @@ def find_layout(table: Table, score_columns: list[str] | None = None) -> Layout:
     elif prompt and "scores" in found:
         return Layout("nested", prompt, ("scores",))
     elif prompt:
-        models = [name for name in table.numeric if _is_model(name)]
+        models = [name for name in table.numeric if name != prompt and _is_model(name)]
         if models:
             return Layout("wide", prompt, tuple(models))
     raise UserError(f"{table.file} has the columns {listed(table.columns)}; expected {LAYOUTS}")
@@ -86,7 +86,7 @@ class Rows:
     def __init__(self):
         self.read = 0
         self.dropped = Counter()  # reason -> rows
-        self.scores_missing = 0  # empty cells of wide score tables, in rows that are kept
+        self.scores_missing = 0  # or not finite, in rows of wide and nested tables that are kept
         self.repaired = 0  # texts in which lone surrogates were replaced
         self.queries = []  # the first spelling of each
         self.query_number = {}  # query with white space folded -> its place in queries

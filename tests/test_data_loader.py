@@ -252,6 +252,11 @@ def test_content_nested_too_deep_is_no_text(tmp_path):
     assert counts["rows_dropped"] == {"without query text": 1}
 
 
+def test_prompts_that_are_numbers_are_no_model(tmp_path):
+    battles, _ = load_battles(write_csv(tmp_path / "a.csv", [{"prompt": 12 + i, "A": i, "B": 0} for i in range(2)]))
+    assert as_rows(battles) == [("12", "A", "B", 0.5), ("13", "A", "B", 1.0)]
+
+
 def test_a_column_that_begins_late_is_a_column(tmp_path):
     rows = [{"prompt": f"p{i}", "m1": 1, "m2": 0} for i in range(4500)] + [{"prompt": "late", "m1": 0, "m3": 1}]
     _, counts = load_battles(write_lines(tmp_path / "a.jsonl", rows))

@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from query_representation import (
@@ -147,7 +149,7 @@ def test_a_pad_token_outside_the_vocabulary_does_no_harm_and_a_foreign_tokenizer
     network.resize_token_embeddings(tokenizer.pad_token_id)
     torch.testing.assert_close(encode(QUERIES, tokenizer, network), expected)
     network.resize_token_embeddings(20)
-    with pytest.raises(UserError, match="the encoder knows 20: they do not belong together"):
+    with pytest.raises(UserError, match="the encoder knows 20; they are of two models"):
         encode(QUERIES, tokenizer, network)
 
 
@@ -155,9 +157,21 @@ def test_the_width_is_that_of_the_output_and_not_of_the_configuration(encoders):
     tokenizer, network = load_encoder(encoders["gpt2"], CPU, torch.float32)
     network.config.hidden_size = 999
     assert encode(QUERIES, tokenizer, network).shape == (len(QUERIES), 32)
-    network.forward = lambda pixel_values: None
-    with pytest.raises(UserError, match="GPT2Model does not encode text"):
-        encode(QUERIES, tokenizer, network)
+
+
+def test_a_network_that_does_not_encode_text_is_one_clear_line(encoders, tmp_path):
+    shutil.copytree(encoders["bert"], tmp_path / "vit", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(UserError, match="ViTModel cannot encode 1 texts of 8 tokens"):
+        encode(QUERIES, *load_encoder(tmp_path / "vit", CPU, torch.float32))
+
+
+@pytest.mark.parametrize("stated", ["512", -1, 0, 10**30])
+def test_a_tokenizer_that_states_no_sensible_limit_sets_none(encoders, stated):
+    tokenizer, network = load_encoder(encoders["qwen2"], CPU, torch.float32)
+    tokenizer.model_max_length = stated
+    assert longest_input(tokenizer, network) == 1024
 
 
 def test_the_encoder_is_frozen(encoders):

@@ -412,6 +412,13 @@ def test_more_clusters_than_training_queries(fails, tmp_path, demo_dir):
     assert not (tmp_path / "training_history.json").exists()
 
 
+@pytest.mark.parametrize("flag", ["--output_dir", "--demo_dir", "--model_path", "--data_path"])
+def test_an_empty_path_is_not_this_folder(fails, demo_dir, tmp_path, flag):
+    paths = {"--output_dir": str(tmp_path), "--demo_dir": str(demo_dir)} | {flag: ""}
+    message = fails("--demo", *(word for pair in paths.items() for word in pair))
+    assert "is empty" in message or "no model folder at" in message or "no data at" in message
+
+
 def test_folders_that_cannot_be_written(fails, tmp_path):
     (tmp_path / "file").write_text("")
     inside = str(tmp_path / "file" / "folder")
