@@ -149,7 +149,7 @@ def test_a_pad_token_outside_the_vocabulary_does_no_harm_and_a_foreign_tokenizer
     network.resize_token_embeddings(tokenizer.pad_token_id)
     torch.testing.assert_close(encode(QUERIES, tokenizer, network), expected)
     network.resize_token_embeddings(20)
-    with pytest.raises(UserError, match="the encoder knows 20; they are of two models"):
+    with pytest.raises(UserError, match="the encoder knows 20: they are not of one model"):
         encode(QUERIES, tokenizer, network)
 
 
