@@ -48,10 +48,6 @@ def test_the_output_to_expect_is_what_a_run_prints(demo_dir, tmp_path, capsys):
     assert shape(printed)[-len(shape(expected)) :] == shape(expected)
 
 
-def test_no_placeholder_is_left():
-    assert "@" not in README
-
-
 def test_the_example_that_reads_results_runs(run_demo, tmp_path):
     for name in ("one", "two"):
         _, output = run_demo("--limit", "300", "--epochs", "1", "--num_clusters", "0")
