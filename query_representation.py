@@ -104,7 +104,7 @@ def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"{type(network).__name__} cannot encode {ids.shape[0]} texts of {ids.shape[1]} tokens "
-            f"({type(error).__name__}: {reason}); expected a text encoder"
+            f"({type(error).__name__}: {reason}); expected a text encoder, and memory for it"
         ) from error
 
 

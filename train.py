@@ -48,9 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     encoder = parser.add_argument_group("encoder, frozen")
     encoder.add_argument("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")
     encoder.add_argument("--pooling", choices=["mean", "last"], default="mean", help="of a query's token states")
-    encoder.add_argument(
-        "--max_length", type=whole_number(1, 2**20), default=512, help="tokens of a query that are read"
-    )
+    encoder.add_argument("--max_length", type=whole_number(1, 2**20), default=512, help="tokens read of a query")
     encoder.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: cuda, else mps, else cpu")
     encoder.add_argument(
         "--dtype",
@@ -261,8 +259,10 @@ def compare_with_truth(demo: Path, test, history: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train as the flags say. Raises `UserError` on anything the user can mend."""
     args = parse_args(argv)
     args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
+
     from data_loader import data_files, load_battles, split_battles
 
     if args.data_path is not None:

@@ -147,7 +147,7 @@ class Rows:
         if len(valid) < 2:
             return "with fewer than two scores"
         self.scores_missing += len(values) - len(valid)
-        group = self.group_number.setdefault(("row", self.read), len(self.group_number))
+        group = self.group_number.setdefault((None, self.read), len(self.group_number))  # an id is never None there
         self.scores += [(group, self.query(text), self.model(name), value) for name, value in valid]
         return None
 
@@ -239,11 +239,12 @@ def _content(content: object) -> str:
 
 
 def _prompt(prompt: object) -> str:
-    """A prompt: a string, or a list of turns (also as JSON) whose first element counts."""
+    """A prompt: a string, a number, or a list of turns (also as JSON) whose first element counts."""
     turns = prompt if isinstance(prompt, list) else _json(prompt)
     if isinstance(turns, list) and all(turn is None or isinstance(turn, str) for turn in turns):
         return (turns[0] if turns else None) or ""
-    return prompt if isinstance(prompt, str) else ""
+    is_number = type(prompt) is int or (isinstance(prompt, float) and math.isfinite(prompt))
+    return str(prompt) if isinstance(prompt, str) or is_number else ""
 
 
 def _nested(scores: object) -> list[tuple]:

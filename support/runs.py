@@ -49,7 +49,7 @@ def environment(device, dtype: str) -> dict:
     """What the numbers of a run may depend on."""
     import torch
 
-    packages = ("torch", "transformers", "scikit-learn", "pandas", "pyarrow", "numpy")
+    packages = ("torch", "transformers", "tokenizers", "scikit-learn", "scipy", "pandas", "pyarrow", "numpy")
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -204,6 +204,11 @@ def test_prompt_ids_that_repeat_or_are_empty_do_not_mix_prompts(tmp_path):
     write_csv(tmp_path / "shards" / "a.csv", [row(0, "x", "m1", 1), row(0, "x", "m2", 0)])
     write_csv(tmp_path / "shards" / "b.csv", [row(0, "y", "m1", 0), row(0, "y", "m3", 1)])
     assert as_rows(load_battles(str(tmp_path / "shards"))[0]) == [("x", "m1", "m2", 1.0), ("y", "m1", "m3", 0.0)]
+    # A wide table among the shards: its rows are groups of their own, whatever an id may be called.
+    write_csv(tmp_path / "shards" / "0.csv", [{"prompt": "x", "m1": 1, "m2": 0}])
+    write_csv(tmp_path / "shards" / "a.csv", [row("row", "x", "m3", 1), row("row", "x", "m4", 0)])
+    battles, _ = load_battles(str(tmp_path / "shards"))
+    assert as_rows(battles) == [("x", "m1", "m2", 1.0), ("x", "m3", "m4", 1.0), ("y", "m1", "m3", 0.0)]
     rows = [row("", prompt, model, label) for prompt in "xy" for model, label in (("m1", 1), ("m2", 0))]
     battles, counts = load_battles(write_csv(tmp_path / "empty.csv", rows))
     assert as_rows(battles) == [("x", "m1", "m2", 1.0), ("y", "m1", "m2", 1.0)]
@@ -253,8 +258,18 @@ def test_content_nested_too_deep_is_no_text(tmp_path):
 
 
 def test_prompts_that_are_numbers_are_no_model(tmp_path):
-    battles, _ = load_battles(write_csv(tmp_path / "a.csv", [{"prompt": 12 + i, "A": i, "B": 0} for i in range(2)]))
-    assert as_rows(battles) == [("12", "A", "B", 0.5), ("13", "A", "B", 1.0)]
+    rows = [{"prompt": 12 + i, "A": i, "B": 0} for i in range(2)]
+    for number, write in enumerate((write_csv, write_lines, write_parquet)):
+        battles, _ = load_battles(write(tmp_path / str(number), rows))
+        assert as_rows(battles) == [("12", "A", "B", 0.5), ("13", "A", "B", 1.0)]
+
+
+def test_prompts_that_are_odd_numbers(tmp_path):
+    prompts = [10**400, float("nan"), float("inf"), True, 1.5]
+    rows = [{"prompt": prompt, "model_a": "x", "model_b": "y", "winner": "tie"} for prompt in prompts]
+    battles, counts = load_battles(write_lines(tmp_path / "a.jsonl", rows))
+    assert battles.queries == [str(10**400), "1.5"]
+    assert counts["rows_dropped"] == {"without query text": 3}
 
 
 def test_a_column_that_begins_late_is_a_column(tmp_path):
