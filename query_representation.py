@@ -1,9 +1,9 @@
 """Query tower: a frozen Hugging Face encoder, K-means clusters of its embeddings, and an MLP over both."""
 
-import os
-import re
 import sys
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,89 +11,15 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from support.files import UserError, content_hash
+from support.embedding_cache import EmbeddingCache, query_keys
+from support.encoder import encoder_fingerprint, find_encoder, load_encoder, longest_input
+from support.files import UserError
 
 # Tokens per batch: enough to keep the device busy, few enough that long queries still fit.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768, "mps": 8192}
-ASSIGN_ROWS = 65536  # queries compared with the centroids at a time
-
-
-def is_hub_id(model_path: str) -> bool:
-    """Whether `model_path` is no folder here and has the form of a hub id, `owner/name`."""
-    return not os.path.exists(os.path.expanduser(model_path)) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", model_path))
-
-
-def find_encoder(model_path: str) -> Path:
-    """The folder of an encoder, given as a folder or as a hub id, which is downloaded on first use.
-
-    Raises `UserError` where there is no such folder, or no model in it.
-    """
-    folder = _download(model_path) if is_hub_id(model_path) else Path(os.path.expanduser(model_path))
-    if not model_path or not os.path.isdir(folder):
-        raise UserError(
-            f"no model folder at {model_path}; get Qwen2-0.5B with `hf download Qwen/Qwen2-0.5B --local-dir "
-            "../model/Qwen2-0.5B`, or name another folder or hub id (owner/name) with --model_path, or use --demo"
-        )
-    missing = []
-    if not (folder / "config.json").is_file():
-        missing.append("config.json")
-    if not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        missing.append("weights (*.safetensors)")
-    if not any([*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("*.model")]):
-        missing.append("a tokenizer")
-    if missing:
-        raise UserError(
-            f"{model_path} is not a Hugging Face model: it lacks {', '.join(missing)}; expected what "
-            "`hf download OWNER/NAME --local-dir FOLDER` or `save_pretrained(FOLDER)` leaves there"
-        )
-    return folder
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    elsewhere = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.gguf"]  # formats we do not read
-    try:
-        return Path(snapshot_download(hub_id, ignore_patterns=elsewhere))
-    except Exception as error:  # the hub's client has no common base for what it raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{hub_id} is no folder here and could not be downloaded as a hub id: {reason}") from error
-
-
-def encoder_fingerprint(folder: Path) -> str:
-    """SHA-256 (hex) over an encoder's weights, configuration and tokenizer, wherever its folder lies."""
-    kinds = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
-    return content_hash(sorted(file for kind in kinds for file in folder.glob(kind)))
-
-
-def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
-    """An encoder's tokenizer and network, frozen, on `device`. Raises `UserError` where they do not load whole."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        local = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-        network, info = transformers.AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **local)
-    except Exception as error:  # a broken folder raises whatever its parsers raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder} could not be loaded as a Hugging Face encoder: {reason}") from error
-    # A pooler's output is never used, so a checkpoint may lack it; anything else would stay random.
-    lacking = sorted(name for name in info["missing_keys"] if "pooler" not in name)
-    if lacking or info["mismatched_keys"]:
-        raise UserError(
-            f"the weights in {folder} do not fill the encoder of its config.json: {len(lacking)} missing "
-            f"({', '.join(lacking[:3]) or 'none'}), {len(info['mismatched_keys'])} of another shape"
-        )
-    if network.config.is_encoder_decoder:
-        network = network.get_encoder()
-    network.config.use_cache = False  # no text is generated, so keys and values need not be kept
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer in {folder} has no pad, eos or unk token; expected at least one of them")
-    return tokenizer, network.to(device).eval().requires_grad_(False)
+ROWS_AT_ONCE = 65536  # embeddings standardised or compared with the centroids at a time
+LLOYD_QUERIES = 100_000  # with more of them, K-means goes by mini-batches
+SECONDS_PER_SHARD = 5  # of encoding that a killed run loses at most
 
 
 def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -104,18 +30,9 @@ def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"{type(network).__name__} cannot encode {ids.shape[0]} texts of {ids.shape[1]} tokens "
-            f"({type(error).__name__}: {reason}); expected a text encoder, and memory for it"
+            f"({type(error).__name__}: {reason}); expected a text encoder, and memory for it, of which a lower "
+            "--encode_tokens needs less"
         ) from error
-
-
-def longest_input(tokenizer, network) -> int:
-    """The most tokens that an encoder takes; a very large number where it states no limit."""
-    positions = getattr(network.config, "max_position_embeddings", None) or 0
-    for name, module in network.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions -= module.padding_idx + 1  # RoBERTa and its kin number positions from there
-    stated = [limit for limit in (tokenizer.model_max_length, positions) if isinstance(limit, int) and limit > 0]
-    return min(stated, default=sys.maxsize)
 
 
 def tokenize(queries: list[str], tokenizer, max_length: int) -> list[torch.Tensor]:
@@ -163,54 +80,159 @@ def _vocabulary(network) -> int:
 
 
 @torch.inference_mode()
-def encode(queries: list[str], tokenizer, network, max_length: int = 512, pooling: str = "mean") -> torch.Tensor:
-    """Embeddings of `queries` in their order: float32 (Q, H), on the CPU.
+def encode_batches(
+    queries: list[str],
+    tokenizer,
+    network,
+    max_length: int,
+    pooling: str,
+    tokens_per_batch: int | None,
+    stored: np.ndarray,
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Encode distinct queries batch by batch: indices into them (B,) and their embeddings, float32 (B, H) on the CPU.
 
-    Queries longer than `max_length` tokens (at most `longest_input`) are cut. A progress bar on stderr counts
-    tokens. Raises `UserError` where embeddings are not finite.
+    The batches follow from the set of queries alone, not from their order or from what is stored: the same set
+    gives the same bits, however often it was interrupted. `stored` (Q,), bool, is looked at before each batch: one
+    whose queries are all stored is passed over. Queries longer than `max_length` tokens, or than the encoder takes,
+    are cut. A progress bar on stderr counts tokens. Raises `UserError` where an embedding is not finite.
     """
     from tqdm import tqdm
 
-    ids = tokenize(queries, tokenizer, max_length)
+    order = np.array(sorted(range(len(queries)), key=queries.__getitem__))  # (Q,)
+    ids = tokenize([queries[i] for i in order], tokenizer, min(max_length, longest_input(tokenizer, network)))
     lengths = np.array([len(query_ids) for query_ids in ids])  # (Q,)
-    device = network.device
-    probe = torch.ones(1, 8, dtype=torch.int64, device=device)  # (1, T)
-    width = hidden_states(network, probe, probe).shape[2]  # H: not every configuration states it
     vocabulary = _vocabulary(network)
     highest = max(int(query_ids.max()) for query_ids in ids)
     if highest >= vocabulary:
         raise UserError(
             f"the tokenizer gives token {highest}, the encoder knows {vocabulary}: they are not of one model"
         )
-    embeddings = torch.empty(len(queries), width)  # (Q, H)
+    device = network.device
+    batches = plan_batches(lengths, tokens_per_batch or TOKENS_PER_BATCH[device.type])
+    batches = [batch for batch in batches if not stored[order[batch]].all()]
+    # The longest first, which shows at once whether they fit. The rest in any order: the time left is then right from
+    # the start, and runs side by side work on different batches.
+    batches[1:] = [batches[1 + i] for i in np.random.default_rng().permutation(len(batches) - 1)]
+    total = int(sum(lengths[batch].sum() for batch in batches))
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file need not hold every step
-    with tqdm(total=int(lengths.sum()), desc="encode", unit="tok", unit_scale=True, delay=1, mininterval=every) as bar:
-        for batch in plan_batches(lengths, TOKENS_PER_BATCH[device.type]):
-            # Padding is masked, so any token does; a pad token may lie outside the encoder's vocabulary.
-            padded = pad_sequence([ids[i] for i in batch], batch_first=True, padding_value=0).to(device)  # (B, T)
-            ends = torch.from_numpy(lengths[batch]).to(device)  # (B,)
-            mask = (torch.arange(padded.shape[1], device=device) < ends[:, None]).long()  # (B, T)
-            hidden = hidden_states(network, padded, mask)  # (B, T, H)
-            embeddings[batch] = pool(hidden, mask, pooling).cpu()  # (B, H)
+    with tqdm(total=total, desc="encode", unit="tok", unit_scale=True, delay=1, mininterval=every) as bar:
+        for batch in batches:
+            if not stored[order[batch]].all():
+                # Padding is masked, so any token does; a pad token may lie outside the encoder's vocabulary.
+                padded = pad_sequence([ids[i] for i in batch], batch_first=True).to(device)  # (B, T)
+                ends = torch.from_numpy(lengths[batch]).to(device)  # (B,)
+                mask = (torch.arange(padded.shape[1], device=device) < ends[:, None]).long()  # (B, T)
+                hidden = hidden_states(network, padded, mask)  # (B, T, H)
+                embeddings = pool(hidden, mask, pooling).cpu()  # (B, H)
+                if not embeddings.isfinite().all():
+                    one = queries[order[batch[0]]][:40]
+                    raise UserError(
+                        f"embeddings of {len(batch)} queries, such as {one!r}, are not finite in {network.dtype}; "
+                        "try --dtype float32, and if it is that already, get the encoder's weights again"
+                    )
+                yield order[batch], embeddings
             bar.update(int(lengths[batch].sum()))
-    bad = int((~embeddings.isfinite()).any(dim=1).sum())
-    if bad:
-        raise UserError(
-            f"{bad} of {len(queries)} embeddings are not finite in {network.dtype}; "
-            "try --dtype float32, and if it is that already, get the encoder's weights again"
-        )
+
+
+def encode(
+    queries: list[str],
+    tokenizer,
+    network,
+    max_length: int = 512,
+    pooling: str = "mean",
+    tokens_per_batch: int | None = None,
+) -> torch.Tensor:
+    """Embeddings of distinct queries in their order: float32 (Q, H), on the CPU, as `encode_batches` makes them."""
+    embeddings, stored = None, np.zeros(len(queries), bool)
+    for batch, vectors in encode_batches(queries, tokenizer, network, max_length, pooling, tokens_per_batch, stored):
+        if embeddings is None:
+            embeddings = torch.empty(len(queries), vectors.shape[1])  # (Q, H)
+        embeddings[batch] = vectors
     return embeddings
 
 
+def pick_dtype(name: str, device: torch.device) -> str:
+    """What `--dtype` names; "auto" is bfloat16 where the device multiplies it faster than float32."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+
+
+def embed(
+    queries: list[str],
+    model_path: str,
+    device: torch.device,
+    dtype: str = "auto",
+    pooling: str = "mean",
+    max_length: int = 512,
+    tokens_per_batch: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[torch.Tensor, dict, int]:
+    """Embeddings of distinct queries: float32 (Q, H) on the CPU, read from the cache as far as they stand there.
+
+    Without `cache_dir` nothing is read or kept. Returns also what a checkpoint must know of the encoder, and how many
+    queries were not cached; where none is missing, neither encoder nor tokenizer is loaded. Raises `UserError` where
+    there is no encoder at `model_path` (a folder or a hub id), it cannot encode, or the cache cannot be written.
+    """
+    folder, dtype = find_encoder(model_path), pick_dtype(dtype, device)
+    usage = {
+        "fingerprint": encoder_fingerprint(folder),
+        "pooling": pooling,
+        "max_length": max_length,
+        "dtype": dtype,
+    }
+    if cache_dir is None:
+        encoder = load_encoder(folder, device, getattr(torch, dtype))
+        embeddings = encode(queries, *encoder, max_length, pooling, tokens_per_batch)  # (Q, H)
+        tokens_read, num_missing = min(max_length, longest_input(*encoder)), len(queries)
+    else:
+        cache, keys = EmbeddingCache(cache_dir, usage), query_keys(queries)
+        stored = cache.look_up(keys)  # (Q,)
+        num_missing = int((~stored).sum())
+        if num_missing:
+            encoder = load_encoder(folder, device, getattr(torch, dtype))
+            facts = {"path": str(folder.absolute()), "tokens_read": min(max_length, longest_input(*encoder))}
+            batches = encode_batches(queries, *encoder, max_length, pooling, tokens_per_batch, stored)
+            fill(cache, keys, stored, batches, facts)
+        embeddings, tokens_read = cache.read(keys), cache.facts["tokens_read"]  # (Q, H)
+    facts = {"path": str(model_path), "max_length": tokens_read, "width": embeddings.shape[1]}
+    return embeddings, usage | facts, num_missing
+
+
+def fill(cache: EmbeddingCache, keys: list[bytes], stored: np.ndarray, batches: Iterator, facts: dict) -> None:
+    """Store batches as they come, some seconds' worth in a shard; `stored` (Q,) is kept up with what all runs store."""
+    waiting, since = [], time.monotonic()
+
+    def flush():
+        batch, vectors = (np.concatenate(part) for part in zip(*waiting, strict=True))  # (n,), (n, H)
+        waiting.clear()
+        cache.store([keys[i] for i in batch], vectors, facts)
+        stored[:] = cache.look_up(keys)
+
+    try:
+        for batch in batches:
+            waiting.append(batch)
+            if time.monotonic() - since >= SECONDS_PER_SHARD:
+                flush()
+                since = time.monotonic()
+    finally:  # what an error or Ctrl-C leaves is kept too
+        if waiting:
+            flush()
+
+
 def fit_centroids(points: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:
-    """K-means centroids (K, H) of points (Q, H), Q >= K, by one k-means++ start."""
-    from sklearn.cluster import KMeans
+    """K-means centroids (K, H) of points (Q, H), Q >= K, by one k-means++ start; of many points by mini-batches."""
+    from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1), warnings.catch_warnings():  # with more threads one seed gives several results
         warnings.simplefilter("ignore", ConvergenceWarning)  # where fewer than K points differ, clusters stay empty
-        kmeans = KMeans(num_clusters, n_init=1, random_state=seed).fit(points.numpy())
+        method = KMeans if len(points) <= LLOYD_QUERIES else MiniBatchKMeans
+        kmeans = method(num_clusters, n_init=1, random_state=seed).fit(points.numpy())
     return torch.from_numpy(kmeans.cluster_centers_)  # (K, H)
 
 
@@ -248,7 +270,9 @@ class QueryTower(nn.Module):
         """Take statistics and centroids from the embeddings (Q, H) of the distinct training queries."""
         from sklearn.preprocessing import StandardScaler
 
-        scaler = StandardScaler().fit(embeddings.double().numpy())  # gives constant dimensions the scale 1
+        scaler = StandardScaler()  # gives constant dimensions the scale 1
+        for chunk in embeddings.split(ROWS_AT_ONCE):
+            scaler.partial_fit(chunk.double().numpy())
         self.mean.copy_(torch.from_numpy(scaler.mean_))
         self.scale.copy_(torch.from_numpy(scaler.scale_))
         if len(self.centroids):
@@ -256,7 +280,7 @@ class QueryTower(nn.Module):
 
     def standardise(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Encoder embeddings (Q, H) in the space of the centroids and of `forward` (Q, H)."""
-        return (embeddings - self.mean) / self.scale  # (Q, H)
+        return (embeddings - self.mean).div_(self.scale)  # (Q, H), without a third array of that size
 
     def assign(self, points: torch.Tensor) -> torch.Tensor:
         """Index of the nearest centroid of each standardised embedding (Q, H): int64 (Q,), zeros if K is 0."""
@@ -264,7 +288,7 @@ class QueryTower(nn.Module):
             return torch.zeros(len(points), dtype=torch.int64, device=points.device)
         # |x - c|² without |x|², which is the same for every centroid
         offset = self.centroids.square().sum(1)  # (K,)
-        chunks = points.split(ASSIGN_ROWS)
+        chunks = points.split(ROWS_AT_ONCE)
         return torch.cat([(offset - 2 * chunk @ self.centroids.T).argmin(1) for chunk in chunks])  # (Q,)
 
     def forward(self, points: torch.Tensor, cluster_idx: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from support.command_line import OneLineParser, comma_separated, real_number, run_command, whole_number
-from support.files import UserError, make_folder
+from support.files import UserError, make_folder, user_cache_folder
 from support.runs import environment, pick_device, print_data, print_test, timed, write_history
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
@@ -54,8 +54,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
-        help="of the encoder; auto is bfloat16 on cuda, else float32; embeddings and towers are float32",
+        help="of the encoder; auto is bfloat16 where the device is faster with it, else float32",
     )
+    encoder.add_argument(
+        "--encode_tokens",
+        metavar="N",
+        type=whole_number(1),
+        help="tokens per batch of queries; without it 2048 on cpu, 32768 on cuda, 8192 on mps",
+    )
+    encoder.add_argument("--cache_dir", metavar="DIR", help="where embeddings are kept, else the user's cache folder")
+    encoder.add_argument("--no_cache", action="store_true", help="neither read nor keep embeddings")
 
     towers = parser.add_argument_group("towers")
     towers.add_argument("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
@@ -88,30 +96,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.no_model_id and args.no_capability:
         parser.error("--no_model_id and --no_capability together leave the model tower without input")
     return args
-
-
-def embed(args: argparse.Namespace, queries: list[str], device) -> tuple:
-    """Embeddings (Q, H) of the queries, and what a checkpoint must know of the encoder."""
-    import torch
-
-    from query_representation import encode, encoder_fingerprint, find_encoder, load_encoder, longest_input
-
-    folder = find_encoder(args.model_path)
-    auto = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    dtype = auto if args.dtype == "auto" else args.dtype
-    tokenizer, network = load_encoder(folder, device, getattr(torch, dtype))
-    max_length = min(args.max_length, longest_input(tokenizer, network))
-    if max_length < args.max_length:
-        print(f"encoder  reads at most {max_length} tokens of a query, fewer than --max_length {args.max_length}")
-    embeddings = encode(queries, tokenizer, network, max_length, args.pooling)  # (Q, H)
-    return embeddings, {
-        "path": str(args.model_path),
-        "fingerprint": encoder_fingerprint(folder),
-        "width": embeddings.shape[1],
-        "pooling": args.pooling,
-        "max_length": max_length,
-        "dtype": dtype,
-    }
 
 
 def to_tensors(battles, device) -> tuple:
@@ -168,6 +152,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
 
     import metrics
     from loss import bce_loss, bpr_loss, hinge_loss
+    from query_representation import embed
     from rankrouter import RankRouter
 
     checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
@@ -178,11 +163,26 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
 
     queries = split.train.queries
     with timed(timing, "encode"):
-        embeddings, encoder = embed(args, queries, device)  # (Q, H)
-    timing["queries_encoded"] = len(queries)
+        embeddings, encoder, num_encoded = embed(
+            queries,
+            args.model_path,
+            device,
+            dtype=args.dtype,
+            pooling=args.pooling,
+            max_length=args.max_length,
+            tokens_per_batch=args.encode_tokens,
+            cache_dir=None if args.no_cache else args.cache_dir or user_cache_folder(),
+        )  # (Q, H)
+    timing |= {"queries_encoded": num_encoded, "queries_from_cache": len(queries) - num_encoded}
+    tokens_read = encoder["max_length"]
+    if tokens_read < args.max_length:
+        print(f"encoder  reads at most {tokens_read} tokens of a query, fewer than --max_length {args.max_length}")
     history["environment"] = environment(device, encoder["dtype"])
     history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
-    print(f"encode   {len(queries)} queries, {encoder['width']} wide, {encoder['dtype']}: {timing['encode']:.1f} s")
+    print(
+        f"encode   {len(queries)} queries, {encoder['width']} wide, {encoder['dtype']}: "
+        f"{len(queries) - num_encoded} from the cache, {num_encoded} encoded, {timing['encode']:.1f} s"
+    )
 
     # Towers; standardisation and clusters see training queries only
     torch.manual_seed(args.seed)
@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         args.data_path = str(demo / "battles.parquet") if args.data_path is None else args.data_path
         args.model_path = str(demo / "encoder") if args.model_path is None else args.model_path
 
-    from query_representation import find_encoder, is_hub_id
+    from support.encoder import find_encoder, is_hub_id
 
     if not is_hub_id(args.model_path):
         find_encoder(args.model_path)  # as is a missing model; a download can wait until the data are read

@@ -25,18 +25,8 @@ from transformers import (
     ViTModel,
 )
 
-from query_representation import (
-    QueryTower,
-    encode,
-    encoder_fingerprint,
-    find_encoder,
-    fit_centroids,
-    load_encoder,
-    longest_input,
-    plan_batches,
-    pool,
-    tokenize,
-)
+from query_representation import QueryTower, encode, fit_centroids, plan_batches, pool, tokenize
+from support.encoder import encoder_fingerprint, find_encoder, load_encoder, longest_input
 from support.files import UserError
 
 CPU = torch.device("cpu")
@@ -163,7 +153,7 @@ def test_a_network_that_does_not_encode_text_is_one_clear_line(encoders, tmp_pat
     shutil.copytree(encoders["bert"], tmp_path / "vit", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path / "vit")
-    with pytest.raises(UserError, match="ViTModel cannot encode 1 texts of 8 tokens"):
+    with pytest.raises(UserError, match="ViTModel cannot encode 6 texts of 300 tokens"):
         encode(QUERIES, *load_encoder(tmp_path / "vit", CPU, torch.float32))
 
 
