@@ -7,7 +7,16 @@ from pathlib import Path
 
 from support.command_line import OneLineParser, comma_separated, real_number, run_command, whole_number
 from support.files import UserError, make_folder, user_cache_folder
-from support.runs import environment, pick_device, print_data, print_test, timed, write_history
+from support.runs import (
+    environment,
+    pick_device,
+    print_data,
+    print_encoding,
+    print_test,
+    reuse_freed_memory,
+    timed,
+    write_history,
+)
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
 # been checked: --help and a typo answer at once.
@@ -112,20 +121,24 @@ def train_epoch(router, optimiser, loss_of, points, cluster_idx, battles: tuple,
 
     router.train()
     order = torch.randperm(len(battles[0])).to(points.device)  # (N,)
-    total = 0.0
-    for step, batch in enumerate(order.split(batch_size)):
-        query, model_a, model_b, outcome = (column[batch] for column in battles)  # (B,) each
+    batches = zip(*(column[order].split(batch_size) for column in battles), strict=True)
+    losses = []
+    for query, model_a, model_b, outcome in batches:  # (B,) each
         scores = router(points[query], cluster_idx[query])  # (B, M)
         score_a = scores.gather(1, model_a[:, None])[:, 0]  # (B,)
         score_b = scores.gather(1, model_b[:, None])[:, 0]  # (B,)
         loss = loss_of(score_a, score_b, outcome)
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} at step {step}; try a lower --lr or --margin")
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        total += loss.item() * len(batch)
-    return total / len(order)
+        losses.append(loss.detach())
+    losses = torch.stack(losses).cpu()  # (steps,), looked at here and not at each step, for which a GPU would wait
+    bad = (~losses.isfinite()).nonzero()[:, 0]  # (steps that failed,)
+    if len(bad):
+        raise UserError(f"the loss is {losses[bad[0]]} at step {bad[0]}; try a lower --lr or --margin")
+    sizes = torch.full_like(losses, batch_size)  # (steps,)
+    sizes[-1] = len(order) - batch_size * (len(losses) - 1)
+    return (losses.double() @ sizes.double()).item() / len(order)
 
 
 def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
@@ -174,15 +187,9 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
             cache_dir=None if args.no_cache else args.cache_dir or user_cache_folder(),
         )  # (Q, H)
     timing |= {"queries_encoded": num_encoded, "queries_from_cache": len(queries) - num_encoded}
-    tokens_read = encoder["max_length"]
-    if tokens_read < args.max_length:
-        print(f"encoder  reads at most {tokens_read} tokens of a query, fewer than --max_length {args.max_length}")
     history["environment"] = environment(device, encoder["dtype"])
     history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
-    print(
-        f"encode   {len(queries)} queries, {encoder['width']} wide, {encoder['dtype']}: "
-        f"{len(queries) - num_encoded} from the cache, {num_encoded} encoded, {timing['encode']:.1f} s"
-    )
+    print_encoding(encoder, timing, args.max_length)
 
     # Towers; standardisation and clusters see training queries only
     torch.manual_seed(args.seed)
@@ -261,6 +268,7 @@ def compare_with_truth(demo: Path, test, history: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Train as the flags say. Raises `UserError` on anything the user can mend."""
     args = parse_args(argv)
+    reuse_freed_memory()
     args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
 
     from data_loader import data_files, load_battles, split_battles
