@@ -5,18 +5,9 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
+from support import runs
 from support.command_line import OneLineParser, comma_separated, real_number, run_command, whole_number
 from support.files import UserError, make_folder, user_cache_folder
-from support.runs import (
-    environment,
-    pick_device,
-    print_data,
-    print_encoding,
-    print_test,
-    reuse_freed_memory,
-    timed,
-    write_history,
-)
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
 # been checked: --help and a typo answer at once.
@@ -63,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
-        help="of the encoder; auto is bfloat16 where the device is faster with it, else float32",
+        help="of the encoder; auto: bfloat16 where that is faster, else float32",
     )
     encoder.add_argument(
         "--encode_tokens",
@@ -108,10 +99,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def to_tensors(battles, device) -> tuple:
-    """Battles as tensors (N,): query, model a, model b, outcome."""
+    """Battles as tensors: query (N,), models a and b (N, 2), outcome (N,)."""
+    import numpy as np
     import torch
 
-    columns = (battles.query_idx, battles.model_a_idx, battles.model_b_idx, battles.outcome)
+    models = np.column_stack([battles.model_a_idx, battles.model_b_idx])  # (N, 2)
+    columns = (battles.query_idx, models, battles.outcome)
     return tuple(torch.from_numpy(column).to(device) for column in columns)
 
 
@@ -122,17 +115,16 @@ def train_epoch(router, optimiser, loss_of, points, cluster_idx, battles: tuple,
     router.train()
     order = torch.randperm(len(battles[0])).to(points.device)  # (N,)
     batches = zip(*(column[order].split(batch_size) for column in battles), strict=True)
-    losses = []
-    for query, model_a, model_b, outcome in batches:  # (B,) each
+    losses = torch.empty(-(-len(order) // batch_size), device=points.device)  # (steps,)
+    for step, (query, models, outcome) in enumerate(batches):  # (B,), (B, 2), (B,)
         scores = router(points[query], cluster_idx[query])  # (B, M)
-        score_a = scores.gather(1, model_a[:, None])[:, 0]  # (B,)
-        score_b = scores.gather(1, model_b[:, None])[:, 0]  # (B,)
+        score_a, score_b = scores.gather(1, models).unbind(1)  # (B,) each
         loss = loss_of(score_a, score_b, outcome)
-        optimiser.zero_grad()
+        router.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(loss.detach())
-    losses = torch.stack(losses).cpu()  # (steps,), looked at here and not at each step, for which a GPU would wait
+        losses[step] = loss.detach()
+    losses = losses.cpu()  # looked at here and not at each step, for which a GPU would wait
     bad = (~losses.isfinite()).nonzero()[:, 0]  # (steps that failed,)
     if len(bad):
         raise UserError(f"the loss is {losses[bad[0]]} at step {bad[0]}; try a lower --lr or --margin")
@@ -148,13 +140,14 @@ def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
     import metrics
 
     router.eval()
-    query, model_a, model_b, _ = to_tensors(battles, points.device)
+    query, models, _ = to_tensors(battles, points.device)
     distinct, row = query.unique(return_inverse=True)  # (Q,), (N,)
     with torch.no_grad():
         scores = router(points[distinct], cluster_idx[distinct])  # (Q, M)
     if not torch.isfinite(scores).all():
         raise UserError("the scores after its last step are not finite; try a lower --lr")
-    d = (scores[row, model_a] - scores[row, model_b]).cpu().double().numpy()  # (N,)
+    score_a, score_b = scores[row[:, None], models].unbind(1)  # (N,) each
+    d = (score_a - score_b).cpu().double().numpy()  # (N,)
     return d, metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx, margin)
 
 
@@ -168,14 +161,15 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
     from query_representation import embed
     from rankrouter import RankRouter
 
+    runs.tune_cpu()
     checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
     earlier = checkpoint.with_name("best_model.earlier.pt")  # of another run, and so of another history
     if checkpoint.is_file():
         checkpoint.replace(earlier)
-    write_history(args.output_dir, history)
+    runs.write_history(args.output_dir, history)
 
-    queries = split.train.queries
-    with timed(timing, "encode"):
+    queries, default = split.train.queries, user_cache_folder()
+    with runs.timed(timing, "encode"):
         embeddings, encoder, num_encoded = embed(
             queries,
             args.model_path,
@@ -184,18 +178,18 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
             pooling=args.pooling,
             max_length=args.max_length,
             tokens_per_batch=args.encode_tokens,
-            cache_dir=None if args.no_cache else args.cache_dir or user_cache_folder(),
+            cache_dir=None if args.no_cache else default if args.cache_dir is None else args.cache_dir,
         )  # (Q, H)
     timing |= {"queries_encoded": num_encoded, "queries_from_cache": len(queries) - num_encoded}
-    history["environment"] = environment(device, encoder["dtype"])
+    history["environment"] = runs.environment(device, encoder["dtype"])
     history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
-    print_encoding(encoder, timing, args.max_length)
+    runs.print_encoding(encoder, timing, args.max_length)
 
     # Towers; standardisation and clusters see training queries only
     torch.manual_seed(args.seed)
     router = RankRouter(split.train.model_names, encoder["width"], vars(args))
     train_queries = torch.from_numpy(np.unique(split.train.query_idx))
-    with timed(timing, "cluster"):
+    with runs.timed(timing, "cluster"):
         router.query_tower.fit(embeddings[train_queries], args.seed)
         router.to(device)
         points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
@@ -217,9 +211,9 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
     best_auc, best_state = -1.0, None
     for epoch in range(args.epochs):
         try:
-            with timed(timing, "train"):
+            with runs.timed(timing, "train"):
                 mean_loss = train_epoch(router, optimiser, loss_of, points, cluster_idx, battles, args.batch_size)
-            with timed(timing, "evaluate"):
+            with runs.timed(timing, "evaluate"):
                 d, val = evaluate(router, points, cluster_idx, split.val, margin)  # (N,)
         except UserError as error:
             saved = f"; the checkpoint of epoch {history['best_epoch']} is kept" if epoch else ""
@@ -234,7 +228,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
             facts = {"args": vars(args), "encoder": encoder, "epoch": epoch, "val_metrics": val}
             router.save(checkpoint, **facts, temperature=temperature)
             earlier.unlink(missing_ok=True)
-        write_history(args.output_dir, history)
+        runs.write_history(args.output_dir, history)
         print(
             f"epoch {epoch:<3}  loss {mean_loss:.4f}   val  auc {val['auc']:.4f}  accuracy {val['accuracy']:.4f}  "
             f"log loss {val['log_loss']:.4f}{'  best' if history['best_epoch'] == epoch else ''}"
@@ -242,7 +236,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
 
     # Test, once, with the weights that were kept: from memory, as another run may share the folder
     router.load_state_dict(best_state)
-    with timed(timing, "evaluate"):
+    with runs.timed(timing, "evaluate"):
         d, history["test_metrics"] = evaluate(router, points, cluster_idx, split.test, margin)
         calibrated = metrics.log_loss(d, split.test.outcome, margin, history["calibration"]["temperature"])
     history["test_metrics"]["log_loss_calibrated"] = calibrated
@@ -268,14 +262,13 @@ def compare_with_truth(demo: Path, test, history: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Train as the flags say. Raises `UserError` on anything the user can mend."""
     args = parse_args(argv)
-    reuse_freed_memory()
     args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
 
     from data_loader import data_files, load_battles, split_battles
 
     if args.data_path is not None:
         data_files(args.data_path)  # missing data is told before anything slow
-    device = pick_device(args.device)
+    device = runs.pick_device(args.device)
     demo, truth_known = None, args.data_path is None
     if None in (args.data_path, args.model_path):
         from support.demo import demo_folder
@@ -289,11 +282,11 @@ def main(argv: list[str] | None = None) -> None:
     if not is_hub_id(args.model_path):
         find_encoder(args.model_path)  # as is a missing model; a download can wait until the data are read
     timing = {}
-    with timed(timing, "load"):
+    with runs.timed(timing, "load"):
         battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed)
         split, split_counts = split_battles(battles, args.split_seed, args.split_by, args.ties)
     data = counts | split_counts
-    print_data(data)
+    runs.print_data(data)
     train_queries = data["split"]["train"]["queries"]
     if args.num_clusters > train_queries:
         raise UserError(
@@ -317,11 +310,11 @@ def main(argv: list[str] | None = None) -> None:
             compare_with_truth(demo, split.test, history)
     except BaseException:
         history["status"] = "failed"
-        write_history(args.output_dir, history)
+        runs.write_history(args.output_dir, history)
         raise
     history["status"] = "finished"
-    write_history(args.output_dir, history)
-    print_test(history)
+    runs.write_history(args.output_dir, history)
+    runs.print_test(history)
 
 
 if __name__ == "__main__":

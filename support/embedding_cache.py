@@ -26,7 +26,9 @@ FORMAT_VERSION = 1  # of the shards, and of the arithmetic from text to embeddin
 
 
 def encoders_folder(cache_dir: str | Path) -> Path:
-    """The folder of all encoders' parts."""
+    """The folder of all encoders' parts. Raises `UserError` where `cache_dir` is an empty string."""
+    if not str(cache_dir):
+        raise UserError("--cache_dir is empty; expected a folder")
     return Path(os.path.expanduser(cache_dir)) / "embeddings"
 
 
@@ -93,16 +95,18 @@ class EmbeddingCache:
         import torch
         from safetensors.torch import save
 
-        if self.facts is None:
-            self.facts = self.usage | facts | {"width": embeddings.shape[1]}
-            self._write("encoder.json", json.dumps(self.facts, indent=1).encode())
-        new = np.flatnonzero(~self.look_up(keys))  # (n,)
-        if len(new):
+        self.facts = self.facts or self.usage | facts | {"width": embeddings.shape[1]}
+        for _ in range(3):  # again where somebody has dropped the part before the shard could be mapped
+            new = np.flatnonzero(~self.look_up(keys))  # (n,)
+            if not len(new):
+                return
+            if self._read_facts() is None:
+                self._write("encoder.json", json.dumps(self.facts, indent=1).encode())
             array = np.frombuffer(b"".join(keys[i] for i in new), np.uint8).reshape(-1, 32)  # (n, 32)
             data = save({"keys": torch.from_numpy(array.copy()), "embeddings": torch.from_numpy(embeddings[new])})
             number = max((int(name[:6]) for name in self.names if name[:6].isdigit()), default=-1) + 1
             self._write(f"{number:06d}-{hashlib.sha256(data).hexdigest()}.safetensors", data)
-            self.look_up(keys)
+        raise UserError(f"{self.folder} does not keep what is written to it; choose another folder with --cache_dir")
 
     def _open(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -129,7 +133,7 @@ class EmbeddingCache:
     def _read_facts(self) -> dict | None:
         try:
             facts = json.loads((self.folder / "encoder.json").read_bytes())
-            return facts if isinstance(facts["width"], int) else None
+            return facts if all(isinstance(facts[name], int) for name in ("width", "tokens_read")) else None
         except (OSError, ValueError, KeyError, TypeError):  # not begun, or damaged: then written again
             return None
 
@@ -169,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache_dir", metavar="DIR", help="where they are, else the user's cache folder")
     parser.add_argument("--drop", metavar="NAME", help="delete this encoder's part, named by its first letters")
     args = parser.parse_args(argv)
-    cache_dir = args.cache_dir or user_cache_folder()
+    cache_dir = user_cache_folder() if args.cache_dir is None else args.cache_dir
     found = parts(cache_dir)
     if args.drop is not None:
         chosen = [part for part in found if args.drop and part["name"].startswith(args.drop)]

@@ -3,6 +3,7 @@
 Nothing else should run on the machine meanwhile. A ratio is the median over rounds that take both sides in turn.
 """
 
+import contextlib
 import json
 import resource
 import statistics
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from support.command_line import OneLineParser, run_command, whole_number  # noqa: E402
 from support.files import UserError  # noqa: E402
-from support.runs import reuse_freed_memory  # noqa: E402
+from support.runs import tune_cpu  # noqa: E402
 
 TOWERS = {
     "embedding_dim": 512,
@@ -126,7 +127,7 @@ def bench_encode(args) -> None:
     from query_representation import embed, encode, tokenize
     from support.encoder import load_encoder
 
-    reuse_freed_memory()
+    tune_cpu()
     queries = corpus(args.files, args.sizes)
     with tempfile.TemporaryDirectory() as work:
         folder = make_encoder(Path(work) / "encoder", queries)
@@ -148,7 +149,7 @@ def bench_encode(args) -> None:
         }
         try:
             from sentence_transformers import SentenceTransformer
-            from sentence_transformers.models import Pooling, Transformer
+            from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
             parts = Transformer(str(folder), max_seq_length=512), Pooling(384, "mean")
             library = SentenceTransformer(modules=list(parts), device="cpu")
@@ -190,7 +191,7 @@ def bench_step(args) -> None:
     from rankrouter import RankRouter
     from train import train_epoch
 
-    reuse_freed_memory()
+    tune_cpu()
     torch.manual_seed(0)
     num_models, width, batch_size, steps = 20, 896, 32, 200
     router = RankRouter([f"m{i}" for i in range(num_models)], width, TOWERS)
@@ -198,7 +199,7 @@ def bench_step(args) -> None:
     points, cluster_idx = torch.randn(2000, width), torch.randint(50, (2000,))
     a = torch.randint(num_models, (steps * batch_size,))
     query = torch.randint(2000, a.shape)
-    battles = (query, a, (a + 1) % num_models, torch.randint(2, a.shape).float())
+    battles = (query, torch.stack([a, (a + 1) % num_models], 1), torch.randint(2, a.shape).float())
 
     # Each linear layer: its product forward, and one backward for the weight and, but for the first, for the input.
     products = []
@@ -285,7 +286,8 @@ def bench_runs(args) -> None:
 
         # Training battles alone, as a router is trained on four fifths of them
         epoch = circulated_epoch(battles.queries, battles.select(np.arange(800)), tokenizer, network, 8)
-        ours = seconds(lambda: train.main([*flags, "--no_cache", "--output_dir", str(work / "cold")]))
+        with contextlib.redirect_stdout(None):
+            ours = seconds(lambda: train.main([*flags, "--no_cache", "--output_dir", str(work / "cold")]))
         told = f"{10 * epoch / ours:.0f} x ({10 * epoch:.0f} s, {ours:.1f} s)"
         report("10 epochs, 1,000 battles, float32, cold", "the circulated algorithm", told, ">= 60 x")
 
@@ -341,7 +343,7 @@ def measure_scale(path: str) -> None:
     from rankrouter import RankRouter
     from train import evaluate, to_tensors, train_epoch
 
-    reuse_freed_memory()
+    tune_cpu()
     stages, clock = {}, time.perf_counter()
 
     def lap(name):

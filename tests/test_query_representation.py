@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 from transformers import (
     AutoModel,
@@ -25,7 +25,8 @@ from transformers import (
     ViTModel,
 )
 
-from query_representation import QueryTower, encode, fit_centroids, plan_batches, pool, tokenize
+import query_representation
+from query_representation import QueryTower, encode, fit_centroids, pick_dtype, plan_batches, pool, tokenize
 from support.encoder import encoder_fingerprint, find_encoder, load_encoder, longest_input
 from support.files import UserError
 
@@ -83,10 +84,66 @@ def test_left_and_right_padding_tokenizers_give_the_same_bits(encoders):
     assert AutoTokenizer.from_pretrained(encoders["left"]).padding_side == "left"  # the fixture does what it says
 
 
-def test_embeddings_keep_the_order_of_the_queries(encoders):
+def test_embeddings_follow_the_queries_and_not_their_order(encoders):
     loaded = load_encoder(encoders["qwen2"], CPU, torch.float32)
-    forward, backward = encode(QUERIES, *loaded), encode(QUERIES[::-1], *loaded)
-    torch.testing.assert_close(forward, backward.flip(0), atol=1e-5, rtol=1e-4)
+    for tokens in (2048, 16):
+        forward = encode(QUERIES, *loaded, tokens_per_batch=tokens)
+        backward = encode(QUERIES[::-1], *loaded, tokens_per_batch=tokens)
+        assert torch.equal(forward, backward.flip(0))
+
+
+def test_embeddings_hardly_depend_on_the_batches(encoders):
+    loaded = load_encoder(encoders["qwen2"], CPU, torch.float32)
+    expected = encode(QUERIES, *loaded)
+    for tokens in (1, 16, 100):
+        torch.testing.assert_close(encode(QUERIES, *loaded, tokens_per_batch=tokens), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"avx2": True}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_the_dtype_is_what_the_processor_multiplies_fast(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert pick_dtype("auto", CPU) == expected
+    assert pick_dtype("float16", CPU) == "float16"
+    assert pick_dtype("auto", torch.device("mps")) == "float32"
+
+
+def test_many_points_are_clustered_by_mini_batches_and_few_by_lloyd(monkeypatch):
+    rng = np.random.default_rng(0)
+    truth = 20 * rng.normal(size=(5, 3))
+    points = torch.from_numpy(truth[rng.integers(5, size=3000)] + 0.1 * rng.normal(size=(3000, 3))).float()
+    monkeypatch.setattr(query_representation, "LLOYD_QUERIES", 2999)
+    calls = []
+    fit = MiniBatchKMeans.fit
+    monkeypatch.setattr(MiniBatchKMeans, "fit", lambda self, x: calls.append(len(x)) or fit(self, x))
+    few = fit_centroids(points[:2999], 5, 0)
+    assert not calls
+    many = fit_centroids(points, 5, 0)
+    assert calls == [3000]
+    for centroids in (few, many):
+        away = torch.cdist(centroids, torch.from_numpy(truth).float()).min(1)
+        assert away.values.max() < 0.2
+        assert sorted(away.indices.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_statistics_and_clusters_do_not_depend_on_the_chunks(monkeypatch):
+    points = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    towers = [QueryTower(6, num_clusters=4) for _ in range(2)]
+    towers[0].fit(points, 0)
+    whole = towers[0].assign(towers[0].standardise(points))
+    monkeypatch.setattr(query_representation, "ROWS_AT_ONCE", 37)
+    towers[1].fit(points, 0)
+    torch.testing.assert_close(towers[1].mean, points.mean(0))
+    torch.testing.assert_close(towers[1].scale, points.std(0, correction=0))
+    torch.testing.assert_close(towers[0].centroids, towers[1].centroids)
+    assert torch.equal(towers[1].assign(towers[1].standardise(points)), whole)
 
 
 def test_queries_are_cut_at_max_length(encoders):

@@ -190,14 +190,14 @@ def test_of_equal_epochs_the_earliest_is_kept(run_demo, monkeypatch):
 
 def test_the_history_is_written_after_every_epoch(run_demo, monkeypatch):
     written = []
-    write = train.write_history
+    write = train.runs.write_history
 
     def watched(output_dir, history):
         write(output_dir, history)
         read = json.loads((Path(output_dir) / "training_history.json").read_text())
         written.append((read["status"], len(read["train_losses"]), len(read["val_metrics"])))
 
-    monkeypatch.setattr(train, "write_history", watched)
+    monkeypatch.setattr(train.runs, "write_history", watched)
     run_demo(*QUICK)
     assert written == [("running", 0, 0), ("running", 1, 1), ("running", 2, 2), ("finished", 2, 2)]
 
@@ -214,7 +214,7 @@ def test_every_epoch_has_an_order_of_its_own(monkeypatch):
 
     router.forward = watched
     query, zeros = torch.arange(20), torch.zeros(20, dtype=torch.int64)
-    battles = (query, zeros, zeros + 1, torch.ones(20))
+    battles = (query, torch.stack([zeros, zeros + 1], 1), torch.ones(20))
     optimiser = torch.optim.SGD(router.parameters(), lr=0.1)
     for _ in range(2):
         train.train_epoch(router, optimiser, bpr_loss, query[:, None].float(), zeros, battles, batch_size=6)
@@ -305,7 +305,7 @@ def test_an_epoch_trains_with_dropout_also_after_an_evaluation():
     before = router.model_tower.capability.weight.clone()
     a, b = torch.tensor([0, 0]), torch.tensor([1, 1])
     optimiser = torch.optim.SGD(router.parameters(), lr=1)
-    train.train_epoch(router, optimiser, bpr_loss, torch.randn(1, 4), a, (a, a, b, torch.ones(2)), batch_size=1)
+    train.train_epoch(router, optimiser, bpr_loss, torch.randn(1, 4), a, (a, torch.stack([a, b], 1), torch.ones(2)), 1)
     assert router.training
     assert not torch.equal(router.model_tower.capability.weight, before)
 
@@ -414,7 +414,7 @@ def test_more_clusters_than_training_queries(fails, tmp_path, demo_dir):
     assert not (tmp_path / "training_history.json").exists()
 
 
-@pytest.mark.parametrize("flag", ["--output_dir", "--demo_dir", "--model_path", "--data_path"])
+@pytest.mark.parametrize("flag", ["--output_dir", "--demo_dir", "--model_path", "--data_path", "--cache_dir"])
 def test_an_empty_path_is_not_this_folder(fails, demo_dir, tmp_path, flag):
     paths = {"--output_dir": str(tmp_path), "--demo_dir": str(demo_dir)} | {flag: ""}
     message = fails("--demo", *(word for pair in paths.items() for word in pair))

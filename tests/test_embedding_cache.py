@@ -1,0 +1,410 @@
+"""Embeddings are kept by content, survive kills, damage, full disks and company, and are never encoded twice."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+import query_representation
+from query_representation import embed, encode, encode_batches, fill
+from support import embedding_cache
+from support.command_line import run_command
+from support.embedding_cache import EmbeddingCache, query_keys
+from support.encoder import load_encoder
+from support.files import UserError
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+QUERIES = [f"{'tell me more about ' * (i % 7)}number {i}" for i in range(60)]
+USAGE = {"fingerprint": "f", "pooling": "mean", "max_length": 512, "dtype": "float32"}
+FACTS = {"path": "/encoder", "tokens_read": 512}
+
+
+@pytest.fixture
+def run_embed(demo, tmp_path):
+    """`embed` by the demo's encoder into a cache of this test's own, 64 tokens a batch."""
+
+    def run(queries, model_path=demo / "encoder", **flags):
+        how = {"dtype": "float32", "tokens_per_batch": 64, "cache_dir": tmp_path / "cache"} | flags
+        return embed(queries, str(model_path), CPU, **how)
+
+    return run
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Every batch becomes a shard."""
+    monkeypatch.setattr(query_representation, "SECONDS_PER_SHARD", 0)
+
+
+@pytest.fixture
+def forbid_encoder(monkeypatch):
+    def forbid(*_):
+        raise AssertionError("the encoder was loaded")
+
+    return lambda: monkeypatch.setattr(query_representation, "load_encoder", forbid)
+
+
+def shards(tmp_path):
+    return sorted(tmp_path.glob("cache/embeddings/*/*.safetensors"))
+
+
+def vectors(count, start=0):
+    return np.arange(start, start + 3 * count, dtype=np.float32).reshape(count, 3)
+
+
+def count_batches(monkeypatch):
+    """A list that grows by the number of texts in each pass of the encoder."""
+    passes, hidden_states = [], query_representation.hidden_states
+
+    def watched(network, ids, mask):
+        passes.append(len(ids))
+        return hidden_states(network, ids, mask)
+
+    monkeypatch.setattr(query_representation, "hidden_states", watched)
+    return passes
+
+
+def test_what_is_read_is_what_was_encoded_and_loads_nothing(run_embed, small_shards, forbid_encoder, tmp_path):
+    plain, facts, missing = run_embed(QUERIES, cache_dir=None)
+    assert missing == 60
+    assert not (tmp_path / "cache").exists()
+    first, first_facts, missing = run_embed(QUERIES)
+    assert missing == 60
+    assert torch.equal(plain, first)
+    assert len(shards(tmp_path)) > 5
+    forbid_encoder()
+    second, second_facts, missing = run_embed(QUERIES)
+    assert missing == 0
+    assert torch.equal(plain, second)
+    assert facts == first_facts == second_facts
+    backward, _, missing = run_embed(QUERIES[::-1])
+    assert missing == 0
+    assert torch.equal(backward.flip(0), plain)
+
+
+def test_only_what_is_missing_is_encoded(run_embed, small_shards, monkeypatch):
+    some, _, _ = run_embed(QUERIES[:50])
+    passes = count_batches(monkeypatch)
+    every, _, missing = run_embed(QUERIES)
+    assert missing == 10
+    assert torch.equal(every[:50], some)
+    torch.testing.assert_close(every, run_embed(QUERIES, cache_dir=None)[0], atol=1e-5, rtol=1e-4)
+    assert sum(passes[: len(passes) // 2]) < 60
+
+
+@pytest.mark.parametrize("stored_shards", [1, 3, 7])
+def test_a_killed_run_goes_on_to_the_same_bits(run_embed, small_shards, monkeypatch, tmp_path, stored_shards):
+    expected, _, _ = run_embed(QUERIES, cache_dir=None)
+    store = EmbeddingCache.store
+
+    def killed(self, *args):
+        if len(shards(tmp_path)) == stored_shards:
+            raise KeyboardInterrupt
+        store(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingCache, "store", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_embed(QUERIES)
+    assert len(shards(tmp_path)) == stored_shards
+    passes = count_batches(monkeypatch)
+    got, _, missing = run_embed(QUERIES[::-1])
+    assert torch.equal(got.flip(0), expected)
+    assert sum(passes) == missing < 60  # whole batches were stored, so none is encoded for a part of it
+
+
+def test_a_process_killed_between_two_shards_leaves_the_first_for_the_next(demo, run_embed, tmp_path):
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import query_representation
+from support.embedding_cache import EmbeddingCache
+query_representation.SECONDS_PER_SHARD = 0
+write, written = EmbeddingCache._write, []
+def killed(self, name, data):
+    write(self, name, data)
+    written.append(name)
+    if len(written) == 4:  # encoder.json and three shards
+        os.kill(os.getpid(), signal.SIGKILL)
+EmbeddingCache._write = killed
+torch.set_num_threads(1)
+query_representation.embed({QUERIES!r}, {str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32",
+                           tokens_per_batch=64, cache_dir={str(tmp_path / "cache")!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert ended.returncode == -9, ended.stderr
+    assert len(shards(tmp_path)) == 3
+    got, _, missing = run_embed(QUERIES)
+    assert 0 < missing < 60
+    assert torch.equal(got, run_embed(QUERIES, cache_dir=None)[0])
+
+
+def test_an_error_while_encoding_keeps_what_was_encoded(run_embed, monkeypatch):
+    hidden_states, left = query_representation.hidden_states, [5]
+
+    def fails(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise UserError("out of memory")
+        return hidden_states(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(query_representation, "hidden_states", fails)
+        with pytest.raises(UserError, match="out of memory"):
+            run_embed(QUERIES)
+    assert 0 < run_embed(QUERIES)[2] < 60
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign"])
+def test_a_damaged_shard_is_reported_set_aside_and_encoded_again(run_embed, small_shards, tmp_path, capsys, damage):
+    expected, _, _ = run_embed(QUERIES)
+    chosen = shards(tmp_path)[2]
+    content = bytearray(chosen.read_bytes())
+    content[len(content) // 2] ^= 1
+    broken = {"truncated": content[: len(content) // 2], "empty": b"", "flipped": content, "foreign": b"hello" * 99}
+    chosen.write_bytes(broken[damage])
+    capsys.readouterr()
+    got, _, missing = run_embed(QUERIES)
+    assert 0 < missing < 30
+    assert torch.equal(got, expected)
+    warning = capsys.readouterr().err.splitlines()[0]
+    assert f"{chosen} is damaged" in warning
+    assert "set aside" in warning
+    assert chosen.with_suffix(".damaged").is_file()
+    assert run_embed(QUERIES)[2] == 0
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_damaged_description_of_the_encoder_is_written_again(run_embed, tmp_path):
+    expected, facts, _ = run_embed(QUERIES)
+    (description,) = tmp_path.glob("cache/embeddings/*/encoder.json")
+    for content in (b"", b"{", b"[]", b'{"width": "x"}', b'{"width": 128}'):
+        description.write_bytes(content)
+        again, again_facts, _ = run_embed(QUERIES)
+        assert torch.equal(again, expected)
+        assert again_facts == facts
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_what_was_there(run_embed, small_shards, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def full(descriptor):
+        if len(shards(tmp_path)) == 2:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"No space left on device.*--cache_dir.*--no_cache"):
+            run_embed(QUERIES)
+    folder = shards(tmp_path)[0].parent
+    assert len(list(folder.iterdir())) == 3  # two shards and encoder.json, nothing half written
+    expected, _, _ = run_embed(QUERIES, cache_dir=None)
+    assert torch.equal(run_embed(QUERIES)[0], expected)
+
+
+def test_the_same_weights_elsewhere_are_the_same_and_others_in_their_place_are_not(run_embed, demo, tmp_path):
+    shutil.copytree(demo / "encoder", tmp_path / "moved")
+    expected, _, _ = run_embed(QUERIES)
+    assert run_embed(QUERIES, model_path=tmp_path / "moved")[2] == 0
+    network = AutoModel.from_pretrained(tmp_path / "moved")
+    with torch.no_grad():
+        network.norm.weight[0] += 1
+    network.save_pretrained(tmp_path / "moved")
+    other, _, missing = run_embed(QUERIES, model_path=tmp_path / "moved")
+    assert missing == 60
+    assert not torch.equal(other, expected)
+
+
+@pytest.mark.parametrize("flag", [{"pooling": "last"}, {"max_length": 3}, {"dtype": "bfloat16"}])
+def test_another_use_of_the_encoder_is_another_part(run_embed, flag):
+    expected, _, _ = run_embed(QUERIES)
+    other, facts, missing = run_embed(QUERIES, **flag)
+    assert missing == 60
+    assert not torch.equal(other, expected)
+    assert facts | flag == facts
+    assert torch.equal(run_embed(QUERIES)[0], expected)
+    assert run_embed(QUERIES, **flag)[2] == 0
+
+
+def test_the_maximum_length_of_the_encoder_is_known_without_loading_it(run_embed, forbid_encoder):
+    assert run_embed(QUERIES, max_length=10**6)[1]["max_length"] == 1024
+    forbid_encoder()
+    assert run_embed(QUERIES, max_length=10**6)[1]["max_length"] == 1024
+
+
+def test_what_another_run_stores_meanwhile_is_not_encoded(demo, small_shards, tmp_path, monkeypatch):
+    tokenizer, network = load_encoder(demo / "encoder", CPU, torch.float32)
+    keys, passes = query_keys(QUERIES), count_batches(monkeypatch)
+    mine, other = (EmbeddingCache(tmp_path / "cache", USAGE) for _ in range(2))
+    stored = mine.look_up(keys)
+    batches = encode_batches(QUERIES, tokenizer, network, 512, "mean", 64, stored)
+    waiting = [next(batches)]
+    expected = encode(QUERIES, tokenizer, network, tokens_per_batch=64)
+    passes.clear()
+    other.store(keys, expected.numpy(), FACTS)
+    fill(mine, keys, stored, iter(waiting), FACTS)
+    assert stored.all()
+    assert list(batches) == []
+    assert not passes
+    assert torch.equal(mine.read(keys), expected)
+
+
+def test_of_two_that_stored_the_same_query_the_first_counts_for_everyone(tmp_path):
+    keys = query_keys(["x", "y", "z"])
+    one, two = (EmbeddingCache(tmp_path / "cache", USAGE) for _ in range(2))
+    one.store(keys[:2], vectors(2), FACTS)
+    names = two.names
+    two.look_up = Mock(side_effect=[np.zeros(2, bool), np.ones(2, bool)])  # it sees the first too late
+    two.facts = one.facts
+    two.store(keys[1:], vectors(2, 100), FACTS)
+    assert not names
+    assert [path.name[:6] for path in shards(tmp_path)] == ["000000", "000000"]
+    three, four = (EmbeddingCache(tmp_path / "cache", USAGE) for _ in range(2))
+    assert three.look_up(keys).all()
+    assert four.look_up(keys[::-1]).all()
+    assert torch.equal(three.read(keys), four.read(keys[::-1]).flip(0))
+    assert torch.equal(three.read(keys)[[0, 2]], torch.tensor([[0.0, 1, 2], [103, 104, 105]]))
+
+
+def test_a_later_shard_never_overrules_an_earlier_one(tmp_path):
+    keys = query_keys([f"{i}" for i in range(20)])
+    cache = EmbeddingCache(tmp_path / "cache", USAGE)
+    for i in range(20):
+        cache.store(keys[: i + 1], vectors(i + 1, 100 * i), FACTS)
+    expected = torch.stack([torch.from_numpy(vectors(i + 1, 100 * i)[i]) for i in range(20)])
+    fresh = EmbeddingCache(tmp_path / "cache", USAGE)
+    assert fresh.look_up(keys).all()
+    for reader in (cache, fresh):
+        assert torch.equal(reader.read(keys), expected)
+    assert len(shards(tmp_path)) == 20
+
+
+def test_many_processes_fill_one_cache_together(demo, tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import query_representation
+query_representation.SECONDS_PER_SHARD = 0
+torch.set_num_threads(1)
+queries = {QUERIES!r}[int(sys.argv[1]):]
+got, _, _ = query_representation.embed(queries, {str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32",
+                                       tokens_per_batch=64, cache_dir={str(tmp_path / "cache")!r})
+plain, _, _ = query_representation.embed(queries, {str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32",
+                                         tokens_per_batch=64)
+torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-4)
+"""
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, start], stderr=subprocess.PIPE) for start in ("0", "0", "20")
+    ]
+    for process in started:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()
+    assert not list(tmp_path.rglob("*.damaged"))
+    cache = EmbeddingCache(tmp_path / "cache", json.loads("{}"))
+    assert cache.facts is None
+
+
+def test_a_part_that_is_dropped_during_a_run_is_begun_again(run_embed, small_shards, tmp_path, monkeypatch):
+    write, written = EmbeddingCache._write, []
+
+    def dropped(self, name, data):
+        write(self, name, data)
+        written.append(name)
+        if len(written) == 4:
+            shutil.rmtree(self.folder)
+
+    monkeypatch.setattr(EmbeddingCache, "_write", dropped)
+    got, _, _ = run_embed(QUERIES)
+    assert torch.equal(got, run_embed(QUERIES, cache_dir=None)[0])
+
+
+def test_a_cache_that_is_only_read_need_not_be_writable(run_embed, forbid_encoder, tmp_path, monkeypatch):
+    expected, _, _ = run_embed(QUERIES)
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    forbid_encoder()
+    for name in ("utime", "fsync", "replace", "mkdir"):
+        monkeypatch.setattr(os, name, refused)
+    assert torch.equal(run_embed(QUERIES)[0], expected)
+
+
+def test_shards_are_named_by_their_content_and_hold_the_keys_of_the_texts(run_embed, tmp_path):
+    from safetensors.numpy import load_file
+
+    embeddings, _, _ = run_embed(["b", "\u4f60\u597d"])
+    (shard,) = shards(tmp_path)
+    assert shard.stem == f"000000-{hashlib.sha256(shard.read_bytes()).hexdigest()}"
+    content = load_file(shard)
+    stored = {bytes(key): vector for key, vector in zip(content["keys"], content["embeddings"], strict=True)}
+    for text, vector in zip(("b", "\u4f60\u597d"), embeddings, strict=True):
+        np.testing.assert_array_equal(stored[hashlib.sha256(text.encode()).digest()], vector.numpy())
+
+
+def listing(capsys, *flags):
+    embedding_cache.main(list(flags))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_command_lists_and_drops(run_embed, small_shards, tmp_path, capsys):
+    flags = ("--cache_dir", str(tmp_path / "cache"))
+    assert listing(capsys, *flags) == [f"{tmp_path / 'cache' / 'embeddings'}: 0 encoders"]
+    run_embed(QUERIES)
+    run_embed(QUERIES[:7], pooling="last")
+    parts = {part["facts"]["pooling"]: part for part in embedding_cache.parts(tmp_path / "cache")}
+    assert {pooling: part["queries"] for pooling, part in parts.items()} == {"mean": 60, "last": 7}
+    folder = tmp_path / "cache" / "embeddings" / parts["mean"]["name"]
+    assert parts["mean"]["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    os.utime(folder / "encoder.json", (0, 0))
+    lines = listing(capsys, *flags)
+    assert [line.split()[:2] for line in lines[2:]] == [[parts["last"]["name"][:8], "7"], [folder.name[:8], "60"]]
+    assert "1970-01-01" in lines[3]
+    assert lines[3].endswith("encoder")
+    assert listing(capsys, *flags, "--drop", folder.name[:8])[0].startswith("dropped 60 queries")
+    assert not folder.exists()
+    assert run_embed(QUERIES[:7], pooling="last")[2] == 0
+
+
+@pytest.mark.parametrize("name", ["", "zz", "../x"])
+def test_the_command_drops_nothing_that_is_not_named_well(run_embed, tmp_path, capsys, name):
+    run_embed(QUERIES)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: embedding_cache.main(["--cache_dir", str(tmp_path / "cache"), "--drop", name]))
+    assert stopped.value.code == 2
+    assert "fits 0 of the cached encoders" in capsys.readouterr().err
+    assert run_embed(QUERIES)[2] == 0
+
+
+def test_a_cached_run_imports_no_transformers(demo, demo_dir, tmp_path):
+    flags = ["--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path / "out"), "--limit", "300"]
+    flags += ["--epochs", "1", "--num_clusters", "4", "--cache_dir", str(tmp_path / "cache")]
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.main({flags!r})
+print(sorted({{"transformers", "tokenizers", "tqdm"}} & set(sys.modules)))
+"""
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert "0 from the cache" in runs[0].stdout
+    assert "transformers" in runs[0].stdout.splitlines()[-1]
+    history = json.loads((tmp_path / "out" / "training_history.json").read_text())
+    queries = sum(size["queries"] for size in history["data"]["split"].values())
+    timing = history["timing"]
+    assert (timing["queries_encoded"], timing["queries_from_cache"]) == (0, queries)
+    assert f"{queries} from the cache, 0 encoded" in runs[1].stdout
+    assert runs[1].stdout.splitlines()[-1] == "[]"
