@@ -103,8 +103,7 @@ def to_tensors(battles, device) -> tuple:
     import numpy as np
     import torch
 
-    models = np.column_stack([battles.model_a_idx, battles.model_b_idx])  # (N, 2)
-    columns = (battles.query_idx, models, battles.outcome)
+    columns = (battles.query_idx, np.column_stack([battles.model_a_idx, battles.model_b_idx]), battles.outcome)
     return tuple(torch.from_numpy(column).to(device) for column in columns)
 
 
