@@ -5,7 +5,6 @@ Nothing else should run on the machine meanwhile. A ratio is the median over rou
 
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,20 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmark_scale import TOWERS, write_synthetic  # noqa: E402
+
 from support.command_line import OneLineParser, run_command, whole_number  # noqa: E402
 from support.files import UserError  # noqa: E402
 from support.runs import tune_cpu  # noqa: E402
-
-TOWERS = {
-    "embedding_dim": 512,
-    "num_clusters": 50,
-    "cluster_dim": 32,
-    "capability_dim": 64,
-    "no_capability": False,
-    "no_model_id": False,
-    "dropout": 0.1,
-    "similarity_metric": "dot",
-}
 
 
 def report(what: str, against: str, measured: str, target: str) -> None:
@@ -306,77 +296,13 @@ def bench_runs(args) -> None:
         report("each later run of the 8", "bare imports", f"at most {beyond:.1f} s beyond them", "<= 4 s")
 
 
-def write_synthetic(path: Path, num_battles: int) -> None:
-    """Battles in the Arena layout, two of a query, with answers of a kilobyte."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rng = np.random.default_rng(0)
-    names = np.array([f"model-{i:02d}" for i in range(20)])
-    answers = [{"role": "assistant", "content": f"{i} " * 400} for i in range(50)]
-    writer = None
-    for low in range(0, num_battles, 50_000):
-        size = min(50_000, num_battles - low)
-        a = rng.integers(20, size=size)  # (size,)
-        turns = [[{"role": "user", "content": f"query number {(low + i) // 2}"}, answers[i % 50]] for i in range(size)]
-        table = pa.table(
-            {
-                "model_a": names[a],
-                "model_b": names[(a + rng.integers(1, 20, size)) % 20],
-                "winner": rng.choice(["model_a", "model_b"], size),
-                "conversation_a": turns,
-            }
-        )
-        writer = writer or pq.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-    writer.close()
-
-
-def measure_scale(path: str) -> None:
-    """One size, in a process of its own: seconds of each stage, and the peak of memory, as JSON."""
-    import numpy as np
-    import torch
-
-    from data_loader import load_battles, split_battles
-    from loss import bpr_loss
-    from rankrouter import RankRouter
-    from train import evaluate, to_tensors, train_epoch
-
-    tune_cpu()
-    stages, clock = {}, time.perf_counter()
-
-    def lap(name):
-        nonlocal clock
-        stages[name], clock = time.perf_counter() - clock, time.perf_counter()
-
-    battles, _ = load_battles(path)
-    lap("load")
-    split, _ = split_battles(battles, 0)
-    lap("split")
-    torch.manual_seed(0)
-    embeddings = torch.randn(len(split.train.queries), 16)  # (Q, H)
-    router = RankRouter(split.train.model_names, 16, TOWERS)
-    clock = time.perf_counter()
-    router.query_tower.fit(embeddings[torch.from_numpy(np.unique(split.train.query_idx))], 0)
-    points = router.query_tower.standardise(embeddings)  # (Q, H)
-    cluster_idx = router.query_tower.assign(points)  # (Q,)
-    lap("cluster")
-    optimiser = torch.optim.AdamW(router.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
-    train_epoch(router, optimiser, bpr_loss, points, cluster_idx, to_tensors(split.train, points.device), 32)
-    lap("epoch")
-    evaluate(router, points, cluster_idx, split.test, 1.0)
-    lap("evaluate")
-    print(json.dumps(stages | {"peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
-
-
 def bench_scale(args) -> None:
     sizes, rows = (33_000, 330_000, 1_000_000), []
     with tempfile.TemporaryDirectory() as work:
         for size in sizes:
             path = Path(work) / f"{size}.parquet"
             write_synthetic(path, size)
-            command = [sys.executable, __file__, "scale", "--measure", str(path)]
+            command = [sys.executable, ROOT / "tests" / "benchmark_scale.py", path]
             rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
     for size, row in zip(sizes, rows, strict=True):
         told = ", ".join(f"{name} {value:.2f}" for name, value in row.items())
@@ -398,10 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--files", nargs="+", default=[], help="battles whose queries encode and runs draw from")
     parser.add_argument("--sizes", nargs="+", type=whole_number(1), default=[2000, 1000], help="queries of each file")
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="of each comparison")
-    parser.add_argument("--measure", help="used by scale, for one size in a process of its own")
     args = parser.parse_args(argv)
-    if args.measure:
-        return measure_scale(args.measure)
     if {"encode", "runs"} & set(args.parts) and len(args.files) != len(args.sizes):
         parser.error(f"{len(args.files)} --files and {len(args.sizes)} --sizes; expected as many of each")
     print("| what | against | measured | to reach |\n|---|---|---|---|")
