@@ -17,7 +17,7 @@ from support.files import UserError
 
 # Tokens per batch: enough to keep the device busy, few enough that long queries still fit.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768, "mps": 8192}
-ROWS_AT_ONCE = 65536  # embeddings standardised or compared with the centroids at a time
+ROWS_AT_ONCE = 8192  # embeddings standardised, assigned or scored at a time, for the sake of memory
 LLOYD_QUERIES = 100_000  # with more of them, K-means goes by mini-batches
 SECONDS_PER_SHARD = 5  # of encoding that a killed run loses at most
 

@@ -122,27 +122,27 @@ def train_epoch(router, optimiser, loss_of, points, cluster_idx, battles: tuple,
         router.zero_grad()
         loss.backward()
         optimiser.step()
-        losses[step] = loss.detach()
+        losses[step] = loss.detach() * len(outcome)
     losses = losses.cpu()  # looked at here and not at each step, for which a GPU would wait
     bad = (~losses.isfinite()).nonzero()[:, 0]  # (steps that failed,)
     if len(bad):
         raise UserError(f"the loss is {losses[bad[0]]} at step {bad[0]}; try a lower --lr or --margin")
-    sizes = torch.full_like(losses, batch_size)  # (steps,)
-    sizes[-1] = len(order) - batch_size * (len(losses) - 1)
-    return (losses.double() @ sizes.double()).item() / len(order)
+    return losses.double().sum().item() / len(order)
 
 
 def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
-    """The router's margins d (N,) on decisive battles, from one matrix of scores, and their metrics."""
+    """The router's margins d (N,) on decisive battles, from the matrix of scores, and their metrics."""
     import torch
 
     import metrics
+    from query_representation import ROWS_AT_ONCE
 
     router.eval()
     query, models, _ = to_tensors(battles, points.device)
     distinct, row = query.unique(return_inverse=True)  # (Q,), (N,)
     with torch.no_grad():
-        scores = router(points[distinct], cluster_idx[distinct])  # (Q, M)
+        rows = distinct.split(ROWS_AT_ONCE)
+        scores = torch.cat([router(points[some], cluster_idx[some]) for some in rows])  # (Q, M)
     if not torch.isfinite(scores).all():
         raise UserError("the scores after its last step are not finite; try a lower --lr")
     score_a, score_b = scores[row[:, None], models].unbind(1)  # (N,) each
