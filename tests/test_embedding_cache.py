@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from transformers import AutoModel
 
 import query_representation
@@ -238,6 +239,12 @@ def test_another_use_of_the_encoder_is_another_part(run_embed, flag):
     assert run_embed(QUERIES, **flag)[2] == 0
 
 
+def test_another_version_of_the_arithmetic_is_another_part(run_embed, monkeypatch):
+    run_embed(QUERIES)
+    monkeypatch.setattr(embedding_cache, "FORMAT_VERSION", embedding_cache.FORMAT_VERSION + 1)
+    assert run_embed(QUERIES)[2] == 60
+
+
 def test_the_maximum_length_of_the_encoder_is_known_without_loading_it(run_embed, forbid_encoder):
     assert run_embed(QUERIES, max_length=10**6)[1]["max_length"] == 1024
     forbid_encoder()
@@ -276,6 +283,9 @@ def test_of_two_that_stored_the_same_query_the_first_counts_for_everyone(tmp_pat
     assert four.look_up(keys[::-1]).all()
     assert torch.equal(three.read(keys), four.read(keys[::-1]).flip(0))
     assert torch.equal(three.read(keys)[[0, 2]], torch.tensor([[0.0, 1, 2], [103, 104, 105]]))
+    first_by_name = load_file(shards(tmp_path)[0])
+    (row,) = np.flatnonzero([bytes(key) == keys[1] for key in first_by_name["keys"]])
+    np.testing.assert_array_equal(three.read(keys)[1], first_by_name["embeddings"][row])
 
 
 def test_a_later_shard_never_overrules_an_earlier_one(tmp_path):
@@ -288,7 +298,8 @@ def test_a_later_shard_never_overrules_an_earlier_one(tmp_path):
     assert fresh.look_up(keys).all()
     for reader in (cache, fresh):
         assert torch.equal(reader.read(keys), expected)
-    assert len(shards(tmp_path)) == 20
+        assert reader.look_up(keys).all()
+        assert len(reader.shards) == len(shards(tmp_path)) == 20  # each mapped once
 
 
 def test_many_processes_fill_one_cache_together(demo, tmp_path):
@@ -331,6 +342,16 @@ def test_a_part_that_is_dropped_during_a_run_is_begun_again(run_embed, small_sha
     assert torch.equal(got, run_embed(QUERIES, cache_dir=None)[0])
 
 
+def test_a_shard_that_another_run_sets_aside_meanwhile_is_no_damage(run_embed, tmp_path, capsys):
+    expected, _, _ = run_embed(QUERIES)
+    (shard,) = shards(tmp_path)
+    gone = shard.with_name("000000-gone.safetensors")
+    gone.symlink_to("nowhere")  # listed, but not there when it is opened
+    assert torch.equal(run_embed(QUERIES)[0], expected)
+    assert gone.is_symlink()
+    assert "damaged" not in capsys.readouterr().err
+
+
 def test_a_cache_that_is_only_read_need_not_be_writable(run_embed, forbid_encoder, tmp_path, monkeypatch):
     expected, _, _ = run_embed(QUERIES)
 
@@ -344,8 +365,6 @@ def test_a_cache_that_is_only_read_need_not_be_writable(run_embed, forbid_encode
 
 
 def test_shards_are_named_by_their_content_and_hold_the_keys_of_the_texts(run_embed, tmp_path):
-    from safetensors.numpy import load_file
-
     embeddings, _, _ = run_embed(["b", "\u4f60\u597d"])
     (shard,) = shards(tmp_path)
     assert shard.stem == f"000000-{hashlib.sha256(shard.read_bytes()).hexdigest()}"
