@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel
 
 import metrics
+import query_representation
 import train
 from data_loader import load_battles, split_battles
 from loss import bpr_loss
@@ -221,6 +222,30 @@ def test_every_epoch_has_an_order_of_its_own(monkeypatch):
     first, second = seen[:20], seen[20:]
     assert sorted(first) == sorted(second) == list(range(20))
     assert len({tuple(order) for order in (first, second, range(20))}) == 3
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_its_battles_also_where_the_last_batch_is_short():
+    args = vars(train.parse_args(["--num_clusters", "0", "--embedding_dim", "8", "--dropout", "0"]))
+    router = RankRouter(["x", "y"], 4, args)
+    points, zeros = torch.randn(20, 4), torch.zeros(20, dtype=torch.int64)
+    outcome = (torch.arange(20) % 3 == 0).float()
+    battles = (torch.arange(20), torch.stack([zeros, zeros + 1], 1), outcome)
+    optimiser = torch.optim.SGD(router.parameters(), lr=0)
+    mean = train.train_epoch(router, optimiser, bpr_loss, points, zeros, battles, batch_size=6)
+    with torch.no_grad():
+        expected = bpr_loss(*router(points, zeros).unbind(1), outcome).item()
+    assert mean == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_evaluation_in_chunks_scores_as_one_in_whole(demo, monkeypatch):
+    part = split_battles(load_battles(str(demo / "battles.parquet"), limit=300)[0], 42)[0].test
+    router = RankRouter(part.model_names, 4, vars(train.parse_args(["--num_clusters", "0", "--embedding_dim", "8"])))
+    points, zeros = torch.randn(len(part.queries), 4), torch.zeros(len(part.queries), dtype=torch.int64)
+    whole, _ = train.evaluate(router, points, zeros, part, 1.0)
+    monkeypatch.setattr(query_representation, "ROWS_AT_ONCE", 7)
+    chunks, _ = train.evaluate(router, points, zeros, part, 1.0)
+    np.testing.assert_allclose(chunks, whole, atol=1e-5)
+    np.testing.assert_allclose(whole, margins(router, points, part), atol=1e-5)
 
 
 def test_the_best_checkpoint_is_kept_where_later_epochs_are_worse(run_demo):
