@@ -237,6 +237,14 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_battles_also_where_the_last_bat
     assert mean == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_run_flushes_denormals(run_demo):
+    torch.set_flush_denormal(False)
+    small = torch.tensor([1e-30])
+    assert (small * 1e-10).item() > 0
+    run_demo(*QUICK)
+    assert (small * 1e-10).item() == 0
+
+
 def test_an_evaluation_in_chunks_scores_as_one_in_whole(demo, monkeypatch):
     part = split_battles(load_battles(str(demo / "battles.parquet"), limit=300)[0], 42)[0].test
     router = RankRouter(part.model_names, 4, vars(train.parse_args(["--num_clusters", "0", "--embedding_dim", "8"])))
