@@ -77,7 +77,7 @@ class EmbeddingCache:
         import torch
 
         rows = np.fromiter((self.row_of_key[key] for key in keys), np.int64, len(keys))  # (Q,)
-        embeddings = torch.empty(len(keys), self.facts["width"])  # (Q, H)
+        embeddings = torch.empty(len(keys), self.shards[0].shape[1])  # (Q, H)
         order = np.argsort(rows, kind="stable")  # (Q,)
         bounds = np.searchsorted(rows[order], self.starts)  # (shards + 1,)
         for shard, start, (low, high) in zip(self.shards, self.starts, itertools.pairwise(bounds), strict=False):
@@ -95,7 +95,7 @@ class EmbeddingCache:
         import torch
         from safetensors.torch import save
 
-        self.facts = self.facts or self.usage | facts | {"width": embeddings.shape[1]}
+        self.facts = self.facts or self.usage | facts
         for _ in range(3):  # again where somebody has dropped the part before the shard could be mapped
             new = np.flatnonzero(~self.look_up(keys))  # (n,)
             if not len(new):
@@ -133,7 +133,7 @@ class EmbeddingCache:
     def _read_facts(self) -> dict | None:
         try:
             facts = json.loads((self.folder / "encoder.json").read_bytes())
-            return facts if all(isinstance(facts[name], int) for name in ("width", "tokens_read")) else None
+            return facts if isinstance(facts["tokens_read"], int) else None
         except (OSError, ValueError, KeyError, TypeError):  # not begun, or damaged: then written again
             return None
 
@@ -156,10 +156,11 @@ def parts(cache_dir: str | Path) -> list[dict]:
     for folder in sorted(encoders_folder(cache_dir).glob("*/")):
         row = {"name": folder.name, "facts": {}, "queries": 0, "bytes": 0, "used": folder.stat().st_mtime}
         for path in folder.iterdir():
-            with suppress(OSError, ValueError, KeyError, SafetensorError):  # damaged, or just being replaced
+            with suppress(OSError, ValueError, TypeError, SafetensorError):  # damaged, or just being replaced
                 row["bytes"] += path.stat().st_size
                 if path.name == "encoder.json":
-                    row["used"], row["facts"] = path.stat().st_mtime, json.loads(path.read_bytes())
+                    row["used"], facts = path.stat().st_mtime, json.loads(path.read_bytes())
+                    row["facts"] = {name: str(fact) for name, fact in dict(facts).items()}
                 elif path.suffix == ".safetensors":
                     with safe_open(path, framework="np") as shard:
                         row["queries"] += shard.get_slice("keys").get_shape()[0]

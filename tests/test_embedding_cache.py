@@ -195,7 +195,7 @@ def test_a_damaged_shard_is_reported_set_aside_and_encoded_again(run_embed, smal
 def test_a_damaged_description_of_the_encoder_is_written_again(run_embed, tmp_path):
     expected, facts, _ = run_embed(QUERIES)
     (description,) = tmp_path.glob("cache/embeddings/*/encoder.json")
-    for content in (b"", b"{", b"[]", b'{"width": "x"}', b'{"width": 128}'):
+    for content in (b"", b"{", b"[]", b'{"tokens_read": "x"}', b'{"path": "x"}'):
         description.write_bytes(content)
         again, again_facts, _ = run_embed(QUERIES)
         assert torch.equal(again, expected)
@@ -401,6 +401,16 @@ def test_the_command_lists_and_drops(run_embed, small_shards, tmp_path, capsys):
     assert listing(capsys, *flags, "--drop", folder.name[:8])[0].startswith("dropped 60 queries")
     assert not folder.exists()
     assert run_embed(QUERIES[:7], pooling="last")[2] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"[1]", b"7", b'{"dtype": null}'])
+def test_the_command_lists_what_is_damaged_too(run_embed, tmp_path, capsys, content):
+    run_embed(QUERIES)
+    (shard,) = shards(tmp_path)
+    shard.with_name("encoder.json").write_bytes(content)
+    shard.with_name("000001-x.safetensors").write_bytes(b"")
+    (line,) = listing(capsys, "--cache_dir", str(tmp_path / "cache"))[2:]
+    assert line.split()[:2] == [shard.parent.name[:8], "60"]
 
 
 @pytest.mark.parametrize("name", ["", "zz", "../x"])
