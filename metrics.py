@@ -6,7 +6,10 @@ battle with d = 0 counts one half. A metric that is undefined on the data (N = 0
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.sparse import coo_array
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
+WEIGHTS_AT_ONCE = 2**22  # of bootstrap samples: 32 MB
 
 
 def accuracy(d: np.ndarray, outcome: np.ndarray) -> float | None:
@@ -104,3 +107,69 @@ def evaluate(
         "auc": auc(d, outcome),
         "log_loss": log_loss(d, outcome, margin),
     }
+
+
+def bootstrap_weights(query_idx: np.ndarray, seed: int, resamples: int = 1000) -> np.ndarray:
+    """How often each of N battles stands in each of R bootstrap samples of their queries: int (R, N).
+
+    Queries are drawn and not battles, as the battles of one query are not independent.
+    """
+    _, row = np.unique(query_idx, return_inverse=True)  # (N,), into the Q queries
+    num_queries = row.max(initial=-1) + 1
+    drawn = np.random.default_rng(seed).integers(num_queries, size=(resamples, num_queries))  # (R, Q)
+    cells = drawn + num_queries * np.arange(resamples)[:, None]  # (R, Q), into the flattened counts
+    counts = np.bincount(cells.ravel(), minlength=resamples * num_queries).reshape(resamples, num_queries)  # (R, Q)
+    return counts.astype(np.min_scalar_type(counts.max(initial=0)))[:, row]  # (R, N)
+
+
+def evaluate_resamples(
+    d: np.ndarray,
+    outcome: np.ndarray,
+    model_a_idx: np.ndarray,
+    model_b_idx: np.ndarray,
+    weights: np.ndarray,
+    margin: float = 0.0,
+    temperature: float = 1.0,
+) -> dict[str, np.ndarray]:
+    """The metrics of `evaluate`, and log_loss_calibrated at the temperature, on each of R samples: (R,) each.
+
+    `weights` (R, N) are those of `bootstrap_weights`, N >= 1. Two methods on the same weights are paired.
+    """
+    lead = np.where(outcome == 1, d, -d)  # (N,) of the winner
+    order = np.argsort(lead)  # (N,)
+    lead, won = lead[order], np.where(outcome == 1, model_a_idx, model_b_idx)[order]  # (N,) each
+    lost = np.where(outcome == 1, model_b_idx, model_a_idx)[order]  # (N,)
+    # The winner of battle i outscores the loser of battle j where lead j is above -lead i; an equality is one half.
+    below, up_to = np.searchsorted(lead, -lead, "left"), np.searchsorted(lead, -lead, "right")  # (N,) each
+    right = 0.5 * (1 + np.sign(lead))  # (N,), 1 where the winner is chosen
+    means = {
+        "accuracy": right,
+        "log_loss": -log_win_probability(lead, margin),
+        "log_loss_calibrated": -log_win_probability(lead, margin, temperature),
+    }
+    shape = len(lead), max(won.max(), lost.max()) + 1
+    rows = np.arange(len(lead))
+    hits = coo_array((right, (rows, won)), shape)  # (N, M), as are the next two
+    is_winner = coo_array((np.ones(len(lead)), (rows, won)), shape)
+    chosen = hits + coo_array((1 - right, (rows, lost)), shape)
+
+    parts = []
+    for some in np.array_split(weights, -(-weights.size // WEIGHTS_AT_ONCE)):
+        weight = some[:, order].astype(np.float64)  # (r, N)
+        total = weight.sum(1)  # (r,)
+        part = {name: weight @ value / total for name, value in means.items()}  # (r,) each
+        cumulated = np.pad(weight.cumsum(1), ((0, 0), (1, 0)))  # (r, N + 1)
+        losses = np.einsum("rn,rn->r", weight, cumulated[:, below] + cumulated[:, up_to])  # (r,)
+        part["auc"] = 1 - losses / (2 * total**2)
+        h, w, c = (weight @ matrix.tocsr() for matrix in (hits, is_winner, chosen))  # (r, M) each
+        classes = np.maximum((w + c > 0).sum(1), 1)  # (r,)
+        for name, numerator, denominator in (("precision", h, c), ("recall", h, w), ("f1", 2 * h, w + c)):
+            per_model = np.divide(numerator, denominator, out=np.zeros_like(h), where=denominator > 0)  # (r, M)
+            part[name] = per_model.sum(1) / classes  # (r,)
+        parts.append(part)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """The 95 % percentile interval [low, high] of a metric's values (R,) on bootstrap samples."""
+    return np.percentile(values, [2.5, 97.5]).tolist()

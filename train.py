@@ -237,25 +237,14 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
     router.load_state_dict(best_state)
     with runs.timed(timing, "evaluate"):
         d, history["test_metrics"] = evaluate(router, points, cluster_idx, split.test, margin)
-        calibrated = metrics.log_loss(d, split.test.outcome, margin, history["calibration"]["temperature"])
-    history["test_metrics"]["log_loss_calibrated"] = calibrated
-
-
-def compare_with_truth(demo: Path, test, history: dict) -> None:
-    """Add to the history of a demo run what its known truth reaches on the test battles, and the gap closed."""
-    import numpy as np
-
-    import metrics
-    from support.demo import true_skills
-
-    skills, fixed_skills = true_skills(demo, test.queries, test.model_names)  # (Q, M), (M,)
-    rows = {}
-    for name, scores in (("fixed_ranking", np.broadcast_to(fixed_skills, skills.shape)), ("true_margins", skills)):
-        d = scores[test.query_idx, test.model_a_idx] - scores[test.query_idx, test.model_b_idx]  # (N,)
-        rows[name] = metrics.evaluate(d, test.outcome, test.model_a_idx, test.model_b_idx)
-    fixed, true = rows["fixed_ranking"]["auc"], rows["true_margins"]["auc"]
-    gap_closed = (history["test_metrics"]["auc"] - fixed) / (true - fixed) if true > fixed else None
-    history["demo"] = rows | {"gap_closed": gap_closed}
+        temperature, test = history["calibration"]["temperature"], split.test
+        calibrated = metrics.log_loss(d, test.outcome, margin, temperature)
+        history["test_metrics"]["log_loss_calibrated"] = calibrated
+        weights = metrics.bootstrap_weights(test.query_idx, args.seed)  # (R, N)
+        samples = metrics.evaluate_resamples(
+            d, test.outcome, test.model_a_idx, test.model_b_idx, weights, margin, temperature
+        )
+        history["test_intervals"] = {name: metrics.interval(samples[name]) for name in history["test_metrics"]}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -300,13 +289,18 @@ def main(argv: list[str] | None = None) -> None:
         "val_metrics": [],
         "best_epoch": None,
         "test_metrics": None,
+        "test_intervals": None,
         "data": data,
         "timing": timing,
     }
     try:
         run(args, split, device, history)
         if truth_known:
-            compare_with_truth(demo, split.test, history)
+            from support.baselines import compare_with_truth
+            from support.demo import true_skills
+
+            truth = true_skills(demo, split.test.queries, split.test.model_names)  # (Q, M), (M,)
+            history["demo"] = compare_with_truth(split.test, *truth, history["test_metrics"]["auc"])
     except BaseException:
         history["status"] = "failed"
         runs.write_history(args.output_dir, history)

@@ -122,6 +122,8 @@ def print_test(history: dict) -> None:
         f"\ntest     epoch {history['best_epoch']}, once, on {size['battles']} battles of {size['queries']} queries\n"
     )
     rows = {"RankRouter": history["test_metrics"]}
+    for end, label in enumerate(("  95 % from", "         to")):
+        rows[label] = {name: bounds[end] for name, bounds in history["test_intervals"].items()}
     if "demo" in history:
         rows["best fixed ranking"] = history["demo"]["fixed_ranking"]
         rows["true margins"] = history["demo"]["true_margins"]

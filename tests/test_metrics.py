@@ -133,3 +133,57 @@ def test_temperature_recovers_the_one_that_drew_the_outcomes(margin):
     p = np.exp(metrics.log_win_probability(d, margin, temperature=2.5))
     outcome = (rng.random(len(d)) < p).astype(float)
     assert metrics.fit_temperature(d, outcome, margin) == pytest.approx(2.5, rel=0.05)
+
+
+def test_bootstrap_draws_whole_queries_as_many_as_there_are():
+    query_idx = np.array([7, 3, 7, 7, 9, 3])
+    weights = metrics.bootstrap_weights(query_idx, seed=1, resamples=500)
+    assert weights.shape == (500, 6)
+    assert (weights[:, [2, 3]] == weights[:, [0]]).all()  # query 7
+    assert (weights[:, 5] == weights[:, 1]).all()  # query 3
+    assert (weights[:, [0, 1, 4]].sum(1) == 3).all()
+    np.testing.assert_allclose(weights[:, [0, 1, 4]].mean(0), 1, atol=0.1)
+    assert (metrics.bootstrap_weights(query_idx, seed=1, resamples=500) == weights).all()
+    assert (metrics.bootstrap_weights(query_idx, seed=2, resamples=500) != weights).any()
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0])
+def test_a_resample_is_evaluated_as_its_battles_written_out(margin):
+    d, outcome, a, b = random_battles(5)
+    weights = metrics.bootstrap_weights(np.arange(400) // 3, seed=0, resamples=7)
+    weights[0] = 1
+    got = metrics.evaluate_resamples(d, outcome, a, b, weights, margin, temperature=2.0)
+    for sample, weight in enumerate(weights):
+        i = np.repeat(np.arange(400), weight)
+        expected = metrics.evaluate(d[i], outcome[i], a[i], b[i], margin)
+        expected["log_loss_calibrated"] = metrics.log_loss(d[i], outcome[i], margin, 2.0)
+        assert {name: values[sample] for name, values in got.items()} == pytest.approx(expected, abs=1e-12)
+
+
+def test_resamples_in_chunks_are_those_in_whole(monkeypatch):
+    d, outcome, a, b = random_battles(6)
+    weights = metrics.bootstrap_weights(np.arange(400) // 2, seed=0, resamples=50)
+    whole = metrics.evaluate_resamples(d, outcome, a, b, weights)
+    monkeypatch.setattr(metrics, "WEIGHTS_AT_ONCE", 1700)
+    for name, values in metrics.evaluate_resamples(d, outcome, a, b, weights).items():
+        np.testing.assert_allclose(values, whole[name], rtol=1e-12)
+
+
+def test_the_interval_holds_the_middle_95_percent():
+    assert metrics.interval(np.arange(1001.0)) == [25.0, 975.0]
+
+
+def test_the_interval_covers_the_truth_in_95_of_100_drawings_where_battles_of_a_query_go_together():
+    # A query's battles share their luck: intervals over battles would be too narrow by the square root of five.
+    rng, queries, each = np.random.default_rng(0), 200, 5
+    zeros, covered = np.zeros(queries * each, int), {"by query": 0, "by battle": 0}
+    for drawing in range(400):
+        right = np.repeat(rng.random(queries) < 0.7, each)  # (N,): the winner is chosen with probability 0.7
+        d, outcome = np.where(right, 1.0, -1.0), np.ones(len(right))
+        for name, unit in (("by query", np.repeat(np.arange(queries), each)), ("by battle", np.arange(len(right)))):
+            weights = metrics.bootstrap_weights(unit, seed=drawing, resamples=400)
+            samples = metrics.evaluate_resamples(d, outcome, zeros, zeros + 1, weights)
+            low, high = metrics.interval(samples["accuracy"])
+            covered[name] += low <= 0.7 <= high
+    assert 0.92 <= covered["by query"] / 400 <= 0.98
+    assert covered["by battle"] / 400 < 0.8

@@ -123,7 +123,7 @@ def test_the_history_is_complete_and_consistent(demo, default_run):
     assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt"}
     assert set(history) == {
         *("status", "args", "train_losses", "val_metrics", "best_epoch", "test_metrics", "data", "clusters"),
-        *("calibration", "environment", "timing", "demo"),
+        *("calibration", "environment", "timing", "demo", "test_intervals"),
     }
     counts = ("queries_encoded", "queries_from_cache")
     assert set(history["timing"]) == {"load", "encode", "cluster", "train", "evaluate", *counts}
@@ -330,6 +330,24 @@ def test_the_margin_is_in_the_link_of_bpr_alone(demo, run_demo, loss_type, margi
     part = split_battles(load_battles(str(demo / "battles.parquet"), limit=600)[0], 42)[0].test
     d = margins(RankRouter.load(output / "best_model.pt"), embed(demo, part.queries), part)
     assert history["test_metrics"]["log_loss"] == pytest.approx(metrics.log_loss(d, part.outcome, margin), abs=1e-5)
+
+
+def test_the_intervals_are_over_the_test_queries_of_the_checkpoint_that_was_kept(demo, run_demo):
+    history, output = run_demo(*QUICK)
+    part = split_battles(load_battles(str(demo / "battles.parquet"), limit=600)[0], 42)[0].test
+    router = RankRouter.load(output / "best_model.pt")
+    d, rng = margins(router, embed(demo, part.queries), part), np.random.default_rng(5)
+    rows_of_query = [np.flatnonzero(part.query_idx == query) for query in np.unique(part.query_idx)]
+    values = []
+    for _ in range(1000):  # written out, with other random numbers
+        rows = np.concatenate([rows_of_query[i] for i in rng.integers(len(rows_of_query), size=len(rows_of_query))])
+        loss = metrics.log_loss(d[rows], part.outcome[rows], 1.0, history["calibration"]["temperature"])
+        values.append((metrics.auc(d[rows], part.outcome[rows]), loss))
+    for name, column in zip(("auc", "log_loss_calibrated"), np.transpose(values), strict=True):
+        low, high = history["test_intervals"][name]
+        assert low < history["test_metrics"][name] < high
+        assert (low, high) == pytest.approx(np.percentile(column, [2.5, 97.5]), abs=0.15 * (high - low))
+    assert list(history["test_intervals"]) == list(history["test_metrics"])
 
 
 def test_an_epoch_trains_with_dropout_also_after_an_evaluation():
