@@ -348,6 +348,9 @@ def test_the_intervals_are_over_the_test_queries_of_the_checkpoint_that_was_kept
         assert low < history["test_metrics"][name] < high
         assert (low, high) == pytest.approx(np.percentile(column, [2.5, 97.5]), abs=0.15 * (high - low))
     assert list(history["test_intervals"]) == list(history["test_metrics"])
+    weights = metrics.bootstrap_weights(part.query_idx, history["args"]["seed"])
+    samples = metrics.evaluate_resamples(d, part.outcome, part.model_a_idx, part.model_b_idx, weights)
+    assert metrics.interval(samples["accuracy"]) == pytest.approx(history["test_intervals"]["accuracy"], abs=1e-9)
 
 
 def test_an_epoch_trains_with_dropout_also_after_an_evaluation():
