@@ -86,6 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW, decoupled")
     training.add_argument("--seed", type=seed, default=42, help="of clusters, initial weights and batches")
     training.add_argument("--split_seed", type=seed, help="of the split and of --limit; without it, --seed")
+    training.add_argument("--baselines", choices=["fast", "none"], default="fast", help="what the test compares with")
 
     args = parser.parse_args(argv)
     if args.demo:  # parsed again, so that a path given explicitly still holds
@@ -159,6 +160,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
     from loss import bce_loss, bpr_loss, hinge_loss
     from query_representation import embed
     from rankrouter import RankRouter
+    from support import baselines
 
     runs.tune_cpu()
     checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
@@ -236,15 +238,15 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
     # Test, once, with the weights that were kept: from memory, as another run may share the folder
     router.load_state_dict(best_state)
     with runs.timed(timing, "evaluate"):
-        d, history["test_metrics"] = evaluate(router, points, cluster_idx, split.test, margin)
-        temperature, test = history["calibration"]["temperature"], split.test
-        calibrated = metrics.log_loss(d, test.outcome, margin, temperature)
-        history["test_metrics"]["log_loss_calibrated"] = calibrated
-        weights = metrics.bootstrap_weights(test.query_idx, args.seed)  # (R, N)
-        samples = metrics.evaluate_resamples(
-            d, test.outcome, test.model_a_idx, test.model_b_idx, weights, margin, temperature
-        )
-        history["test_intervals"] = {name: metrics.interval(samples[name]) for name in history["test_metrics"]}
+        d, _ = evaluate(router, points, cluster_idx, split.test, margin)
+        weights = metrics.bootstrap_weights(split.test.query_idx, args.seed)  # (R, N)
+        row, samples = baselines.judge(d, split.test, weights, margin, history["calibration"]["temperature"])
+        history["test_intervals"] = {name: metrics.interval(samples[name]) for name in row}
+    history["test_metrics"], history["baselines"] = row, {}
+    if args.baselines == "fast":
+        with runs.timed(timing, "baselines"):
+            fitted = baselines.fit(split, points.cpu().numpy(), cluster_idx.cpu().numpy(), args.num_clusters)
+            history["baselines"] = baselines.compare(fitted, split, weights, row, samples)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -290,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         "best_epoch": None,
         "test_metrics": None,
         "test_intervals": None,
+        "baselines": None,
         "data": data,
         "timing": timing,
     }

@@ -13,6 +13,13 @@ from pathlib import Path
 
 from support.files import UserError, atomic_write
 
+LABELS = {
+    "random": "random",
+    "bradley_terry": "Bradley-Terry",
+    "cluster_bradley_terry": "per-cluster BT",
+    "neighbours": "neighbours",
+}
+
 
 def write_history(output_dir: str, history: dict) -> None:
     """Replace `training_history.json` in the output folder, so that a running or killed run can be read."""
@@ -115,24 +122,40 @@ def print_encoding(encoder: dict, timing: dict, max_length: int) -> None:
     )
 
 
+def verdict(interval: list[float], name: str) -> str:
+    """What the 95 % interval of a difference in AUC shows, in words."""
+    low, high = interval
+    return f"better than {name}" if low > 0 else f"worse than {name}" if high < 0 else "no difference shown"
+
+
 def print_test(history: dict) -> None:
     """The final table of a history, and on the demo the share of the gap closed."""
-    size = history["data"]["split"]["test"]
+    size, intervals = history["data"]["split"]["test"], history["test_intervals"]
     print(
         f"\ntest     epoch {history['best_epoch']}, once, on {size['battles']} battles of {size['queries']} queries\n"
     )
     rows = {"RankRouter": history["test_metrics"]}
     for end, label in enumerate(("  95 % from", "         to")):
-        rows[label] = {name: bounds[end] for name, bounds in history["test_intervals"].items()}
+        rows[label] = {name: bounds[end] for name, bounds in intervals.items()}
+    rows |= {LABELS[name]: row for name, row in history["baselines"].items()}
     if "demo" in history:
         rows["best fixed ranking"] = history["demo"]["fixed_ranking"]
         rows["true margins"] = history["demo"]["true_margins"]
-    print(" " * 20 + "".join(f"{name.replace('log_loss_', ''):>11}" for name in history["test_metrics"]))
+    beyond = "  RankRouter's AUC beyond it, 95 %" if history["baselines"] else ""
+    print(f"{'':<18}{'accuracy':>10}{'auc':>10}{'log loss':>10}{'calibrated':>12}{beyond}")
     for label, row in rows.items():
-        print(f"{label:<20}" + "".join(f"{row[name]:>11.4f}" for name in row))
+        numbers = "".join(f"{row[name]:>10.4f}" for name in ("accuracy", "auc", "log_loss"))
+        calibrated = f"{row['log_loss_calibrated']:>12.4f}" if "log_loss_calibrated" in row else ""
+        compared = ""
+        if "difference" in row:
+            low, high = row["difference_intervals"]["auc"]
+            told = verdict([low, high], label)
+            compared = f"  {row['difference']['auc']:+.4f} [{low:+.4f}, {high:+.4f}]  {told}"
+        print(f"{label:<18}{numbers}{calibrated}{compared}")
+    print("\nIntervals cover the drawing of the test queries, not the training.")
     if "demo" in history and history["demo"]["gap_closed"] is not None:
         print(
-            f"\nRankRouter closes {history['demo']['gap_closed']:.0%} of the gap in AUC between the best "
+            f"RankRouter closes {history['demo']['gap_closed']:.0%} of the gap in AUC between the best "
             "query-independent ranking and the true margins."
         )
     print(f"\nsaved    {history['args']['output_dir']}: best_model.pt, training_history.json")

@@ -20,6 +20,13 @@ def cache_folder(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def denormals():
+    """A run flushes denormal numbers to zero for its whole process; the next test has them again."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def demo_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("demo")
@@ -46,8 +53,8 @@ def run_demo(demo_dir, demo, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def default_run(run_demo):
-    """`python train.py --demo`, once for all tests that look at it."""
-    return run_demo()
+    """`python train.py --demo`, once for all tests that look at it; not mixed with what other runs have cached."""
+    return run_demo("--no_cache")
 
 
 @pytest.fixture

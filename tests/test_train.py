@@ -123,10 +123,10 @@ def test_the_history_is_complete_and_consistent(demo, default_run):
     assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt"}
     assert set(history) == {
         *("status", "args", "train_losses", "val_metrics", "best_epoch", "test_metrics", "data", "clusters"),
-        *("calibration", "environment", "timing", "demo", "test_intervals"),
+        *("calibration", "environment", "timing", "demo", "test_intervals", "baselines"),
     }
     counts = ("queries_encoded", "queries_from_cache")
-    assert set(history["timing"]) == {"load", "encode", "cluster", "train", "evaluate", *counts}
+    assert set(history["timing"]) == {"load", "encode", "cluster", "train", "evaluate", "baselines", *counts}
     assert data["content_hash"] == content_hash([demo / "battles.parquet"])
     assert data["embeddings_hash"] == hashlib.sha256(embed(demo, split.train.queries).numpy()).hexdigest()
     encoder = RankRouter.load(output / "best_model.pt").facts["encoder"]
