@@ -66,10 +66,13 @@ def neighbours(split, strengths: np.ndarray, points: np.ndarray) -> Iterator[tup
     information = sum_by_model(variance, variance, *place)  # (Qt, M)
     index = NearestNeighbors(metric="cosine", algorithm="brute").fit(points[train_queries])
     held = [np.unique(side.query_idx, return_inverse=True) for side in (split.val, split.test)]  # (Qh,), (N,) each
-    for k in sorted({min(k, len(train_queries)) for k in NEIGHBOURS}):
+    numbers = sorted({min(k, len(train_queries)) for k in NEIGHBOURS})
+    nearest = [index.kneighbors(points[queries], numbers[-1], return_distance=False) for queries, _ in held]  # (Qh, k)
+    for k in numbers:
         sums = []
-        for queries, _ in held:
-            near = index.kneighbors_graph(points[queries], k)  # (Qh, Qt)
+        for order in nearest:
+            ends = k * np.arange(len(order) + 1)  # (Qh + 1,)
+            near = csr_array((np.ones(ends[-1]), order[:, :k].ravel(), ends), (len(order), len(train_queries)))
             sums.append(((near @ residuals).toarray(), (near @ information).toarray()))  # (Qh, M) each
         for damping in DAMPINGS:
             d = [
