@@ -174,8 +174,9 @@ def embed(
     """Embeddings of distinct queries: float32 (Q, H) on the CPU, read from the cache as far as they stand there.
 
     Without `cache_dir` nothing is read or kept. Returns also what a checkpoint must know of the encoder, and how many
-    queries were not cached; where none is missing, neither encoder nor tokenizer is loaded. Raises `UserError` where
-    there is no encoder at `model_path` (a folder or a hub id), it cannot encode, or the cache cannot be written.
+    queries this run encoded that were not cached; where none is missing, neither encoder nor tokenizer is loaded.
+    Raises `UserError` where there is no encoder at `model_path` (a folder or a hub id), it cannot encode, or the cache
+    cannot be written.
     """
     folder, dtype = find_encoder(model_path), pick_dtype(dtype, device)
     usage = {
@@ -192,19 +193,23 @@ def embed(
         cache, keys = EmbeddingCache(cache_dir, usage), query_keys(queries)
         stored = cache.look_up(keys)  # (Q,)
         num_missing = int((~stored).sum())
-        if num_missing:
+        if num_missing or cache.facts is None:
             encoder = load_encoder(folder, device, getattr(torch, dtype))
             facts = {"path": str(folder.absolute()), "tokens_read": min(max_length, longest_input(*encoder))}
             batches = encode_batches(queries, *encoder, max_length, pooling, tokens_per_batch, stored)
-            fill(cache, keys, stored, batches, facts)
+            num_missing = fill(cache, keys, stored, batches, facts)
+            cache.describe(facts)
         embeddings, tokens_read = cache.read(keys), cache.facts["tokens_read"]  # (Q, H)
     facts = {"path": str(model_path), "max_length": tokens_read, "width": embeddings.shape[1]}
     return embeddings, usage | facts, num_missing
 
 
-def fill(cache: EmbeddingCache, keys: list[bytes], stored: np.ndarray, batches: Iterator, facts: dict) -> None:
-    """Store batches as they come, some seconds' worth in a shard; `stored` (Q,) is kept up with what all runs store."""
-    waiting, since = [], time.monotonic()
+def fill(cache: EmbeddingCache, keys: list[bytes], stored: np.ndarray, batches: Iterator, facts: dict) -> int:
+    """Store batches as they come, some seconds' worth in a shard; `stored` (Q,) is kept up with what all runs store.
+
+    Returns how many queries were encoded that were not stored.
+    """
+    waiting, since, encoded = [], time.monotonic(), 0
 
     def flush():
         batch, vectors = (np.concatenate(part) for part in zip(*waiting, strict=True))  # (n,), (n, H)
@@ -215,12 +220,14 @@ def fill(cache: EmbeddingCache, keys: list[bytes], stored: np.ndarray, batches: 
     try:
         for batch in batches:
             waiting.append(batch)
+            encoded += int((~stored[batch[0]]).sum())
             if time.monotonic() - since >= SECONDS_PER_SHARD:
                 flush()
                 since = time.monotonic()
     finally:  # what an error or Ctrl-C leaves is kept too
         if waiting:
             flush()
+    return encoded
 
 
 def fit_centroids(points: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:

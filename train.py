@@ -169,7 +169,9 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
         checkpoint.replace(earlier)
     runs.write_history(args.output_dir, history)
 
-    queries, default = split.train.queries, user_cache_folder()
+    queries, cache_dir = split.train.queries, None if args.no_cache else args.cache_dir
+    if not args.no_cache and cache_dir is None:
+        cache_dir = user_cache_folder()
     with runs.timed(timing, "encode"):
         embeddings, encoder, num_encoded = embed(
             queries,
@@ -179,7 +181,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
             pooling=args.pooling,
             max_length=args.max_length,
             tokens_per_batch=args.encode_tokens,
-            cache_dir=None if args.no_cache else default if args.cache_dir is None else args.cache_dir,
+            cache_dir=cache_dir,
         )  # (Q, H)
     timing |= {"queries_encoded": num_encoded, "queries_from_cache": len(queries) - num_encoded}
     history["environment"] = runs.environment(device, encoder["dtype"])

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -22,7 +23,9 @@ import numpy as np
 from support.command_line import OneLineParser, run_command
 from support.files import UserError, atomic_write, make_folder, user_cache_folder
 
-FORMAT_VERSION = 1  # of the shards, and of the arithmetic from text to embedding that they hold
+FORMAT_VERSION = 2  # of the shards, and of the arithmetic from text to embedding that they hold
+
+SHARD_NAME = re.compile(r"[0-9]{6}-[0-9a-f]{64}\.safetensors")
 
 
 def encoders_folder(cache_dir: str | Path) -> Path:
@@ -65,11 +68,10 @@ class EmbeddingCache:
 
         A shard that is damaged is set aside with a warning on stderr; its queries then are not stored.
         """
-        if self.facts is not None:
-            for path in sorted(self.folder.glob("*.safetensors")):
-                if path.name not in self.names:
-                    self.names.add(path.name)
-                    self._open(path)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name not in self.names and SHARD_NAME.fullmatch(path.name):
+                self.names.add(path.name)
+                self._open(path)
         return np.fromiter((key in self.row_of_key for key in keys), bool, len(keys))  # (Q,)
 
     def read(self, keys: list[bytes]):
@@ -95,18 +97,23 @@ class EmbeddingCache:
         import torch
         from safetensors.torch import save
 
-        self.facts = self.facts or self.usage | facts
         for _ in range(3):  # again where somebody has dropped the part before the shard could be mapped
+            self.describe(facts)
             new = np.flatnonzero(~self.look_up(keys))  # (n,)
             if not len(new):
                 return
-            if self._read_facts() is None:
-                self._write("encoder.json", json.dumps(self.facts, indent=1).encode())
             array = np.frombuffer(b"".join(keys[i] for i in new), np.uint8).reshape(-1, 32)  # (n, 32)
-            data = save({"keys": torch.from_numpy(array.copy()), "embeddings": torch.from_numpy(embeddings[new])})
-            number = max((int(name[:6]) for name in self.names if name[:6].isdigit()), default=-1) + 1
+            tensors = {"keys": torch.from_numpy(array.copy()), "embeddings": torch.from_numpy(embeddings[new])}
+            data = save(tensors, metadata={"part": self.folder.name})
+            number = max((int(name[:6]) for name in self.names), default=-1) + 1
             self._write(f"{number:06d}-{hashlib.sha256(data).hexdigest()}.safetensors", data)
         raise UserError(f"{self.folder} does not keep what is written to it; choose another folder with --cache_dir")
+
+    def describe(self, facts: dict) -> None:
+        """Write `encoder.json` where there is none, or none that can be read. Raises `UserError` where it cannot."""
+        self.facts = self.facts or self.usage | facts
+        if self._read_facts() is None:
+            self._write("encoder.json", json.dumps(self.facts, indent=1).encode())
 
     def _open(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -115,15 +122,18 @@ class EmbeddingCache:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != path.stem[7:]:
-                raise ValueError("its content is not what was written")
+                path.rename(path.with_suffix(".damaged"))
+                told = "is damaged: its content is not what was written; set aside, its queries are encoded again"
+                print(f"warning: {path} {told}", file=sys.stderr)
+                return
             with safe_open(path, framework="pt") as shard:
+                if (shard.metadata() or {}).get("part") != self.folder.name:
+                    raise ValueError("it belongs to another encoder's part")
                 keys, embeddings = shard.get_tensor("keys").numpy().tobytes(), shard.get_tensor("embeddings")
         except FileNotFoundError:  # another run has set it aside
             return
-        except (OSError, ValueError, SafetensorError) as error:
-            print(f"warning: {path} is damaged ({error}); set aside, its queries are encoded again", file=sys.stderr)
-            with suppress(OSError):
-                path.rename(path.with_suffix(".damaged"))
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # but it is whole, for others to read
+            print(f"warning: {path} cannot be used ({error}); passed over", file=sys.stderr)
             return
         for row in range(len(embeddings)):
             self.row_of_key.setdefault(keys[32 * row : 32 * row + 32], self.starts[-1] + row)
@@ -133,8 +143,8 @@ class EmbeddingCache:
     def _read_facts(self) -> dict | None:
         try:
             facts = json.loads((self.folder / "encoder.json").read_bytes())
-            return facts if isinstance(facts["tokens_read"], int) else None
-        except (OSError, ValueError, KeyError, TypeError):  # not begun, or damaged: then written again
+            return facts if type(facts["tokens_read"]) is int and facts["tokens_read"] > 0 else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not begun, or damaged: written again
             return None
 
     def _write(self, name: str, data: bytes) -> None:
@@ -154,14 +164,17 @@ def parts(cache_dir: str | Path) -> list[dict]:
 
     found = []
     for folder in sorted(encoders_folder(cache_dir).glob("*/")):
+        if not re.fullmatch("[0-9a-f]{32}", folder.name) or folder.is_symlink():  # not ours, and not ours to drop
+            continue
         row = {"name": folder.name, "facts": {}, "queries": 0, "bytes": 0, "used": folder.stat().st_mtime}
         for path in folder.iterdir():
-            with suppress(OSError, ValueError, TypeError, SafetensorError):  # damaged, or just being replaced
+            # Damaged, or just being replaced.
+            with suppress(OSError, ValueError, TypeError, RecursionError, SafetensorError):
                 row["bytes"] += path.stat().st_size
                 if path.name == "encoder.json":
                     row["used"], facts = path.stat().st_mtime, json.loads(path.read_bytes())
                     row["facts"] = {name: str(fact) for name, fact in dict(facts).items()}
-                elif path.suffix == ".safetensors":
+                elif SHARD_NAME.fullmatch(path.name):
                     with safe_open(path, framework="np") as shard:
                         row["queries"] += shard.get_slice("keys").get_shape()[0]
         found.append(row)
@@ -181,7 +194,11 @@ def main(argv: list[str] | None = None) -> None:
         if len(chosen) != 1:
             names = ", ".join(part["name"][:8] for part in found) or "none"
             raise UserError(f"--drop {args.drop!r} fits {len(chosen)} of the cached encoders; expected one of {names}")
-        shutil.rmtree(encoders_folder(cache_dir) / chosen[0]["name"])
+        folder = encoders_folder(cache_dir) / chosen[0]["name"]
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise UserError(f"cannot delete all of {folder}: {error.strerror or error}") from error
         print(f"dropped {chosen[0]['queries']} queries, {chosen[0]['bytes'] / 1e6:.1f} MB")
         return
     print(f"{encoders_folder(cache_dir)}: {len(found)} encoders")

@@ -16,7 +16,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     Raises `UserError` where the file cannot be written; what stood there before is then untouched.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")  # two containers may share a pid
     try:
         try:
             with open(beside, "wb") as file:
@@ -48,7 +48,10 @@ def make_folder(path: str | Path, flag: str) -> Path:
 
 def user_cache_folder() -> Path:
     """Where this user keeps what can be made again: `$XDG_CACHE_HOME/rankrouter`, or `~/.cache/rankrouter`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankrouter"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankrouter"
+    except RuntimeError as error:
+        raise UserError(f"{error} Set HOME or XDG_CACHE_HOME, or give --cache_dir and --demo_dir") from error
 
 
 def content_hash(files: Iterable[str | Path]) -> str:

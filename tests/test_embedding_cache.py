@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import tqdm
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 from transformers import AutoModel
 
 import query_representation
@@ -202,6 +202,46 @@ def test_a_damaged_description_of_the_encoder_is_written_again(run_embed, tmp_pa
         assert again_facts == facts
 
 
+def test_a_lost_description_costs_no_encoding(run_embed, tmp_path):
+    expected, facts, _ = run_embed(QUERIES)
+    (description,) = tmp_path.glob("cache/embeddings/*/encoder.json")
+    content = description.read_bytes()
+    description.unlink()
+    again, again_facts, missing = run_embed(QUERIES)
+    assert (again_facts, missing) == (facts, 0)
+    assert torch.equal(again, expected)
+    assert description.read_bytes() == content
+
+
+def test_a_shard_of_another_encoder_is_passed_over_and_left(run_embed, tmp_path, capsys):
+    run_embed(QUERIES, pooling="last")
+    (other,) = shards(tmp_path)
+    run_embed(QUERIES[:1])
+    (own,) = set(shards(tmp_path)) - {other}
+    moved = own.with_name(other.name)
+    shutil.copy(other, moved)
+    capsys.readouterr()
+    got, _, missing = run_embed(QUERIES)
+    assert missing == 59
+    assert f"{moved} cannot be used (it belongs to another encoder's part)" in capsys.readouterr().err
+    assert moved.is_file()
+    assert not torch.equal(got, run_embed(QUERIES, pooling="last")[0])
+
+
+@pytest.mark.parametrize("content", [b"hello", save({"x": np.zeros(2)}), save({"x": np.zeros(2)}, metadata={"a": "b"})])
+def test_a_whole_file_that_is_no_shard_is_passed_over_and_left(run_embed, tmp_path, capsys, content):
+    expected, _, _ = run_embed(QUERIES)
+    (shard,) = shards(tmp_path)
+    foreign = shard.with_name(f"000000-{hashlib.sha256(content).hexdigest()}.safetensors")
+    for path in (foreign, shard.with_name("notes.safetensors")):
+        path.write_bytes(content)
+    got, _, missing = run_embed(QUERIES)
+    assert missing == 0
+    assert torch.equal(got, expected)
+    assert capsys.readouterr().err.count("cannot be used") == 1
+    assert foreign.read_bytes() == content
+
+
 def test_a_full_disk_is_one_clear_error_and_leaves_what_was_there(run_embed, small_shards, tmp_path, monkeypatch):
     fsync = os.fsync
 
@@ -350,7 +390,7 @@ def test_a_part_that_is_dropped_during_a_run_is_begun_again(run_embed, small_sha
 def test_a_shard_that_another_run_sets_aside_meanwhile_is_no_damage(run_embed, tmp_path, capsys):
     expected, _, _ = run_embed(QUERIES)
     (shard,) = shards(tmp_path)
-    gone = shard.with_name("000000-gone.safetensors")
+    gone = shard.with_name(f"000000-{64 * '0'}.safetensors")
     gone.symlink_to("nowhere")  # listed, but not there when it is opened
     assert torch.equal(run_embed(QUERIES)[0], expected)
     assert gone.is_symlink()
@@ -411,6 +451,28 @@ def test_the_command_lists_what_is_damaged_too(run_embed, tmp_path, capsys, cont
     shard.with_name("000001-x.safetensors").write_bytes(b"")
     (line,) = listing(capsys, "--cache_dir", str(tmp_path / "cache"))[2:]
     assert line.split()[:2] == [shard.parent.name[:8], "60"]
+
+
+def test_the_command_knows_its_own_folders_only(run_embed, tmp_path, capsys):
+    run_embed(QUERIES)
+    folder = shards(tmp_path)[0].parent
+    (folder.parent / "photos").mkdir()
+    (folder.parent / ("a" * 32)).symlink_to(folder)
+    assert [part["name"] for part in embedding_cache.parts(tmp_path / "cache")] == [folder.name]
+    with pytest.raises(UserError, match="fits 0"):
+        embedding_cache.main(["--cache_dir", str(tmp_path / "cache"), "--drop", "photos"])
+
+
+def test_a_part_that_cannot_be_deleted_is_one_line(run_embed, tmp_path, monkeypatch):
+    run_embed(QUERIES)
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    name = shards(tmp_path)[0].parent.name
+    with pytest.raises(UserError, match=f"cannot delete all of .*{name}: Permission denied"):
+        embedding_cache.main(["--cache_dir", str(tmp_path / "cache"), "--drop", name])
 
 
 @pytest.mark.parametrize("name", ["", "zz", "../x"])

@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
-from support.files import UserError, atomic_write, content_hash
+from support.files import UserError, atomic_write, content_hash, user_cache_folder
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -49,3 +50,29 @@ def test_the_hash_is_of_the_contents_in_order(tmp_path):
     digests = hashlib.sha256(b"one").digest() + hashlib.sha256(b"two").digest()
     assert content_hash([a, b]) == content_hash([c, b]) == hashlib.sha256(digests).hexdigest()
     assert content_hash([b, a]) != content_hash([a, b])
+
+
+def test_a_user_without_a_home_is_told_what_to_give(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert user_cache_folder().name == "rankrouter"  # under XDG_CACHE_HOME
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(UserError, match=r"home directory.*--cache_dir and --demo_dir"):
+        user_cache_folder()
+
+
+def test_two_writers_with_one_process_id_write_beside_each_other(tmp_path, monkeypatch):
+    path, fsync, names = tmp_path / "history.json", os.fsync, []
+
+    def look(descriptor):
+        names.append(os.listdir(tmp_path))
+        if len(names) == 1:
+            atomic_write(path, b"second")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    atomic_write(path, b"first")
+    assert [len(seen) for seen in names] == [1, 2]
+    assert path.read_bytes() == b"first"
