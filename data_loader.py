@@ -1,6 +1,7 @@
 """Battles between models, loaded from files in the public layouts and split by query."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,14 @@ DOWNLOAD = (
 
 
 @dataclass(frozen=True)
+class ScoreTable:
+    """The R rows of score tables, with what each of M models scored on a query."""
+
+    query_idx: np.ndarray  # (R,) int64 into the queries of the battles
+    scores: np.ndarray  # (R, M) float64, higher is better, NaN where a model has none
+
+
+@dataclass(frozen=True)
 class Battles:
     """N battles over Q distinct queries and M models."""
 
@@ -26,12 +35,27 @@ class Battles:
     model_a_idx: np.ndarray  # (N,) int64 into model_names
     model_b_idx: np.ndarray  # (N,) int64 into model_names
     outcome: np.ndarray  # (N,) float32, P(a is better): 1, 0, or 0.5 for a tie
+    table: ScoreTable | None = None  # the score tables that battles come from
 
     def __len__(self) -> int:
         return len(self.outcome)
 
+    @cached_property
+    def fought(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct queries of the battles, into `queries` (Qd,), and each battle's place among them (N,)."""
+        return np.unique(self.query_idx, return_inverse=True)
+
+    def margins(self, scores: np.ndarray) -> np.ndarray:
+        """Margins d (N,) of the battles from scores (Qd, M) of their distinct queries, as `fought` orders them.
+
+        Scores that are the same for every query may be one row (1, M).
+        """
+        queries, row = self.fought
+        scores = np.broadcast_to(scores, (len(queries), len(self.model_names)))  # (Qd, M)
+        return scores[row, self.model_a_idx] - scores[row, self.model_b_idx]
+
     def select(self, keep: np.ndarray) -> "Battles":
-        """The battles of a boolean mask (N,) or of indices; queries and models keep their numbering."""
+        """The battles of a boolean mask (N,) or of indices; queries, models and the table stay as they are."""
         columns = ("query_idx", "model_a_idx", "model_b_idx", "outcome")
         return replace(self, **{name: getattr(self, name)[keep] for name in columns})
 
@@ -71,9 +95,11 @@ def load_battles(
         layouts.add(layout)
         for chunk in table.read(layout.columns):
             rows.add(chunk, layout)
-    queries, model_names, table, outside_limit = rows.finish(limit, seed)
-    query_idx, model_a_idx, model_b_idx = table[:, :3].astype(np.int64).T  # (N,) each
-    battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, table[:, 3].astype(np.float32))
+    queries, model_names, fights, scores, outside_limit = rows.finish(limit, seed)
+    query_idx, model_a_idx, model_b_idx = fights[:, :3].astype(np.int64).T  # (N,) each
+    outcome = fights[:, 3].astype(np.float32)  # (N,)
+    table = _score_table(scores, len(model_names)) if len(scores) else None
+    battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, outcome, table)
     if len(battles) == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items()) or "none"
         raise UserError(
@@ -98,12 +124,24 @@ def load_battles(
     return battles, counts
 
 
-def split_battles(battles: Battles, seed: int, by: str = "query", ties: str = "drop") -> tuple[Split, dict]:
+def _score_table(scores: np.ndarray, num_models: int) -> ScoreTable:
+    """Scores (S, 4) as row, query, model, score, with a line a row."""
+    _, first, row = np.unique(scores[:, 0], return_index=True, return_inverse=True)  # (R,), (S,)
+    table = np.full((len(first), num_models), np.nan)  # (R, M)
+    table[row, scores[:, 2].astype(np.int64)] = scores[:, 3]
+    return ScoreTable(scores[first, 1].astype(np.int64), table)
+
+
+def split_battles(
+    battles: Battles, seed: int, by: str = "query", ties: str = "drop", pairs_per_query: int | None = None
+) -> tuple[Split, dict]:
     """Split battles 80/10/10 into training, validation and test, by `seed`.
 
     `by` "query" puts all battles of a query on one side; "battle" draws single battles, as published code
     does. Ties are left out of validation and test, and of training where `ties` is "drop"; the sides themselves
-    do not depend on `ties`. Battles of a model that training never saw are left out of validation and test.
+    do not depend on `ties`. Of a query's training battles at most `pairs_per_query` are drawn. Battles of a model that
+    training never saw are left out of validation and test. A side holds those rows of a score table that are of its
+    queries and whose scores differ; where single battles are drawn, it holds none, as no row is of one side.
     Returns the split and its counts. Raises `UserError` where a side is left empty.
     """
     units = battles.query_idx if by == "query" else np.arange(len(battles))
@@ -117,6 +155,9 @@ def split_battles(battles: Battles, seed: int, by: str = "query", ties: str = "d
 
     tie = battles.outcome == 0.5
     in_train = (side == "train") & (~tie if ties == "drop" else True)  # (N,)
+    num_train = int(in_train.sum())
+    if pairs_per_query:
+        in_train = _draw(in_train, battles.query_idx, pairs_per_query, seed)  # (N,)
     seen = np.union1d(battles.model_a_idx[in_train], battles.model_b_idx[in_train])  # (M,)
     known = np.isin(battles.model_a_idx, seen) & np.isin(battles.model_b_idx, seen)  # (N,)
     held_out = (side != "train") & ~tie & known  # (N,)
@@ -129,14 +170,17 @@ def split_battles(battles: Battles, seed: int, by: str = "query", ties: str = "d
         model_b_idx=np.searchsorted(seen, battles.model_b_idx),
         outcome=battles.outcome,
     )
-    split = Split(
-        train=renumbered.select(in_train),
-        val=renumbered.select(held_out & (side == "val")),
-        test=renumbered.select(held_out & (side == "test")),
-    )
-    sizes = {
-        name: {"battles": len(part), "queries": len(np.unique(part.query_idx))} for name, part in vars(split).items()
-    }
+    masks = {"train": in_train, "val": held_out & (side == "val"), "test": held_out & (side == "test")}  # (N,) each
+    tables = dict.fromkeys(masks)
+    if battles.table is not None and by == "query":
+        scores = battles.table.scores[:, seen]  # (R, M)
+        differ = np.fmax.reduce(scores, axis=1) > np.fmin.reduce(scores, axis=1)  # (R,), fmax and fmin pass NaN over
+        row_side = side_of_unit[np.searchsorted(distinct, battles.table.query_idx)]  # (R,)
+        for name in tables:
+            rows = differ & (row_side == name)  # (R,)
+            tables[name] = ScoreTable(np.searchsorted(used, battles.table.query_idx[rows]), scores[rows])
+    split = Split(**{name: replace(renumbered.select(mask), table=tables[name]) for name, mask in masks.items()})
+    sizes = {name: {"battles": len(part), "queries": len(part.fought[0])} for name, part in vars(split).items()}
     empty = [name for name, size in sizes.items() if size["battles"] == 0]
     if empty:
         raise UserError(
@@ -145,8 +189,23 @@ def split_battles(battles: Battles, seed: int, by: str = "query", ties: str = "d
         )
     counts = {
         "split": sizes,
-        "ties_left_out": int((tie & ~in_train).sum()),
+        "ties_left_out": int((tie & ((side != "train") | (ties == "drop"))).sum()),
+        "training_battles_not_drawn": num_train - int(in_train.sum()),
+        "table_rows": None,
         "unseen_model_battles": int(((side != "train") & ~tie & ~known).sum()),
         "test_queries_in_train": len(np.intersect1d(split.train.query_idx, split.test.query_idx)),
     }
+    if battles.table is not None and by == "query":
+        counts["table_rows"] = {name: len(table.query_idx) for name, table in tables.items()}
+        counts["table_rows"]["without_a_difference"] = int((~differ).sum())
     return split, counts
+
+
+def _draw(mask: np.ndarray, query_idx: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """A mask (N,) of at most `most` battles of each query among those of `mask` (N,), drawn by `seed`."""
+    shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(mask))  # (n,)
+    shuffled = shuffled[np.argsort(query_idx[shuffled], kind="stable")]  # (n,), a query's battles side by side
+    _, first, row = np.unique(query_idx[shuffled], return_index=True, return_inverse=True)  # (q,), (n,)
+    drawn = np.zeros(len(mask), bool)  # (N,)
+    drawn[shuffled[np.arange(len(shuffled)) - first[row] < most]] = True
+    return drawn

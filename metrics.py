@@ -7,6 +7,7 @@ battle with d = 0 counts one half. A metric that is undefined on the data (N = 0
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.sparse import coo_array
+from scipy.special import stdtrit
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 WEIGHTS_AT_ONCE = 2**22  # of bootstrap samples: 32 MB
@@ -73,6 +74,14 @@ def log_loss(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperatur
     return float(-np.mean(log_win_probability(winner_lead, margin, temperature)))
 
 
+def log_odds(scores: np.ndarray, margin: float = 0.0, temperature: float = 1.0) -> np.ndarray:
+    """Each model's log-odds (M,) of beating another drawn at random, from scores (M,), M >= 2."""
+    d = scores[:, None] - scores  # (M, M)
+    wins = np.exp(log_win_probability(d, margin, temperature)).sum(1) - 0.5  # (M,), without the one against itself
+    losses = np.exp(log_win_probability(-d, margin, temperature)).sum(1) - 0.5  # (M,)
+    return np.log(wins / losses)
+
+
 def fit_temperature(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0) -> float:
     """The temperature T in [0.01, 100] with the least log loss on these battles; fit it on validation.
 
@@ -84,6 +93,48 @@ def fit_temperature(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0) -> 
         method="bounded",
     )
     return float(np.exp(best.x))
+
+
+def reliability(
+    d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperature: float = 1.0, num_bins: int = 10
+) -> tuple[float, list[dict]]:
+    """Expected calibration error, and the bins of a reliability diagram, of the probability that the chosen model wins.
+
+    That probability lies in [0.5, 1], which the bins divide evenly; each holds its bounds `low` and `high`, `battles`,
+    their mean `probability`, and the share `won` by the chosen model. Bins without battles are left out. The error is
+    the mean over battles of |probability - won| of their bins.
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    p = np.exp(log_win_probability(np.abs(d), margin, temperature))  # (N,)
+    right = np.where(d == 0, 0.5, (d > 0) == (outcome == 1))  # (N,)
+    edges = np.linspace(0.5, 1, num_bins + 1).round(6)
+    place = np.digitize(p, edges[1:-1])  # (N,)
+    bins = []
+    for k in np.unique(place):
+        inside = place == k  # (N,)
+        means = {"probability": float(p[inside].mean()), "won": float(right[inside].mean())}
+        bins.append({"low": float(edges[k]), "high": float(edges[k + 1]), "battles": int(inside.sum())} | means)
+    error = sum(part["battles"] * abs(part["probability"] - part["won"]) for part in bins) / len(d)
+    return float(error), bins
+
+
+def route(scores: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What choosing the highest-scored model gets on each row of a score table: its score, and whether none is better.
+
+    `scores` (R, M), or (1, M) for all rows; `table` (R, M), NaN where a model is not to be had. Returns (R,) each, the
+    second 1 or 0; where several scores are the highest, the mean over their models.
+    """
+    offered = np.where(np.isnan(table), -np.inf, scores)  # (R, M)
+    chosen = offered == offered.max(1, keepdims=True)  # (R, M)
+    is_best = table == np.nanmax(table, 1, keepdims=True)  # (R, M)
+    num_chosen = chosen.sum(1)  # (R,)
+    return np.where(chosen, table, 0).sum(1) / num_chosen, (chosen & is_best).sum(1) / num_chosen
+
+
+def gap_closed(score: np.ndarray, single: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+    """Share of the way from the best single model's mean score to the oracle's; NaN where those are the same."""
+    way, whole = np.subtract(score, single), np.subtract(oracle, single)
+    return np.divide(way, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
 def evaluate(
@@ -170,6 +221,20 @@ def evaluate_resamples(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """The 95 % percentile interval [low, high] of a metric's values (R,) on bootstrap samples."""
-    return np.percentile(values, [2.5, 97.5]).tolist()
+def interval(values: np.ndarray) -> list[float] | None:
+    """The 95 % percentile interval [low, high] of a metric's values (R,) on bootstrap samples, NaN left out."""
+    values = values[~np.isnan(values)]
+    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else None
+
+
+def seeds_interval(differences: np.ndarray, test_by_train: float) -> list[float]:
+    """The 95 % interval [low, high] of a mean difference over S >= 2 seeds, each with a split of its own.
+
+    mean ± t s sqrt(1/S + n_test/n_train): training sets that overlap make the S differences (S,) dependent, which the
+    second term corrects; `test_by_train` is n_test/n_train.
+    Source: Nadeau and Bengio, "Inference for the Generalization Error", Machine Learning 2003.
+    """
+    count = len(differences)
+    half = stdtrit(count - 1, 0.975) * np.std(differences, ddof=1) * np.sqrt(1 / count + test_by_train)
+    mean = np.mean(differences)
+    return [float(mean - half), float(mean + half)]

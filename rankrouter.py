@@ -4,12 +4,13 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model_profiling import ModelTower
-from query_representation import QueryTower
+from query_representation import ROWS_AT_ONCE, QueryTower
 from support.files import UserError, atomic_write
 
 FORMAT_VERSION = 1
@@ -55,6 +56,16 @@ class RankRouter(nn.Module):
         if self.log_scale is None:
             return q @ m.T  # (B, M)
         return self.log_scale.exp() * F.normalize(q, dim=1) @ F.normalize(m, dim=1).T  # (B, M)
+
+    @torch.no_grad()
+    def score(self, points: torch.Tensor, cluster_idx: torch.Tensor, queries: np.ndarray) -> np.ndarray:
+        """Scores (Q, M), float64, of every model for some of the queries of `forward`, by their indices (Q,).
+
+        The router is left in evaluation mode.
+        """
+        self.eval()
+        rows = torch.from_numpy(queries).to(points.device).split(ROWS_AT_ONCE)
+        return torch.cat([self(points[some], cluster_idx[some]) for some in rows]).cpu().double().numpy()  # (Q, M)
 
     def save(self, path: str | Path, **facts) -> None:
         """Write a checkpoint: weights and buffers, model names, and `facts` in plain Python types.

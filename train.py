@@ -40,6 +40,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="query",
         help="what the 80/10/10 split draws; battle lets test queries stand in training, as published code does",
     )
+    data.add_argument(
+        "--pairs_per_query",
+        metavar="N",
+        type=whole_number(1),
+        help="at most N training battles of a query, drawn by --split_seed; without it, all pairs of a score table",
+    )
     data.add_argument("--limit", metavar="N", type=whole_number(1), help="only N queries: a quick look")
     data.add_argument("--demo", action="store_true", help="synthetic battles, tiny Qwen2; a path given still holds")
     data.add_argument("--demo_dir", metavar="DIR", help="where the demo is kept, else the user's cache folder")
@@ -86,7 +92,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW, decoupled")
     training.add_argument("--seed", type=seed, default=42, help="of clusters, initial weights and batches")
     training.add_argument("--split_seed", type=seed, help="of the split and of --limit; without it, --seed")
-    training.add_argument("--baselines", choices=["fast", "none"], default="fast", help="what the test compares with")
+    training.add_argument(
+        "--baselines",
+        choices=["all", "fast", "none"],
+        default="fast",
+        help="what the test compares with; all: also a linear head and a factorisation, which take longer",
+    )
 
     args = parser.parse_args(argv)
     if args.demo:  # parsed again, so that a path given explicitly still holds
@@ -133,27 +144,18 @@ def train_epoch(router, optimiser, loss_of, points, cluster_idx, battles: tuple,
 
 def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
     """The router's margins d (N,) on decisive battles, from the matrix of scores, and their metrics."""
-    import torch
+    import numpy as np
 
     import metrics
-    from query_representation import ROWS_AT_ONCE
 
-    router.eval()
-    query, models, _ = to_tensors(battles, points.device)
-    distinct, row = query.unique(return_inverse=True)  # (Q,), (N,)
-    with torch.no_grad():
-        rows = distinct.split(ROWS_AT_ONCE)
-        scores = torch.cat([router(points[some], cluster_idx[some]) for some in rows])  # (Q, M)
-    if not torch.isfinite(scores).all():
+    d = battles.margins(router.score(points, cluster_idx, battles.fought[0]))  # (N,)
+    if not np.isfinite(d).all():
         raise UserError("the scores after its last step are not finite; try a lower --lr")
-    score_a, score_b = scores[row[:, None], models].unbind(1)  # (N,) each
-    d = (score_a - score_b).cpu().double().numpy()  # (N,)
     return d, metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx, margin)
 
 
 def run(args: argparse.Namespace, split, device, history: dict) -> None:
     """Encode, cluster, train, and test once; fills `history`, and writes it and the checkpoint as it goes."""
-    import numpy as np
     import torch
 
     import metrics
@@ -161,6 +163,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
     from query_representation import embed
     from rankrouter import RankRouter
     from support import baselines
+    from support.comparison import Judge, describe_clusters
 
     runs.tune_cpu()
     checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
@@ -184,14 +187,14 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
             cache_dir=cache_dir,
         )  # (Q, H)
     timing |= {"queries_encoded": num_encoded, "queries_from_cache": len(queries) - num_encoded}
-    history["environment"] = runs.environment(device, encoder["dtype"])
+    history["encoder"], history["environment"] = encoder, runs.environment(device, encoder["dtype"])
     history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
     runs.print_encoding(encoder, timing, args.max_length)
 
     # Towers; standardisation and clusters see training queries only
     torch.manual_seed(args.seed)
     router = RankRouter(split.train.model_names, encoder["width"], vars(args))
-    train_queries = torch.from_numpy(np.unique(split.train.query_idx))
+    train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
     with runs.timed(timing, "cluster"):
         router.query_tower.fit(embeddings[train_queries], args.seed)
         router.to(device)
@@ -209,7 +212,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
         "bce": bce_loss,
         "hinge": partial(hinge_loss, margin=args.margin),
     }[args.loss_type]
-    battles = to_tensors(split.train, device)
+    battles, best_single = to_tensors(split.train, device), baselines.best_single_model(split)
     optimiser = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     best_auc, best_state = -1.0, None
     for epoch in range(args.epochs):
@@ -227,9 +230,8 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
             best_auc, history["best_epoch"] = val["auc"], epoch
             best_state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
             temperature = metrics.fit_temperature(d, split.val.outcome, margin)
-            history["calibration"] = {"temperature": temperature}
             facts = {"args": vars(args), "encoder": encoder, "epoch": epoch, "val_metrics": val}
-            router.save(checkpoint, **facts, temperature=temperature)
+            router.save(checkpoint, **facts, temperature=temperature, best_single_model=best_single)
             earlier.unlink(missing_ok=True)
         runs.write_history(args.output_dir, history)
         print(
@@ -240,15 +242,16 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
     # Test, once, with the weights that were kept: from memory, as another run may share the folder
     router.load_state_dict(best_state)
     with runs.timed(timing, "evaluate"):
-        d, _ = evaluate(router, points, cluster_idx, split.test, margin)
-        weights = metrics.bootstrap_weights(split.test.query_idx, args.seed)  # (R, N)
-        row, samples = baselines.judge(d, split.test, weights, margin, history["calibration"]["temperature"])
-        history["test_intervals"] = {name: metrics.interval(samples[name]) for name in row}
-    history["test_metrics"], history["baselines"] = row, {}
-    if args.baselines == "fast":
+        test_scores = router.score(points, cluster_idx, split.test.fought[0])  # (Q, M)
+        judge = Judge(split, test_scores, margin, temperature, args.seed)
+        history |= judge.results()
+        if args.num_clusters:
+            history["clusters"] = describe_clusters(router, points, cluster_idx, split.train, margin, temperature)
+    if args.baselines != "none":
         with runs.timed(timing, "baselines"):
-            fitted = baselines.fit(split, points.cpu().numpy(), cluster_idx.cpu().numpy(), args.num_clusters)
-            history["baselines"] = baselines.compare(fitted, split, weights, row, samples)
+            arrays, learned = (points.cpu().numpy(), cluster_idx.cpu().numpy()), args.baselines == "all"
+            fitted = baselines.fit(split, *arrays, args.num_clusters, learned, args.seed)
+            history["baselines"] = judge.compare(fitted)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -276,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     timing = {}
     with runs.timed(timing, "load"):
         battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed)
-        split, split_counts = split_battles(battles, args.split_seed, args.split_by, args.ties)
+        split, split_counts = split_battles(battles, args.split_seed, args.split_by, args.ties, args.pairs_per_query)
     data = counts | split_counts
     runs.print_data(data)
     train_queries = data["split"]["train"]["queries"]
@@ -294,14 +297,14 @@ def main(argv: list[str] | None = None) -> None:
         "best_epoch": None,
         "test_metrics": None,
         "test_intervals": None,
-        "baselines": None,
+        "baselines": {},
         "data": data,
         "timing": timing,
     }
     try:
         run(args, split, device, history)
         if truth_known:
-            from support.baselines import compare_with_truth
+            from support.comparison import compare_with_truth
             from support.demo import true_skills
 
             truth = true_skills(demo, split.test.queries, split.test.model_names)  # (Q, M), (M,)

@@ -172,9 +172,9 @@ class Rows:
     def model(self, name: str) -> int:
         return self.model_number.setdefault(name, len(self.model_number))
 
-    def finish(self, limit: int | None, seed: int) -> tuple[list[str], list[str], np.ndarray, int]:
-        """Queries (Q,), model names (M,) sorted, battles (N, 4) as query, model a, model b, outcome, and how many
-        queries with battles `limit` leaves out, by a draw of `seed`.
+    def finish(self, limit: int | None, seed: int) -> tuple[list[str], list[str], np.ndarray, np.ndarray, int]:
+        """Queries (Q,), model names (M,) sorted, battles (N, 4) as query, model a, model b, outcome, scores (S, 4) as
+        row, query, model, score, and how many queries with battles `limit` leaves out, by a draw of `seed`.
         """
         battles = np.array(self.battles, np.float64).reshape(-1, 4)  # (N, 4)
         scores = np.array(self.scores, np.float64).reshape(-1, 4)  # (S, 4)
@@ -193,7 +193,8 @@ class Rows:
         place = np.empty(len(model_names))  # number as met -> place among the sorted names
         place[[self.model_number[name] for name in model_names]] = np.arange(len(model_names))
         battles[:, 1:3] = place[battles[:, 1:3].astype(np.int64)]
-        return self.queries, model_names, battles, left_out
+        scores[:, 2] = place[scores[:, 2].astype(np.int64)]
+        return self.queries, model_names, battles, scores, left_out
 
 
 def _pairs(scored: np.ndarray) -> np.ndarray:

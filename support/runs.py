@@ -15,9 +15,12 @@ from support.files import UserError, atomic_write
 
 LABELS = {
     "random": "random",
+    "best_single": "best single model",
     "bradley_terry": "Bradley-Terry",
     "cluster_bradley_terry": "per-cluster BT",
     "neighbours": "neighbours",
+    "linear_head": "linear head",
+    "factorisation": "factorisation",
 }
 
 
@@ -107,6 +110,14 @@ def print_data(data: dict) -> None:
     )
     sides = ", ".join(f"{name} {size['battles']} ({size['queries']} queries)" for name, size in data["split"].items())
     print(f"split    {sides}; test queries also in training: {data['test_queries_in_train']}")
+    if data["table_rows"]:
+        *sides, (_, equal) = data["table_rows"].items()
+        told = ", ".join(f"{name} {count}" for name, count in sides)
+        print(f"rows     {told} of the score table; {equal} whose scores do not differ are left out")
+    elif {"wide", "nested", "long"}.intersection(data["layouts"]):
+        print("rows     of the score table are not judged: --split_by battle puts battles of one row on several sides")
+    if data["training_battles_not_drawn"]:
+        print(f"drawn    {data['training_battles_not_drawn']} training battles are left out by --pairs_per_query")
     if data["unseen_model_battles"]:
         print(f"unseen   {data['unseen_model_battles']} held-out battles of models that training never saw: left out")
 
@@ -123,39 +134,69 @@ def print_encoding(encoder: dict, timing: dict, max_length: int) -> None:
 
 
 def verdict(interval: list[float], name: str) -> str:
-    """What the 95 % interval of a difference in AUC shows, in words."""
+    """What the 95 % interval of a difference shows, in words, where more is better."""
     low, high = interval
     return f"better than {name}" if low > 0 else f"worse than {name}" if high < 0 else "no difference shown"
 
 
 def print_test(history: dict) -> None:
-    """The final table of a history, and on the demo the share of the gap closed."""
+    """The final table of a history, that of its score table, and on the demo the share of the gap closed."""
     size, intervals = history["data"]["split"]["test"], history["test_intervals"]
     print(
         f"\ntest     epoch {history['best_epoch']}, once, on {size['battles']} battles of {size['queries']} queries\n"
     )
     rows = {"RankRouter": history["test_metrics"]}
     for end, label in enumerate(("  95 % from", "         to")):
-        rows[label] = {name: bounds[end] for name, bounds in intervals.items()}
-    rows |= {LABELS[name]: row for name, row in history["baselines"].items()}
+        rows[label] = {name: bounds and bounds[end] for name, bounds in intervals.items()}
+    compared = {LABELS[name]: row for name, row in history["baselines"].items()}
+    rows |= compared
     if "demo" in history:
         rows["best fixed ranking"] = history["demo"]["fixed_ranking"]
         rows["true margins"] = history["demo"]["true_margins"]
-    beyond = "  RankRouter's AUC beyond it, 95 %" if history["baselines"] else ""
+    beyond = "  RankRouter's AUC beyond it, 95 %" if compared else ""
     print(f"{'':<18}{'accuracy':>10}{'auc':>10}{'log loss':>10}{'calibrated':>12}{beyond}")
     for label, row in rows.items():
         numbers = "".join(f"{row[name]:>10.4f}" for name in ("accuracy", "auc", "log_loss"))
         calibrated = f"{row['log_loss_calibrated']:>12.4f}" if "log_loss_calibrated" in row else ""
-        compared = ""
-        if "difference" in row:
-            low, high = row["difference_intervals"]["auc"]
-            told = verdict([low, high], label)
-            compared = f"  {row['difference']['auc']:+.4f} [{low:+.4f}, {high:+.4f}]  {told}"
-        print(f"{label:<18}{numbers}{calibrated}{compared}")
+        print(f"{label:<18}{numbers}{calibrated}{_difference(row, 'auc', label)}")
     print("\nIntervals cover the drawing of the test queries, not the training.")
+    raw, calibration = history["calibration"]["uncalibrated"], history["calibration"]
+    print(
+        f"Expected calibration error {raw['expected_calibration_error']:.4f}, and "
+        f"{calibration['expected_calibration_error']:.4f} at the temperature {calibration['temperature']:.2f} "
+        "that validation chose."
+    )
+    if "score_table" in history:
+        _print_score_table(history, compared)
     if "demo" in history and history["demo"]["gap_closed"] is not None:
         print(
             f"RankRouter closes {history['demo']['gap_closed']:.0%} of the gap in AUC between the best "
             "query-independent ranking and the true margins."
         )
     print(f"\nsaved    {history['args']['output_dir']}: best_model.pt, training_history.json")
+
+
+def _print_score_table(history: dict, compared: dict) -> None:
+    table, router = history["score_table"], history["test_metrics"] | {"intervals": history["test_intervals"]}
+    print(
+        f"\nscores   of the chosen model, on {table['rows']} test rows of the score table\n"
+        f"single   {table['best_single']['model']} has the best mean score in training\n"
+    )
+    beyond = "  RankRouter's mean score beyond it, 95 %" if compared else ""
+    print(f"{'':<18}{'top-1':>8}{'mean score, 95 %':>26}{'gap closed, 95 %':>22}{beyond}")
+    single = {} if "best single model" in compared else {"best single model": table["best_single"]}
+    for label, row in ({"RankRouter": router} | single | compared | {"oracle": table["oracle"]}).items():
+        low, high = row["intervals"]["mean_score"]
+        told = f"{label:<18}{row['top1_accuracy']:>8.4f}{row['mean_score']:>10.4f} [{low:.4f}, {high:.4f}]"
+        if row.get("gap_closed") is not None:
+            low, high = row["intervals"]["gap_closed"]
+            told += f"{row['gap_closed']:>7.0%} [{f'{low:.0%}, {high:.0%}]':<13}"
+        print(told.rstrip() + _difference(row, "mean_score", label))
+
+
+def _difference(row: dict, metric: str, label: str) -> str:
+    """RankRouter's difference to a baseline, its interval and the verdict; nothing where `row` is no baseline's."""
+    if "difference" not in row:
+        return ""
+    low, high = row["difference_intervals"][metric]
+    return f"  {row['difference'][metric]:+.4f} [{low:+.4f}, {high:+.4f}]  {verdict([low, high], label)}"

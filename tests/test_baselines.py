@@ -8,6 +8,7 @@ from scipy.special import expit
 import metrics
 from data_loader import Battles, Split, load_battles, split_battles
 from support import baselines
+from support.comparison import Judge
 from support.runs import verdict
 
 NAMES = [f"m{i}" for i in range(5)]
@@ -29,7 +30,7 @@ def split_of(strengths, queries=300, sizes=(6000, 1500, 1500)):
 def test_bradley_terry_recovers_planted_strengths():
     planted = np.array([-1.5, -0.5, 0.0, 0.5, 1.5])
     battles = draw(np.tile(planted, (50, 1)), 50, 20000, 0)
-    strengths = baselines.bradley_terry(battles, 1.0, None)
+    strengths = baselines.bradley_terry(battles, 1.0)[0]
     np.testing.assert_allclose(strengths - strengths.mean(), planted, atol=0.08)
 
 
@@ -50,7 +51,7 @@ def test_bradley_terry_equals_an_independent_fit(ties, num_clusters):
         return loss + flat @ flat / 2
 
     best = minimize(penalised, np.zeros(5 * (1 + num_clusters)), tol=1e-10).x
-    expected = best[:5] * baselines.GLOBAL_SCALE + (best[5:].reshape(num_clusters, 5) if num_clusters else 0)
+    expected = best[None, :5] * baselines.GLOBAL_SCALE + (best[5:].reshape(num_clusters, 5) if num_clusters else 0)
     got = baselines.bradley_terry(battles, c, cluster, num_clusters)
     np.testing.assert_allclose(got, expected, atol=5e-3)
 
@@ -58,7 +59,7 @@ def test_bradley_terry_equals_an_independent_fit(ties, num_clusters):
 def test_bradley_terry_is_fitted_also_where_model_a_always_won():
     battles = draw(np.zeros((5, 5)), 5, 100, 2)
     battles.outcome[:] = 1
-    assert np.isfinite(baselines.bradley_terry(battles, 1.0, None)).all()
+    assert np.isfinite(baselines.bradley_terry(battles, 1.0)).all()
 
 
 def test_strengths_of_a_cluster_shrink_to_those_of_all():
@@ -76,22 +77,26 @@ def test_neighbours_take_one_newton_step_on_the_nearest_training_queries(monkeyp
     monkeypatch.setattr(baselines, "DAMPINGS", (2.0,))
     rng = np.random.default_rng(0)
     split = split_of(np.zeros((20, 5)), queries=20, sizes=(60, 30, 30))
-    points, strengths = rng.normal(size=(20, 4)), rng.normal(size=5)
+    points, strengths = rng.normal(size=(20, 4)), rng.normal(size=(1, 5))
     ((chosen, *got),) = baselines.neighbours(split, strengths, points)
     assert chosen == {"neighbours": 3, "damping": 2.0}
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
     known = np.unique(split.train.query_idx)
-    for side, d in zip((split.val, split.test), got, strict=True):
+    for side, scores in zip((split.val, split.test), got, strict=True):
+        d = side.margins(scores)
         for battle in range(len(side)):
             near = known[np.argsort(-(unit[known] @ unit[side.query_idx[battle]]))[:3]]
             up, down = np.zeros(5), np.full(5, 2.0)
             for i in np.flatnonzero(np.isin(split.train.query_idx, near)):
                 a, b = split.train.model_a_idx[i], split.train.model_b_idx[i]
-                p = expit(strengths[a] - strengths[b])
+                p = expit(strengths[0, a] - strengths[0, b])
                 up[a], up[b] = up[a] + split.train.outcome[i] - p, up[b] - split.train.outcome[i] + p
                 down[[a, b]] += p * (1 - p)
-            score = strengths + up / down
+            score = strengths[0] + up / down
             assert d[battle] == pytest.approx(score[side.model_a_idx[battle]] - score[side.model_b_idx[battle]])
+
+
+FAST = ("random", "bradley_terry", "cluster_bradley_terry", "neighbours")
 
 
 def test_each_baseline_finds_what_was_planted_for_it():
@@ -100,42 +105,130 @@ def test_each_baseline_finds_what_was_planted_for_it():
     planted = rng.normal(size=(4, 5))[cluster]  # (Q, M): the best model depends on the cluster
     points = np.eye(4)[cluster] * 5 + rng.normal(size=(300, 4))
     split = split_of(planted)
-    fitted = baselines.fit(split, points, cluster, 4)
-    assert list(fitted) == ["random", "bradley_terry", "cluster_bradley_terry", "neighbours"]
-    auc = {name: metrics.auc(d, split.test.outcome) for name, (_, _, d) in fitted.items()}
-    truth = metrics.auc(baselines.differences(planted, split.test.query_idx, split.test), split.test.outcome)
+    fitted = baselines.fit(split, points, cluster, 4, learned=True, seed=0)
+    assert tuple(fitted) == (*FAST, "linear_head", "factorisation")
+    auc = {name: metrics.auc(split.test.margins(scores), split.test.outcome) for name, (_, _, scores) in fitted.items()}
+    truth = metrics.auc(split.test.margins(planted[split.test.fought[0]]), split.test.outcome)
     assert auc["random"] == 0.5
     assert auc["cluster_bradley_terry"] > truth - 0.01 > auc["neighbours"] - 0.01 > auc["bradley_terry"] + 0.05
-    assert set(baselines.fit(split, points, 0 * cluster, 0)) == {"random", "bradley_terry", "neighbours"}
+    for name in ("linear_head", "factorisation"):
+        assert truth + 0.01 > auc[name] > truth - 0.015
+    assert tuple(baselines.fit(split, points, 0 * cluster, 0, learned=False, seed=0)) == FAST[:2] + FAST[3:]
+
+
+def planted_heads(rank, queries=400, width=6, seed=0):
+    """A split whose strengths are linear in the points, by weights (H, M) of that rank, beside shared ones (1, M)."""
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(queries, width))
+    weights = rng.normal(size=(width, rank)) @ rng.normal(size=(rank, 5))
+    shared = np.linspace(-1, 1, 5)[None]
+    return split_of(points @ weights + shared, queries, (12000, 1500, 1500)), points, weights, shared
+
+
+def centred(scores):
+    return scores - scores.mean(1, keepdims=True)
+
+
+def test_the_linear_head_recovers_planted_weights(monkeypatch):
+    monkeypatch.setattr(baselines, "PENALTIES", (0.01,))
+    split, points, weights, shared = planted_heads(rank=4)
+    ((_, _, scores),) = baselines.linear_heads(split, np.zeros((1, 5)), points)
+    truth = centred((points @ weights + shared)[split.test.fought[0]])
+    assert (centred(scores) - truth).std() < 0.1 * truth.std()
+
+
+def test_the_linear_head_is_penalised_logistic_regression(monkeypatch):
+    from sklearn.linear_model import LogisticRegression
+
+    penalty = 3.0
+    monkeypatch.setattr(baselines, "PENALTIES", (50.0, penalty))
+    split, points, *_ = planted_heads(rank=2)
+    *_, (chosen, _, scores) = baselines.linear_heads(split, np.ones((1, 5)), points)
+    identity, train = np.eye(5), split.train
+    signs = identity[train.model_a_idx] - identity[train.model_b_idx]  # (N, M)
+    x = points[train.query_idx] / points.shape[1] ** 0.5  # (N, H)
+    interactions = (x[:, :, None] * signs[:, None, :]).reshape(len(train), -1) / penalty**0.5  # (N, H M)
+    model = LogisticRegression(fit_intercept=False, C=1, tol=1e-8, max_iter=1000)
+    model.fit(np.hstack([interactions, baselines.GLOBAL_SCALE * signs]), train.outcome)
+    weights = model.coef_[0, :-5].reshape(-1, 5) / penalty**0.5  # (H, M)
+    expected = (
+        points[split.test.fought[0]] / points.shape[1] ** 0.5 @ weights + baselines.GLOBAL_SCALE * model.coef_[0, -5:]
+    )
+    assert chosen == {"penalty": penalty}
+    np.testing.assert_allclose(centred(scores), centred(expected), atol=0.02)
+
+
+def test_the_factorisation_recovers_planted_weights_of_low_rank(monkeypatch):
+    monkeypatch.setattr(baselines, "PENALTIES", (5.0,))
+    split, points, weights, shared = planted_heads(rank=1)
+    ((_, _, scores),) = baselines.factorisations(split, np.zeros((1, 5)), points, seed=0)
+    truth = centred((points @ weights + shared)[split.test.fought[0]])
+    assert (centred(scores) - truth).std() < 0.1 * truth.std()
+    # What the query adds is of rank one, as planted: the penalty of both factors leaves out the rest.
+    values = np.linalg.svd(centred(scores) - centred(scores).mean(0), compute_uv=False)
+    assert values[1] < 0.05 * values[0]
+
+
+@pytest.mark.parametrize("head", [baselines.linear_heads, lambda *args: baselines.factorisations(*args, seed=0)])
+def test_a_strong_penalty_leaves_bradley_terry(monkeypatch, head):
+    monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
+    split, points, *_ = planted_heads(rank=2)
+    ((_, _, scores),) = head(split, np.zeros((1, 5)), points)
+    expected = centred(baselines.bradley_terry(split.train, 1.0))
+    np.testing.assert_allclose(centred(scores), np.broadcast_to(expected, scores.shape), atol=0.01)
+
+
+def test_ties_are_half_a_win_of_each_side_in_the_learned_heads(monkeypatch):
+    monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
+    split, points, *_ = planted_heads(rank=2)
+    split.train.outcome[:] = 0.5
+    ((_, _, scores),) = baselines.linear_heads(split, np.ones((1, 5)) * np.arange(5), points)
+    np.testing.assert_allclose(centred(scores), 0, atol=0.01)
+
+
+def test_a_path_ends_where_validation_likes_it_less():
+    split = split_of(np.tile(np.linspace(-1, 1, 5), (300, 1)))
+    right, wrong = np.arange(5.0)[None], -np.arange(5.0)[None]
+    path = [({"n": n}, scores, scores) for n, scores in enumerate((0 * right, right, right, wrong, right))]
+    assert [chosen["n"] for chosen, _, _ in baselines.while_better(path, split)] == [0, 1, 2, 3]
+    assert baselines.best(baselines.while_better(path, split), split)[0] == {"n": 1}
 
 
 def test_what_validation_prefers_is_chosen_and_test_is_not_asked():
     split = split_of(np.tile(np.linspace(-1, 1, 5), (300, 1)))
     points, zeros = np.random.default_rng(1).normal(size=(300, 4)), np.zeros(300, int)
-    fitted = baselines.fit(split, points, zeros, 0)
+    fitted = baselines.fit(split, points, zeros, 0, learned=True, seed=0)
     split.test.outcome[:] = 1 - split.test.outcome
-    for name, (chosen, d_val, d_test) in baselines.fit(split, points, zeros, 0).items():
+    for name, (chosen, *scores) in baselines.fit(split, points, zeros, 0, learned=True, seed=0).items():
         assert chosen == fitted[name][0]
-        assert np.array_equal(d_val, fitted[name][1])
-        assert np.array_equal(d_test, fitted[name][2])
-    every = [metrics.auc(d, split.val.outcome) for _, d, _ in baselines.neighbours(split, np.zeros(5), points)]
+        assert all(np.array_equal(got, expected) for got, expected in zip(scores, fitted[name][1:], strict=True))
+    every = [
+        metrics.auc(split.val.margins(scores), split.val.outcome) for _, scores, _ in every_neighbours(split, points)
+    ]
     assert len(every) == len(baselines.DAMPINGS) * 4  # 8, 32, 128 and all 300 queries
+    chosen_auc = metrics.auc(split.val.margins(fitted["neighbours"][1]), split.val.outcome)
+    assert chosen_auc == max(every)
+
+
+def every_neighbours(split, points):
+    strengths = baselines.best(baselines.rankings(split), split)[1]
+    return list(baselines.neighbours(split, strengths, points))
 
 
 def test_differences_are_paired():
     split = split_of(np.tile(np.linspace(-1, 1, 5), (300, 1)))
-    weights = metrics.bootstrap_weights(split.test.query_idx, 0)
-    fitted = baselines.fit(split, np.random.default_rng(1).normal(size=(300, 4)), np.zeros(300, int), 0)
-    _, _, d = fitted["bradley_terry"]
-    temperature = metrics.fit_temperature(fitted["bradley_terry"][1], split.val.outcome)
-    router = baselines.judge(d, split.test, weights, 0.0, temperature)
-    rows = baselines.compare(fitted, split, weights, *router)
+    fitted = baselines.fit(split, np.random.default_rng(1).normal(size=(300, 4)), np.zeros(300, int), 0, False, 0)
+    _, val_scores, scores = fitted["bradley_terry"]
+    temperature = metrics.fit_temperature(split.val.margins(val_scores), split.val.outcome)
+    judge = Judge(split, scores, 0.0, temperature, seed=0)
+    rows, router = judge.compare(fitted), judge.results()["test_metrics"]
     # A router that is Bradley-Terry differs from it nowhere, though the interval of either is wide.
-    assert rows["bradley_terry"]["difference_intervals"] == {name: [0.0, 0.0] for name in router[0]}
+    assert rows["bradley_terry"]["difference_intervals"] == {name: [0.0, 0.0] for name in router}
+    assert rows["bradley_terry"]["intervals"] == judge.results()["test_intervals"]
     assert rows["random"]["log_loss"] == pytest.approx(np.log(2))
     low, high = rows["random"]["difference_intervals"]["auc"]
-    assert rows["random"]["difference"]["auc"] == router[0]["auc"] - 0.5
-    assert low < router[0]["auc"] - 0.5 < high
+    assert rows["random"]["difference"]["auc"] == router["auc"] - 0.5
+    assert low < router["auc"] - 0.5 < high
     assert verdict([low, high], "random") == "better than random"
 
 
@@ -152,7 +245,9 @@ def test_shuffled_outcomes_show_no_difference(demo, run_demo, monkeypatch):
         return battles, counts
 
     monkeypatch.setattr("data_loader.load_battles", shuffled)
-    history, _ = run_demo("--limit", "2000", "--epochs", "3", "--num_clusters", "10", "--embedding_dim", "48")
+    flags = ("--limit", "2000", "--epochs", "3", "--num_clusters", "10", "--embedding_dim", "48", "--baselines", "all")
+    history, _ = run_demo(*flags)
+    assert len(history["baselines"]) == 6
     assert abs(history["test_metrics"]["auc"] - 0.5) < 0.06
     for row in history["baselines"].values():
         assert verdict(row["difference_intervals"]["auc"], "it") == "no difference shown"
@@ -162,10 +257,8 @@ def test_a_run_compares_with_the_baselines_of_its_own_split(demo, run_demo):
     flags = ("--limit", "600", "--epochs", "2", "--num_clusters", "10", "--embedding_dim", "48")
     history, _ = run_demo(*flags)
     split, _ = split_battles(load_battles(str(demo / "battles.parquet"), limit=600)[0], 42)
-    strengths = baselines.bradley_terry(
-        split.train, history["baselines"]["bradley_terry"]["chosen"]["inverse_penalty"], None
-    )
-    d = baselines.differences(strengths[None], 0 * split.test.query_idx, split.test)
+    strengths = baselines.bradley_terry(split.train, history["baselines"]["bradley_terry"]["chosen"]["inverse_penalty"])
+    d = split.test.margins(strengths)
     assert history["baselines"]["bradley_terry"]["auc"] == pytest.approx(metrics.auc(d, split.test.outcome), abs=1e-4)
     assert history["timing"]["baselines"] > 0
     without, _ = run_demo(*flags, "--baselines", "none")

@@ -406,6 +406,100 @@ def test_models_that_training_never_saw_are_left_out_and_counted(tmp_path):
     assert {row for part in vars(split).values() for row in as_rows(part)} == kept
 
 
+def test_a_score_table_stays_beside_its_battles(tmp_path):
+    rows = [
+        {"prompt": "p", "b": 0.5, "a": 1.0, "c": None},
+        {"prompt": "q", "b": 0.25, "a": 0.25, "c": 0.25},
+        {"prompt": "p", "b": 0.0, "a": None, "c": None},  # one score makes no battle, and so no row
+        {"prompt": "p", "b": 0.0, "a": 0.125, "c": 1.0},
+    ]
+    battles, _ = load_battles(write_parquet(tmp_path / "t.parquet", rows))
+    assert battles.model_names == ["a", "b", "c"]
+    assert [battles.queries[i] for i in battles.table.query_idx] == ["p", "q", "p"]
+    expected = [[1.0, 0.5, np.nan], [0.25, 0.25, 0.25], [0.125, 0.0, 1.0]]
+    np.testing.assert_array_equal(battles.table.scores, expected)
+    assert load_battles(write_parquet(tmp_path / "b.parquet", ARENA))[0].table is None
+
+
+def long_table(tmp_path, queries=100, models=6, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = [
+        {"prompt": f"p{i}", "model_name": f"m{j}", "score": float(rng.integers(3))}
+        for i in range(queries)
+        for j in range(models)
+    ]
+    return load_battles(write_parquet(tmp_path / "long.parquet", rows))[0]
+
+
+def test_the_rows_of_a_table_go_with_their_queries_and_only_those_that_tell_models_apart(tmp_path):
+    battles = long_table(tmp_path)
+    split, counts = split_battles(battles, 3)
+    text_of_row = [battles.queries[i] for i in battles.table.query_idx]
+    scores = dict(zip(text_of_row, battles.table.scores, strict=True))
+    sides = {name: [part.queries[i] for i in part.table.query_idx] for name, part in vars(split).items()}
+    told_apart = {text for text, row in scores.items() if len(set(row)) > 1}
+    assert set().union(*sides.values()) == told_apart
+    assert sum(map(len, sides.values())) == len(told_apart) < 100
+    assert counts["table_rows"] == {name: len(texts) for name, texts in sides.items()} | {
+        "without_a_difference": 100 - len(told_apart)
+    }
+    for name, part in vars(split).items():
+        assert set(sides[name]) == {part.queries[i] for i in part.query_idx}
+        np.testing.assert_array_equal(part.table.scores, [scores[text] for text in sides[name]])
+        for query, a, b, y in zip(part.query_idx, part.model_a_idx, part.model_b_idx, part.outcome, strict=True):
+            row = scores[part.queries[query]]
+            assert y == (row[a] > row[b])
+    leaky, counts = split_battles(battles, 3, by="battle")
+    assert counts["table_rows"] is leaky.test.table is None
+
+
+def test_models_that_training_never_saw_leave_the_table_too(tmp_path):
+    rows = [{"prompt": f"p{i}", "a": i % 2, "b": 1 - i % 2, "c": None} for i in range(40)]
+    battles, _ = load_battles(write_parquet(tmp_path / "t.parquet", rows))
+    split, _ = split_battles(battles, 0)
+    test_text = split.test.queries[split.test.query_idx[0]]
+    rows[int(test_text[1:])] = {"prompt": test_text, "a": 1, "b": 1, "c": 0}  # they differ by c alone
+    battles, _ = load_battles(write_parquet(tmp_path / "t.parquet", rows))
+    split, counts = split_battles(battles, 0)
+    assert split.train.model_names == ["a", "b"]
+    assert test_text not in split.test.queries
+    assert split.test.table.scores.shape == (3, 2)
+    assert counts["table_rows"]["without_a_difference"] == 1
+
+
+@pytest.mark.parametrize("ties", ["drop", "half"])
+def test_pairs_per_query_are_drawn_in_training_and_touch_nothing_else(tmp_path, ties):
+    battles = long_table(tmp_path)
+    (whole, _), (drawn, counts) = (split_battles(battles, 5, ties=ties, pairs_per_query=most) for most in (None, 4))
+    everything, some = as_rows(whole.train), as_rows(drawn.train)
+    assert set(some) <= set(everything)
+    per_query = {text: sum(row[0] == text for row in everything) for text, *_ in everything}
+    assert len(some) == sum(min(4, count) for count in per_query.values())
+    assert all(sum(row[0] == text for row in some) == min(4, count) for text, count in per_query.items())
+    assert counts["training_battles_not_drawn"] == len(everything) - len(some) > 0
+    for side in ("val", "test"):
+        assert as_rows(getattr(whole, side)) == as_rows(getattr(drawn, side))
+    for side in ("train", "val", "test"):
+        np.testing.assert_array_equal(getattr(whole, side).table.scores, getattr(drawn, side).table.scores)
+    assert as_rows(split_battles(battles, 5, ties=ties, pairs_per_query=4)[0].train) == some
+    pairs = {(a, b) for _, a, b, _ in some}
+    assert len(pairs) == 15  # a draw, and not the first pairs of each query
+    assert split_battles(battles, 5, pairs_per_query=99)[1]["training_battles_not_drawn"] == 0
+
+
+def test_margins_follow_the_distinct_queries(tmp_path):
+    battles = long_table(tmp_path, queries=5).select(np.array([70, 3, 71, 40, 3]))
+    queries, row = battles.fought
+    scores = np.random.default_rng(0).normal(size=(len(queries), 6))
+    for d, query, a, b in zip(
+        battles.margins(scores), battles.query_idx, battles.model_a_idx, battles.model_b_idx, strict=True
+    ):
+        place = list(queries).index(query)
+        assert d == scores[place, a] - scores[place, b]
+    np.testing.assert_array_equal(battles.margins(scores[:1]), battles.margins(scores[:1].repeat(len(queries), 0)))
+    assert list(queries[row]) == list(battles.query_idx)
+
+
 def test_limit_takes_a_seeded_subset_of_the_queries(tmp_path):
     battles = many_battles(tmp_path)
     path = str(tmp_path / "many.jsonl")

@@ -135,6 +135,85 @@ def test_temperature_recovers_the_one_that_drew_the_outcomes(margin):
     assert metrics.fit_temperature(d, outcome, margin) == pytest.approx(2.5, rel=0.05)
 
 
+def test_reliability_by_hand():
+    # p of the chosen model: 0.75 twice (d = +-ln 3), 0.9 twice (ln 9), 0.5 once (d = 0, which counts one half).
+    d = np.log([3.0, 1 / 3, 9.0, 1 / 9, 1.0])
+    outcome = np.array([1.0, 1.0, 1.0, 0.0, 1.0])
+    error, bins = metrics.reliability(d, outcome, num_bins=5)
+    shown = [(part["low"], part["high"], part["battles"], part["probability"], part["won"]) for part in bins]
+    assert shown == [
+        (0.5, 0.6, 1, pytest.approx(0.5), 0.5),
+        (0.7, 0.8, 2, pytest.approx(0.75), 0.5),
+        (0.9, 1.0, 2, pytest.approx(0.9), 1.0),
+    ]
+    assert error == pytest.approx((0 + 2 * 0.25 + 2 * 0.1) / 5)
+    warm, _ = metrics.reliability(2 * d, outcome, temperature=2.0, num_bins=5)
+    assert warm == pytest.approx(error)
+    certain = metrics.reliability(np.array([80.0]), np.ones(1))[1]
+    assert (certain[0]["high"], certain[0]["won"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0])
+def test_what_is_calibrated_has_a_small_calibration_error_and_what_is_not_a_large_one(margin):
+    rng = np.random.default_rng(1)
+    d = rng.normal(0, 2, 40000)
+    outcome = (rng.random(len(d)) < np.exp(metrics.log_win_probability(d, margin))).astype(float)
+    assert metrics.reliability(d, outcome, margin)[0] < 0.01
+    assert metrics.reliability(3 * d, outcome, margin)[0] > 0.05
+    assert metrics.reliability(3 * d, outcome, margin, temperature=3)[0] < 0.01
+
+
+def test_reliability_does_not_depend_on_who_is_called_a():
+    d, outcome, _, _ = random_battles(4)
+    assert metrics.reliability(d, outcome, 1.0) == metrics.reliability(-d, 1 - outcome, 1.0)
+
+
+def test_log_odds_of_beating_another_at_random_by_hand():
+    # Strengths 0, 0, ln 3: the last beats each other with 3/4; the first beats the second with 1/2, the last with 1/4.
+    got = metrics.log_odds(np.array([0.0, 0.0, np.log(3)]))
+    assert got == pytest.approx([np.log((0.75 / 2) / (1.25 / 2))] * 2 + [np.log(3)])
+    assert metrics.log_odds(np.array([0.0, np.log(9)]), temperature=2) == pytest.approx([-np.log(3), np.log(3)])
+    by_margin = metrics.log_win_probability(np.array([0.7, -0.7]), 1.0)
+    assert metrics.log_odds(np.array([0.7, 0.0]), 1.0)[0] == pytest.approx(by_margin[0] - by_margin[1])
+
+
+TABLE = np.array([[0.9, 0.1, 0.5], [0.2, 0.8, np.nan], [0.3, 0.3, 0.1]])
+
+
+def test_routing_by_hand():
+    scores = np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 9.0], [0.0, 5.0, 5.0]])
+    values, is_best = metrics.route(scores, TABLE)
+    # Row 1: model 2. Row 2: model 2 is not to be had, so model 1. Row 3: models 1 and 2 alike, of which 1 is a best.
+    assert values == pytest.approx([0.5, 0.8, 0.2])
+    assert is_best == pytest.approx([0, 1, 0.5])
+
+
+def test_routing_at_random_and_by_one_ranking():
+    values, is_best = metrics.route(np.zeros((1, 3)), TABLE)
+    assert values == pytest.approx([0.5, 0.5, 0.7 / 3])
+    assert is_best == pytest.approx([1 / 3, 1 / 2, 2 / 3])
+    values, is_best = metrics.route(np.array([[1.0, 2.0, 3.0]]), TABLE)
+    assert values == pytest.approx([0.5, 0.8, 0.1])
+    assert is_best == pytest.approx([0, 1, 0])
+
+
+def test_the_gap_closed():
+    assert metrics.gap_closed(0.7, 0.6, 0.8) == pytest.approx(0.5)
+    assert metrics.gap_closed(0.5, 0.6, 0.8) == pytest.approx(-0.5)
+    got = metrics.gap_closed(np.array([0.7, 0.6]), np.array([0.6, 0.6]), np.array([0.8, 0.6]))
+    assert got[0] == pytest.approx(0.5)
+    assert np.isnan(got[1])
+    assert np.isnan(metrics.gap_closed(0.6, 0.6, 0.6))
+    assert metrics.interval(np.array([np.nan, 1.0, 1.0])) == [1.0, 1.0]
+    assert metrics.interval(np.array([np.nan])) is None
+
+
+def test_the_interval_across_seeds_by_hand():
+    # Mean 2, s 1, t of 2 degrees of freedom 4.302653; sqrt(1/3 + 1/8).
+    half = 4.302653 * math.sqrt(1 / 3 + 1 / 8)
+    assert metrics.seeds_interval(np.array([1.0, 2.0, 3.0]), 1 / 8) == pytest.approx([2 - half, 2 + half], rel=1e-6)
+
+
 def test_bootstrap_draws_whole_queries_as_many_as_there_are():
     query_idx = np.array([7, 3, 7, 7, 9, 3])
     weights = metrics.bootstrap_weights(query_idx, seed=1, resamples=500)

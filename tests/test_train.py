@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel
 
 import metrics
-import query_representation
+import rankrouter
 import train
 from data_loader import load_battles, split_battles
 from loss import bpr_loss
@@ -123,7 +123,7 @@ def test_the_history_is_complete_and_consistent(demo, default_run):
     assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt"}
     assert set(history) == {
         *("status", "args", "train_losses", "val_metrics", "best_epoch", "test_metrics", "data", "clusters"),
-        *("calibration", "environment", "timing", "demo", "test_intervals", "baselines"),
+        *("calibration", "environment", "timing", "demo", "test_intervals", "baselines", "encoder"),
     }
     counts = ("queries_encoded", "queries_from_cache")
     assert set(history["timing"]) == {"load", "encode", "cluster", "train", "evaluate", "baselines", *counts}
@@ -250,7 +250,7 @@ def test_an_evaluation_in_chunks_scores_as_one_in_whole(demo, monkeypatch):
     router = RankRouter(part.model_names, 4, vars(train.parse_args(["--num_clusters", "0", "--embedding_dim", "8"])))
     points, zeros = torch.randn(len(part.queries), 4), torch.zeros(len(part.queries), dtype=torch.int64)
     whole, _ = train.evaluate(router, points, zeros, part, 1.0)
-    monkeypatch.setattr(query_representation, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(rankrouter, "ROWS_AT_ONCE", 7)
     chunks, _ = train.evaluate(router, points, zeros, part, 1.0)
     np.testing.assert_allclose(chunks, whole, atol=1e-5)
     np.testing.assert_allclose(whole, margins(router, points, part), atol=1e-5)
@@ -376,6 +376,148 @@ def test_a_score_table_trains(run_demo, tmp_path):
     history, output = run_demo("--data_path", str(tmp_path / "scores.parquet"), *two)
     assert history["data"]["battles"] == 200
     assert RankRouter.load(output / "best_model.pt").model_names == ["m1", "m3"]
+
+
+@pytest.fixture(scope="session")
+def table_run(run_demo, tmp_path_factory):
+    """A run on a score table in which the kind of prompt decides who is best; returns history, output and table."""
+    rng = np.random.default_rng(0)
+    verbs = np.array(["solve problem", "write poem", "sing song"])[rng.integers(3, size=400)]
+    quality = {"solve problem": (0.7, 0.4, 0.2), "write poem": (0.1, 0.5, 0.3), "sing song": (0.2, 0.3, 0.6)}
+    scores = np.array([quality[verb] for verb in verbs]) + rng.normal(0, 0.15, (400, 3))
+    table = pd.DataFrame({"prompt": [f"{verb} {i}" for i, verb in enumerate(verbs)]})
+    table[["m1", "m2", "m3"]] = scores
+    table.loc[::7, "m3"] = np.nan
+    path = tmp_path_factory.mktemp("table") / "scores.parquet"
+    table.to_parquet(path)
+    history, output = run_demo("--data_path", str(path), "--num_clusters", "3", "--epochs", "6", "--lr", "1e-3")
+    return history, output, path
+
+
+def test_a_score_table_is_judged_by_the_scores_of_the_chosen_models(demo, table_run):
+    history, output, path = table_run
+    split, _ = split_battles(load_battles(str(path))[0], 42)
+    table, train = split.test.table, split.train.table.scores
+    router = RankRouter.load(output / "best_model.pt")
+    points = router.query_tower.standardise(embed(demo, [split.test.queries[i] for i in table.query_idx]))
+    scores = router(points, router.query_tower.assign(points)).detach().numpy()
+    best_single = np.nanmean(train, 0).argmax()
+    fallback = np.argsort(-np.nanmean(train, 0))
+    chosen, single, hits = [], [], []
+    for row, mine in zip(table.scores, scores, strict=True):
+        there = np.flatnonzero(~np.isnan(row))
+        choice = max(there, key=lambda model: mine[model])
+        chosen.append(row[choice])
+        hits.append(row[choice] == np.nanmax(row))
+        single.append(row[next(model for model in fallback if model in there)])
+    oracle = np.nanmax(table.scores, 1)
+    test, ends = history["test_metrics"], history["score_table"]
+    assert test["mean_score"] == pytest.approx(np.mean(chosen), abs=1e-9)
+    assert test["top1_accuracy"] == pytest.approx(np.mean(hits), abs=1e-9)
+    gap = (np.mean(chosen) - np.mean(single)) / (np.mean(oracle) - np.mean(single))
+    assert test["gap_closed"] == pytest.approx(gap)
+    assert (ends["rows"], ends["best_single"]["model"]) == (len(table.scores), f"m{best_single + 1}")
+    assert ends["best_single"]["mean_score"] == pytest.approx(np.mean(single))
+    assert ends["oracle"]["mean_score"] == pytest.approx(np.mean(oracle))
+    assert (ends["oracle"]["top1_accuracy"], router.facts["best_single_model"]) == (1, f"m{best_single + 1}")
+    assert gap > 0.4  # the kind of prompt was planted
+    rng, values = np.random.default_rng(3), []
+    for _ in range(1000):  # a query has one row here
+        rows = rng.integers(len(oracle), size=len(oracle))
+        low, mid, high = (np.array(column)[rows].mean() for column in (single, chosen, oracle))
+        values.append((mid, (mid - low) / (high - low)))
+    for name, column in zip(("mean_score", "gap_closed"), np.transpose(values), strict=True):
+        low, high = history["test_intervals"][name]
+        assert (low, high) == pytest.approx(np.percentile(column, [2.5, 97.5]), abs=0.2 * (high - low))
+
+
+def test_baselines_on_a_score_table_are_paired_with_the_router(table_run):
+    history, _, _ = table_run
+    rows, test = history["baselines"], history["test_metrics"]
+    assert set(rows) == {"random", "best_single", "bradley_terry", "cluster_bradley_terry", "neighbours"}
+    assert rows["best_single"]["gap_closed"] == 0
+    assert rows["best_single"]["intervals"]["gap_closed"] == [0, 0]
+    assert rows["best_single"]["mean_score"] == pytest.approx(history["score_table"]["best_single"]["mean_score"])
+    assert rows["random"]["gap_closed"] < 0
+    for row in rows.values():
+        for name in ("mean_score", "gap_closed", "top1_accuracy"):
+            assert row["difference"][name] == pytest.approx(test[name] - row[name])
+            low, high = row["difference_intervals"][name]
+            assert low <= row["difference"][name] <= high
+    # Paired on the same samples: the gap closed beyond one that closes none is the gap closed.
+    assert rows["best_single"]["difference_intervals"]["gap_closed"] == pytest.approx(
+        history["test_intervals"]["gap_closed"]
+    )
+
+
+def test_the_score_table_is_printed_and_also_without_baselines(demo_dir, table_run, tmp_path, capsys):
+    _, _, path = table_run
+    flags = ["--demo", "--demo_dir", str(demo_dir), "--data_path", str(path), "--output_dir", str(tmp_path)]
+    flags += ["--num_clusters", "3", "--epochs", "1", "--dtype", "float32"]
+    labels = ["RankRouter", "random", "best single model", "Bradley-Terry", "per-cluster BT", "neighbours", "oracle"]
+    for more, expected in (([], labels), (["--baselines", "none"], [labels[0], labels[2], labels[-1]])):
+        train.main(flags + more)
+        printed = capsys.readouterr().out
+        table = printed.split("mean score, 95 %")[1].split("\n\n")[0].splitlines()[1:]
+        assert [line[:18].strip() for line in table] == expected
+    train.main([*flags, "--split_by", "battle"])
+    printed = capsys.readouterr().out
+    assert "are not judged: --split_by battle" in printed
+    assert "oracle" not in printed
+
+
+def test_shuffled_rows_of_a_score_table_close_no_gap(run_demo, table_run, tmp_path):
+    table = pd.read_parquet(table_run[2])
+    table[["m1", "m2", "m3"]] = table[["m1", "m2", "m3"]].sample(frac=1, random_state=0).to_numpy()
+    table.to_parquet(tmp_path / "shuffled.parquet")
+    flags = ("--num_clusters", "3", "--epochs", "3")
+    history, _ = run_demo("--data_path", str(tmp_path / "shuffled.parquet"), *flags)
+    assert history["test_intervals"]["gap_closed"][0] < 0.05
+    for name in ("best_single", "bradley_terry"):
+        low, high = history["baselines"][name]["difference_intervals"]["mean_score"]
+        assert low <= 0 <= high
+
+
+def test_the_calibration_is_that_of_the_test_battles(demo, default_run):
+    history, output = default_run
+    router = RankRouter.load(output / "best_model.pt")
+    part = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42)[0].test
+    d = margins(router, embed(demo, part.queries), part)
+    told = history["calibration"]
+    assert set(told) == {"temperature", "expected_calibration_error", "bins", "uncalibrated"}
+    for found, temperature in ((told, told["temperature"]), (told["uncalibrated"], 1.0)):
+        error, bins = metrics.reliability(d, part.outcome, 1.0, temperature)
+        assert found["expected_calibration_error"] == pytest.approx(error, abs=1e-3)
+        assert sum(part["battles"] for part in found["bins"]) == len(d) == sum(part["battles"] for part in bins)
+
+
+def test_clusters_tell_their_central_queries_and_who_is_strong(demo, default_run):
+    history, output = default_run
+    router = RankRouter.load(output / "best_model.pt")
+    part = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42)[0].train
+    queries = np.unique(part.query_idx)
+    points = router.query_tower.standardise(embed(demo, part.queries))
+    cluster_idx = router.query_tower.assign(points).numpy()
+    for number in (0, 7, 49):
+        told = history["clusters"][number]
+        inside = queries[cluster_idx[queries] == number]
+        distance = (points[inside] - router.query_tower.centroids[number]).norm(dim=1).numpy()
+        assert told["central_queries"] == [part.queries[query] for query in inside[np.argsort(distance)[:3]]]
+        means = router(points[inside], torch.from_numpy(cluster_idx[inside])).detach().numpy().mean(0)
+        wins = []
+        for model in range(12):
+            d = np.delete(means[model] - means, model).astype(float)
+            wins.append(np.exp(metrics.log_win_probability(d, 1.0, history["calibration"]["temperature"])).mean())
+        expected = np.log(np.array(wins) / (1 - np.array(wins)))
+        assert list(told["log_odds"]) == part.model_names
+        assert list(told["log_odds"].values()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_best_single_model_of_battles_is_the_strongest_by_bradley_terry(demo, default_run):
+    _, output = default_run
+    truth = json.loads((demo / "truth.json").read_text())
+    _, fixed = true_skills(demo, [], truth["models"])
+    assert RankRouter.load(output / "best_model.pt").facts["best_single_model"] == truth["models"][fixed.argmax()]
 
 
 def test_the_demo_is_the_same_wherever_it_is_written(demo, tmp_path):

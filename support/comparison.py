@@ -1,0 +1,141 @@
+"""Methods compared on one test set, with paired intervals; what a score table says of them, and what each cluster."""
+
+import numpy as np
+
+import metrics
+from support.baselines import mean_scores
+
+CENTRAL_QUERIES, QUERY_SHOWN = 3, 200  # of a cluster, and how many characters of each
+
+
+class Judge:
+    """Judges RankRouter and its baselines on the test side of a split, on the same bootstrap samples of its queries.
+
+    Where the side has rows of a score table, they say what the highest-scored model of each is worth, between the best
+    single model, chosen on training, and an oracle that knows the row.
+
+    Args:
+        split: its test side is looked at; of training, only a score table's means.
+        scores: RankRouter's, of the distinct test queries (Q, M).
+        margin, temperature: RankRouter's, as in `metrics.log_win_probability`.
+        seed: of the bootstrap.
+    """
+
+    def __init__(self, split, scores: np.ndarray, margin: float, temperature: float, seed: int):
+        self.split, battles = split, split.test
+        self.scores, self.margin, self.temperature = scores, margin, temperature
+        self.weights = metrics.bootstrap_weights(battles.query_idx, seed)  # (R, N)
+        self.table = battles.table if battles.table is not None and len(battles.table.scores) else None
+        if self.table is not None:
+            weights = metrics.bootstrap_weights(self.table.query_idx, seed)  # (R, rows)
+            self.row_shares = weights / weights.sum(1, keepdims=True)  # (R, rows)
+            self.query_of_row = np.searchsorted(battles.fought[0], self.table.query_idx)  # (rows,)
+            means = mean_scores(split.train.table)  # (1, M)
+            self.best_single = split.train.model_names[int(means.argmax())]
+            self.single, _ = self.route(means)  # (rows,)
+            self.oracle = np.nanmax(self.table.scores, 1)  # (rows,)
+        self.router, self.router_samples = self.judge(scores, margin, temperature)
+
+    def judge(self, scores: np.ndarray, margin: float, temperature: float) -> tuple[dict, dict]:
+        """Metrics of scores (Q, M) of the test queries, or (1, M) for all, and the same on the samples (R,) each."""
+        battles = self.split.test
+        d = battles.margins(scores)  # (N,)
+        columns = d, battles.outcome, battles.model_a_idx, battles.model_b_idx
+        calibrated = metrics.log_loss(d, battles.outcome, margin, temperature)
+        row = metrics.evaluate(*columns, margin) | {"log_loss_calibrated": calibrated}
+        samples = metrics.evaluate_resamples(*columns, self.weights, margin, temperature)
+        if self.table is not None:
+            for name, values in zip(("mean_score", "top1_accuracy"), self.route(scores), strict=True):  # (rows,) each
+                row[name], samples[name] = float(values.mean()), self.row_shares @ values  # (R,)
+            gap = metrics.gap_closed(row["mean_score"], self.single.mean(), self.oracle.mean())
+            row["gap_closed"] = None if np.isnan(gap) else float(gap)
+            ends = self.row_shares @ self.single, self.row_shares @ self.oracle  # (R,) each
+            samples["gap_closed"] = metrics.gap_closed(samples["mean_score"], *ends)  # (R,)
+        return row, samples
+
+    def route(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `metrics.route` says of scores (Q, M), or (1, M) for all, on the rows of the table: (rows,) each."""
+        return metrics.route(scores if len(scores) == 1 else scores[self.query_of_row], self.table.scores)
+
+    def results(self) -> dict:
+        """What a history holds of RankRouter's test: metrics, intervals, calibration, and the ends of the gap."""
+        d, outcome = self.split.test.margins(self.scores), self.split.test.outcome  # (N,) each
+        told = {}
+        for name, temperature in (("uncalibrated", 1.0), ("calibrated", self.temperature)):
+            error, bins = metrics.reliability(d, outcome, self.margin, temperature)
+            told[name] = {"expected_calibration_error": error, "bins": bins}
+        found = {
+            "test_metrics": self.router,
+            "test_intervals": {name: metrics.interval(self.router_samples[name]) for name in self.router},
+            "calibration": {"temperature": self.temperature}
+            | told["calibrated"]
+            | {"uncalibrated": told["uncalibrated"]},
+        }
+        if self.table is not None:
+            found["score_table"] = {"rows": len(self.table.scores)}
+            for name, values in (("best_single", self.single), ("oracle", self.oracle)):
+                is_best = values == self.oracle  # (rows,)
+                found["score_table"][name] = {
+                    "mean_score": float(values.mean()),
+                    "top1_accuracy": float(is_best.mean()),
+                    "intervals": {
+                        "mean_score": metrics.interval(self.row_shares @ values),
+                        "top1_accuracy": metrics.interval(self.row_shares @ is_best),
+                    },
+                }
+            found["score_table"]["best_single"]["model"] = self.best_single
+        return found
+
+    def compare(self, fitted: dict[str, tuple]) -> dict:
+        """Each baseline that `baselines.fit` returns: metrics, their intervals, and RankRouter's `difference` to it in
+        each, with intervals that are paired.
+        """
+        rows = {}
+        for name, (chosen, val_scores, test_scores) in fitted.items():
+            temperature = metrics.fit_temperature(self.split.val.margins(val_scores), self.split.val.outcome)
+            row, samples = self.judge(test_scores, 0.0, temperature)
+            known = [metric for metric, value in row.items() if value is not None]
+            rows[name] = row | {
+                "chosen": chosen,
+                "intervals": {metric: metrics.interval(samples[metric]) for metric in row},
+                "difference": {metric: self.router[metric] - row[metric] for metric in known},
+                "difference_intervals": {
+                    metric: metrics.interval(self.router_samples[metric] - samples[metric]) for metric in known
+                },
+            }
+        return rows
+
+
+def compare_with_truth(battles, skills: np.ndarray, fixed_skills: np.ndarray, auc: float) -> dict:
+    """Metrics of the demo's known truth on some battles, and the share of the gap in AUC that a router closes.
+
+    `skills` (Q, M) are those of each query and model, `fixed_skills` (M,) the best that know no query; `auc` is the
+    router's. The share is None where the truth gains nothing by knowing the query.
+    """
+    rows = {}
+    for name, scores in (("fixed_ranking", fixed_skills[None]), ("true_margins", skills[battles.fought[0]])):
+        d = battles.margins(scores)  # (N,)
+        rows[name] = metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx)
+    gap = metrics.gap_closed(auc, rows["fixed_ranking"]["auc"], rows["true_margins"]["auc"])
+    return rows | {"gap_closed": None if np.isnan(gap) else float(gap)}
+
+
+def describe_clusters(router, points, cluster_idx, train, margin: float, temperature: float) -> list[dict]:
+    """Each cluster's number of training queries, the most central of them, and every model's log-odds there.
+
+    `points` (Q, H) and `cluster_idx` (Q,) are the tensors that the router takes. The log-odds are those of beating
+    another model drawn at random, at the router's mean scores over the cluster's training queries.
+    """
+    clusters = []
+    for number, centroid in enumerate(router.query_tower.centroids):
+        queries = train.fought[0][(cluster_idx == number).cpu().numpy()[train.fought[0]]]  # (q,)
+        found = {"size": len(queries), "central_queries": [], "log_odds": None}
+        if len(queries):
+            distances = (points[queries] - centroid).square().sum(1).cpu().numpy()  # (q,)
+            central = queries[distances.argsort(kind="stable")[:CENTRAL_QUERIES]]
+            found["central_queries"] = [train.queries[query][:QUERY_SHOWN] for query in central]
+            means = router.score(points, cluster_idx, queries).mean(0)  # (M,)
+            odds = metrics.log_odds(means, margin, temperature).tolist()
+            found["log_odds"] = dict(zip(train.model_names, odds, strict=True))
+        clusters.append(found)
+    return clusters
