@@ -432,7 +432,7 @@ def long_table(tmp_path, queries=100, models=6, seed=0):
 
 
 def test_the_rows_of_a_table_go_with_their_queries_and_only_those_that_tell_models_apart(tmp_path):
-    battles = long_table(tmp_path)
+    battles = long_table(tmp_path, models=3)
     split, counts = split_battles(battles, 3)
     text_of_row = [battles.queries[i] for i in battles.table.query_idx]
     scores = dict(zip(text_of_row, battles.table.scores, strict=True))
