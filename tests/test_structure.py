@@ -22,6 +22,10 @@ FORBIDDEN = {
     "model_profiling": {"numpy", "transformers", "sklearn"},
     "loss": {"numpy", "transformers", "sklearn"},
     "support.files": {"torch", "numpy", "pandas", "transformers"},
+    "support.baselines": {"torch", "transformers"},
+    "support.history": {"torch", "numpy", "pandas", "transformers"},
+    "support.plots": {"torch", "pandas", "transformers"},
+    "report": {"torch", "pandas", "transformers"},
 }
 
 
@@ -31,6 +35,7 @@ LAZY = {
     "support.encoder": {"transformers", "huggingface_hub"},
     "support.embedding_cache": {"torch", "safetensors"},
     "train": {"torch", "numpy", "sklearn"},
+    "report": {"numpy", "metrics"},
 }
 
 
