@@ -12,11 +12,20 @@ from scipy.special import expit
 
 import metrics
 
-INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)  # C of the logistic regressions
+INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # C of the logistic regressions
 NEIGHBOURS = (8, 32, 128, 512, 2048)
-DAMPINGS = (0.3, 1.0, 3.0, 10.0, 30.0)  # prior weight of "no correction", in units of p (1 - p) of a battle
+DAMPINGS = (
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+    30.0,
+    100.0,
+    300.0,
+)  # prior weight of "no correction", in units of p (1 - p) of a battle
 GLOBAL_SCALE = 10.0  # shared strengths are penalised by its square less than deviations from them
-PENALTIES = (100.0, 50.0, 25.0, 12.0, 6.0, 3.0, 1.5)  # of the learned heads' weights, from strong to weak
+PENALTIES = (400.0, 200.0, 100.0, 50.0, 25.0, 12.0, 6.0, 3.0)  # of the learned heads' weights, from strong to weak
+CLEARLY_WORSE = 0.005  # in validation AUC: where a path of penalties is left
 RANK = 16  # of the factorisation at most: the penalty of both its factors is one of the rank
 MOST_STEPS = 300  # of L-BFGS
 
@@ -209,14 +218,14 @@ def best(candidates: Iterable[Candidate], split) -> Candidate:
 
 
 def while_better(path: Iterable[Candidate], split) -> Iterator[Candidate]:
-    """The candidates of a path from strong to weak penalties, to the first that validation likes less."""
-    highest = -1.0
+    """The candidates of a path from strong to weak penalties, to the first that validation finds clearly worse."""
+    highest = 0.0
     for candidate in path:
         yield candidate
         auc = validation_auc(candidate, split)
-        if auc < highest:
+        if auc < highest - CLEARLY_WORSE:
             return
-        highest = auc
+        highest = max(highest, auc)
 
 
 def validation_auc(candidate: Candidate, split) -> float:

@@ -1,10 +1,13 @@
 """The README says what the code does: its flags, its files, its example."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import train
 
@@ -49,14 +52,34 @@ def test_the_output_to_expect_is_what_a_run_prints(demo_dir, tmp_path, capsys):
     assert shape(printed)[-len(shape(expected)) :] == shape(expected)
 
 
-def test_the_example_that_reads_results_runs(run_demo, tmp_path):
-    for name in ("one", "two"):
-        _, output = run_demo("--limit", "300", "--epochs", "1", "--num_clusters", "0")
+@pytest.fixture
+def outputs(run_demo, tmp_path):
+    """A folder with `outputs/` of a few runs, one of which is the README's."""
+    for name, seed in (("bce", "1"), ("bce-2", "2"), ("bpr", "1")):
+        loss = ("--loss_type", name[:3], "--seed", seed)
+        _, output = run_demo("--limit", "300", "--epochs", "1", "--num_clusters", "4", *loss)
         shutil.copytree(output, tmp_path / "outputs" / name)
+    return tmp_path
+
+
+def test_the_example_that_reads_a_history_runs(outputs):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert sorted(re.findall(r"^ *(run|one|two)\b", ended.stdout, re.MULTILINE)) == ["one", "run", "two"]
-    assert "log_loss_calibrated" in ended.stdout
+    ended = subprocess.run([sys.executable, "-c", code], cwd=outputs, capture_output=True, text=True, check=True)
+    history = json.loads((outputs / "outputs/bce/training_history.json").read_text())
+    auc, interval = history["test_metrics"]["auc"], history["test_intervals"]["auc"]
+    assert ended.stdout.splitlines()[0] == f"{auc} {interval}"
+
+
+def test_the_lines_that_report_on_runs_run(outputs):
+    (block,) = re.findall(r"```bash\n(.*?)```", section("Reading the results"), re.DOTALL)
+    lines = [line.replace("python report.py", f"{sys.executable} {ROOT / 'report.py'}") for line in block.splitlines()]
+    ended = subprocess.run(["bash", "-ec", "\n".join(lines)], cwd=outputs, capture_output=True, text=True, check=True)
+    header, *rows = ended.stdout.split("\n\n")[0].splitlines()
+    assert header.split()[:3] == ["run", "loss_type", "seeds"]
+    assert sorted(row.split()[:3] for row in rows) == [["outputs/bce*", "bce", "2"], ["outputs/bpr", "bpr", "1"]]
+    assert len((outputs / "runs.csv").read_text().splitlines()) == 3
+    assert "pictures/baselines.png" in ended.stderr
+    assert (outputs / "pictures/clusters-outputs-bpr.png").is_file()
 
 
 def test_the_two_commands_are_the_first_two_blocks():
