@@ -2,7 +2,10 @@
 
 import functools
 import io
+import itertools
+import logging
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ OTHER_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Pin
 
 def draw(groups: list[list[Run]], rows: list[dict], folder: Path) -> list[Path]:
     """Write the PNGs of groups of runs, of which `rows` tells what `report.py` makes of them; return their paths."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of every font that lacks a weight
     fonts = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in font_manager.get_font_names())]
     with rc_context({"font.family": fonts, "font.size": 9}):
         figures = {
@@ -166,21 +170,23 @@ def cluster_map(run: Run) -> Figure:
     left_out = len(run.clusters) - len(shown)
     figure.suptitle(
         f"{plain(run.name, 80)}: who is strong where, as the router scores it\n"
-        "a row is a cluster, told by its most central query and its training queries; a dot is the strongest model"
+        "a row is a cluster, told by its most central query and its training queries; a dot is the strongest model;\n"
+        "the colour is the log-odds of beating another model drawn at random"
         + (f"\n{left_out} small or empty clusters are left out" if left_out else ""),
         fontsize=9,
     )
-    bar = {"location": "top", "shrink": 0.8, "aspect": 40, "pad": 0.01, "extend": "both"}
-    figure.colorbar(image, ax=axes, label="log-odds of beating another model drawn at random", **bar)
+    figure.colorbar(image, ax=axes, location="top", shrink=0.8, aspect=40, pad=0.01, extend="both")
     return figure
 
 
 def plain(text: str, most: int = 100) -> str:
-    """A text on one line, cut to so many characters, without what matplotlib cannot draw or takes for a formula."""
+    """A text on one line, cut to so many columns, without what matplotlib cannot draw or takes for a formula."""
     letters = drawable(tuple(rcParams["font.family"]))
     text = "".join(letter if ord(letter) in letters else "\0" for letter in " ".join(text.split()))
     text = re.sub("\0+", "…", text)
-    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+    columns = itertools.accumulate(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+    fits = sum(column < most for column in columns)  # letters, with room for the dots
+    return (text if fits >= len(text) - 1 else text[:fits] + "…").replace("$", r"\$")
 
 
 @functools.cache

@@ -375,6 +375,7 @@ def test_the_map_shows_each_cluster_and_model_where_its_labels_say(write, drawn)
         ("x" * 200, "x" * 19 + "…"),
         ("\U0001f9d0\U0001f9d0 ok", "… ok"),
         ("\x07bell", "…bell"),
+        ("x" * 20, "x" * 20),
     ],
 )
 def test_texts_that_matplotlib_would_choke_on(text, expected):
