@@ -171,15 +171,7 @@ def split_battles(
         outcome=battles.outcome,
     )
     masks = {"train": in_train, "val": held_out & (side == "val"), "test": held_out & (side == "test")}  # (N,) each
-    tables = dict.fromkeys(masks)
-    if battles.table is not None and by == "query":
-        scores = battles.table.scores[:, seen]  # (R, M)
-        differ = np.fmax.reduce(scores, axis=1) > np.fmin.reduce(scores, axis=1)  # (R,), fmax and fmin pass NaN over
-        row_side = side_of_unit[np.searchsorted(distinct, battles.table.query_idx)]  # (R,)
-        for name in tables:
-            rows = differ & (row_side == name)  # (R,)
-            tables[name] = ScoreTable(np.searchsorted(used, battles.table.query_idx[rows]), scores[rows])
-    split = Split(**{name: replace(renumbered.select(mask), table=tables[name]) for name, mask in masks.items()})
+    split = Split(**{name: renumbered.select(mask) for name, mask in masks.items()})
     sizes = {name: {"battles": len(part), "queries": len(part.fought[0])} for name, part in vars(split).items()}
     empty = [name for name, size in sizes.items() if size["battles"] == 0]
     if empty:
@@ -187,17 +179,26 @@ def split_battles(
             f"the split leaves no battle for {listed(empty)}: found {len(battles)} battles, {int(tie.sum())} of "
             f"them ties, over {len(np.unique(battles.query_idx))} queries; more battles are needed"
         )
+    table_rows = None
+    if battles.table is not None and by == "query":
+        scores = battles.table.scores[:, seen]  # (R, M)
+        differ = np.fmax.reduce(scores, axis=1) > np.fmin.reduce(scores, axis=1)  # (R,), fmax and fmin pass NaN over
+        row_side = side_of_unit[np.searchsorted(distinct, battles.table.query_idx)]  # (R,)
+        rows_of = {name: differ & (row_side == name) for name in masks}  # (R,) each
+        table_rows = {name: int(rows.sum()) for name, rows in rows_of.items()}
+        table_rows["without_a_difference"] = int((~differ).sum())
+        if table_rows["train"] and table_rows["test"]:  # one without the other says nothing
+            query_idx = np.searchsorted(used, battles.table.query_idx)  # (R,)
+            tables = {name: ScoreTable(query_idx[rows], scores[rows]) for name, rows in rows_of.items()}
+            split = Split(**{name: replace(part, table=tables[name]) for name, part in vars(split).items()})
     counts = {
         "split": sizes,
         "ties_left_out": int((tie & ((side != "train") | (ties == "drop"))).sum()),
         "training_battles_not_drawn": num_train - int(in_train.sum()),
-        "table_rows": None,
+        "table_rows": table_rows,
         "unseen_model_battles": int(((side != "train") & ~tie & ~known).sum()),
         "test_queries_in_train": len(np.intersect1d(split.train.query_idx, split.test.query_idx)),
     }
-    if battles.table is not None and by == "query":
-        counts["table_rows"] = {name: len(table.query_idx) for name, table in tables.items()}
-        counts["table_rows"]["without_a_difference"] = int((~differ).sum())
     return split, counts
 
 

@@ -7,7 +7,7 @@ battle with d = 0 counts one half. A metric that is undefined on the data (N = 0
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.sparse import coo_array
-from scipy.special import stdtrit
+from scipy.special import logsumexp, stdtrit
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 WEIGHTS_AT_ONCE = 2**22  # of bootstrap samples: 32 MB
@@ -77,9 +77,10 @@ def log_loss(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperatur
 def log_odds(scores: np.ndarray, margin: float = 0.0, temperature: float = 1.0) -> np.ndarray:
     """Each model's log-odds (M,) of beating another drawn at random, from scores (M,), M >= 2."""
     d = scores[:, None] - scores  # (M, M)
-    wins = np.exp(log_win_probability(d, margin, temperature)).sum(1) - 0.5  # (M,), without the one against itself
-    losses = np.exp(log_win_probability(-d, margin, temperature)).sum(1) - 0.5  # (M,)
-    return np.log(wins / losses)
+    log_wins, log_losses = (log_win_probability(sign * d, margin, temperature) for sign in (1, -1))  # (M, M) each
+    np.fill_diagonal(log_wins, -np.inf)  # nobody meets itself
+    np.fill_diagonal(log_losses, -np.inf)
+    return logsumexp(log_wins, axis=1) - logsumexp(log_losses, axis=1)  # (M,)
 
 
 def fit_temperature(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0) -> float:

@@ -5,12 +5,13 @@ import csv
 import io
 import itertools
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
 
 from support.command_line import OneLineParser, run_command
-from support.files import UserError, make_folder
+from support.files import UserError, make_folder, one_line
 from support.history import Run, read_runs
 from support.runs import LABELS, verdict
 
@@ -19,14 +20,22 @@ ONE_RUN = "[ ] is a 95 % interval: of one run over the drawing of the test queri
 SEEDS = "± is the standard deviation over seeds, and [ ] then the Nadeau-Bengio interval of a mean difference"
 FIXED = "Where all seeds share one split, that covers the training, and not the drawing of the data"
 CALIBRATION = "ECE is the expected calibration error at the temperature that validation chose"
-FIRST = "AUC - first row: to the first row on the same data, over the seeds that both have"
+FIRST = "AUC - first row: to the first row on the same test battles, over the seeds that both have"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
-    parser = OneLineParser("Compare finished runs: a table, sorted by validation AUC, and pictures.")
+    parser = OneLineParser(
+        "Compare finished runs: a line for each set of flags, its seeds put together, the best on validation first "
+        "among those with the same test battles; and pictures."
+    )
     parser.add_argument("runs", nargs="+", help="output folders of train.py, or their training_history.json")
-    parser.add_argument("--format", choices=["text", "markdown", "csv", "json"], default="text", help="of the table")
+    parser.add_argument(
+        "--format",
+        choices=["text", "markdown", "csv", "json"],
+        default="text",
+        help="of the table; csv and json hold every metric and baseline",
+    )
     parser.add_argument("--plots", metavar="DIR", help="write PNGs there; needs matplotlib (requirements-dev.txt)")
     return parser.parse_args(argv)
 
@@ -83,7 +92,7 @@ def summarise(members: list[Run]) -> dict:
             values = [row["difference"][metric] for row in rows]
             beyond[metric] = difference(values, members, rows[0]["difference_intervals"][metric])
         tests = [(row["metrics"], row["intervals"]) for row in rows]
-        told = verdict(beyond["auc"]["interval"], LABELS.get(name, name))
+        told = verdict(beyond["auc"]["interval"], LABELS.get(name, name), sum(run.test_queries for run in members))
         baselines[name] = {"test": spreads(tests), "beyond": beyond, "verdict": told}
     return {
         "run": common_name([run.name for run in members]),
@@ -94,7 +103,10 @@ def summarise(members: list[Run]) -> dict:
         "test": spreads([(run.test, run.intervals) for run in members]),
         "expected_calibration_error": spread(errors),
         "baselines": baselines,
-        "score_table": {end: spread([run.score_table[end] for run in members]) for end in first.score_table},
+        "score_table": {
+            end: spread([run.score_table[end] for run in members])
+            for end in known(first.score_table, [run.score_table for run in members])
+        },
     }
 
 
@@ -127,21 +139,24 @@ def _shared_start(names: list[str]) -> str:
 
 
 def in_order(groups: list[list[Run]]) -> list[list[Run]]:
-    """Groups on one set of data together, and of these the best mean validation AUC first."""
-    place = {hash_: place for place, hash_ in enumerate(dict.fromkeys(members[0].content_hash for members in groups))}
-    best = {id(members): statistics.fmean(run.val_auc for run in members) for members in groups}
-    return sorted(groups, key=lambda members: (place[members[0].content_hash], -best[id(members)]))
+    """Groups with one set of test battles together, and of these the best mean validation AUC first."""
+    test_sets = list(dict.fromkeys(members[0].test_set for members in groups))
+
+    def key(members):
+        return test_sets.index(members[0].test_set), -statistics.fmean(run.val_auc for run in members)
+
+    return sorted(groups, key=key)
 
 
 def table(groups: list[list[Run]]) -> list[dict]:
     """The row of each group, with the `flags` that are not the same in all.
 
-    Each but the first on its data also has what its test AUC is `beyond_first`, over the seeds that both have.
+    Each but the first on its test battles also has what its AUC is `beyond_first`, over the seeds that both have.
     """
     rows, flags, firsts = [], differing_flags([members[0] for members in groups]), {}
     for members, of_group in zip(groups, flags, strict=True):
         row = summarise(members) | {"flags": of_group}
-        first = firsts.setdefault(members[0].content_hash, members)
+        first = firsts.setdefault(members[0].test_set, members)
         theirs = {run.seeds: run for run in first}
         shared = [run for run in members if run.seeds in theirs]
         if first is not members and len(shared) > 1:
@@ -192,7 +207,7 @@ def columns(rows: list[dict]) -> dict[str, list[str]]:
     found["AUC - Bradley-Terry"] = [cell(row and row["beyond"]["auc"], signed=True) for row in compared]
     found["verdict"] = [row["verdict"] if row else "" for row in compared]
     found["AUC - first row"] = [cell(row.get("beyond_first"), signed=True) for row in rows]
-    return {name: [" ".join(text.split()) for text in texts] for name, texts in found.items() if any(texts)}
+    return {name: [one_line(text) for text in texts] for name, texts in found.items() if any(texts)}
 
 
 def as_text(rows: list[dict]) -> str:
@@ -205,7 +220,7 @@ def as_text(rows: list[dict]) -> str:
 def as_markdown(rows: list[dict]) -> str:
     found = columns(rows)
     lines = [found.keys(), ["---"] * len(found), *zip(*found.values(), strict=True)]
-    escaped = ([text.replace("|", "\\|") for text in line] for line in lines)
+    escaped = ([re.sub(r"([\\|*<`])", r"\\\1", text) for text in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped) + "\n" + notes(rows)
 
 
@@ -229,6 +244,8 @@ def as_csv(rows: list[dict]) -> str:
         for name, baseline in row["baselines"].items():
             values |= {f"{name}_{metric}": value for metric, value in baseline["test"].items()}
             values |= {f"beyond_{name}_{metric}": value for metric, value in baseline["beyond"].items()}
+            line[f"verdict_{name}"] = baseline["verdict"]
+        values |= {f"{end}_mean_score": value for end, value in row["score_table"].items()}
         values["beyond_first_auc"] = row.get("beyond_first", {})
         for name, value in values.items():
             low, high = value.get("interval") or (None, None)
@@ -259,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     runs, problems = read_runs(args.runs)
     groups, repeated = group_by_seeds(runs)
     for problem in problems + repeated:
-        print("warning:", " ".join(problem.split()), file=sys.stderr)
+        print("warning:", one_line(problem), file=sys.stderr)
     if not runs:
         raise UserError(f"no finished run among {len(args.runs)} paths; expected output folders of train.py")
     groups = in_order(groups)

@@ -38,7 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--split_by",
         choices=["query", "battle"],
         default="query",
-        help="what the 80/10/10 split draws; battle lets test queries stand in training, as published code does",
+        help="what the 80/10/10 split draws; battle lets test queries stand in training, as published code does, and "
+        "leaves the rows of a score table unjudged",
     )
     data.add_argument(
         "--pairs_per_query",

@@ -7,22 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import coo_array, csr_array, vstack
 from scipy.special import expit
 
 import metrics
 
 INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # C of the logistic regressions
 NEIGHBOURS = (8, 32, 128, 512, 2048)
-DAMPINGS = (
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-    30.0,
-    100.0,
-    300.0,
-)  # prior weight of "no correction", in units of p (1 - p) of a battle
+DAMPINGS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # prior of no correction, in p (1 - p) of a battle
 GLOBAL_SCALE = 10.0  # shared strengths are penalised by its square less than deviations from them
 PENALTIES = (400.0, 200.0, 100.0, 50.0, 25.0, 12.0, 6.0, 3.0)  # of the learned heads' weights, from strong to weak
 CLEARLY_WORSE = 0.005  # in validation AUC: where a path of penalties is left
@@ -62,13 +54,10 @@ def bradley_terry(
 
     own = num_models * (1 + cluster)  # (C,), the first column of a cluster's deviations
     columns = [a, b, own + a, own + b] if num_clusters else [a, b]
-    values = np.array([GLOBAL_SCALE, -GLOBAL_SCALE, 1.0, -1.0])[: len(columns)]
-    rows = np.tile(np.arange(len(cells)), 2 * len(columns))
-    rows[len(rows) // 2 :] += len(cells)  # every cell stands there twice: as won by a, and as won by b
-    design = coo_array(
-        (np.tile(values.repeat(len(cells)), 2), (rows, np.tile(np.concatenate(columns), 2))),
-        (2 * len(cells), num_models * (1 + num_clusters)),
-    ).tocsr()  # (2C, M + K M)
+    values = np.array([GLOBAL_SCALE, -GLOBAL_SCALE, 1.0, -1.0])[: len(columns)].repeat(len(cells))
+    places = np.tile(np.arange(len(cells)), len(columns)), np.concatenate(columns)
+    design = coo_array((values, places), (len(cells), num_models * (1 + num_clusters))).tocsr()  # (C, M + K M)
+    design = vstack([design, design], format="csr")  # (2C, M + K M): each cell as won by a, and as won by b
     won = np.repeat([1, 0], len(cells))  # (2C,)
     model = LogisticRegression(fit_intercept=False, C=inverse_penalty, solver="newton-cg")
     strengths = model.fit(design, won, np.concatenate(weights)).coef_[0].reshape(-1, num_models)  # (1 + K, M)
@@ -197,19 +186,25 @@ def factorisations(split, strengths: np.ndarray, points: np.ndarray, seed: int) 
         yield {"penalty": penalty}, *(side @ projection @ factors.T + shared for side in (val, test))
 
 
-def mean_scores(table) -> np.ndarray:
-    """Each model's mean over the rows of a score table (1, M); one that has no score there gets the lowest mean."""
+def ranking_by_mean(table) -> np.ndarray:
+    """Places (1, M) of the models by their mean score in a table, M - 1 for the best, and no two the same.
+
+    A model with scores on fewer than half of the rows that another has comes after all others: nobody could rely on it.
+    """
     known = ~np.isnan(table.scores)  # (R, M)
-    count = known.sum(0, keepdims=True)  # (1, M)
-    means = np.where(known, table.scores, 0).sum(0, keepdims=True) / np.maximum(count, 1)  # (1, M)
-    return np.where(count, means, means[count > 0].min())
+    count = known.sum(0)  # (M,)
+    means = np.where(known, table.scores, 0).sum(0) / np.maximum(count, 1)  # (M,)
+    order = np.lexsort((-means, count < count.max() / 2))  # (M,)
+    places = np.empty((1, len(order)))  # (1, M)
+    places[0, order] = np.arange(len(order))[::-1]
+    return places
 
 
 def best_single_model(split) -> str:
     """The model to choose if no query is known: of the highest mean score in training, or Bradley-Terry strength."""
     table = split.train.table
-    strengths = mean_scores(table) if table is not None else best(rankings(split), split)[1]  # (1, M)
-    return split.train.model_names[int(strengths.argmax())]
+    places = ranking_by_mean(table) if table is not None else best(rankings(split), split)[1]  # (1, M)
+    return split.train.model_names[int(places.argmax())]
 
 
 def best(candidates: Iterable[Candidate], split) -> Candidate:
@@ -244,8 +239,8 @@ def fit(
     indifferent = np.zeros((1, len(split.train.model_names)))  # (1, M)
     fitted = {"random": ({}, indifferent, indifferent)}
     if split.train.table is not None:
-        means = mean_scores(split.train.table)  # (1, M)
-        fitted["best_single"] = {"model": best_single_model(split)}, means, means
+        places = ranking_by_mean(split.train.table)  # (1, M)
+        fitted["best_single"] = {"model": best_single_model(split)}, places, places
     fitted["bradley_terry"] = best(rankings(split), split)
     _, strengths, _ = fitted["bradley_terry"]  # (1, M)
     if num_clusters:

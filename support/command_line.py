@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from support.files import UserError
+from support.files import UserError, one_line
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -73,7 +73,7 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         print(end="", flush=True)
     except UserError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -3,7 +3,7 @@
 import numpy as np
 
 import metrics
-from support.baselines import mean_scores
+from support.baselines import best_single_model, ranking_by_mean
 
 CENTRAL_QUERIES, QUERY_SHOWN = 3, 200  # of a cluster, and how many characters of each
 
@@ -25,14 +25,12 @@ class Judge:
         self.split, battles = split, split.test
         self.scores, self.margin, self.temperature = scores, margin, temperature
         self.weights = metrics.bootstrap_weights(battles.query_idx, seed)  # (R, N)
-        self.table = battles.table if battles.table is not None and len(battles.table.scores) else None
+        self.table = battles.table
         if self.table is not None:
             weights = metrics.bootstrap_weights(self.table.query_idx, seed)  # (R, rows)
             self.row_shares = weights / weights.sum(1, keepdims=True)  # (R, rows)
             self.query_of_row = np.searchsorted(battles.fought[0], self.table.query_idx)  # (rows,)
-            means = mean_scores(split.train.table)  # (1, M)
-            self.best_single = split.train.model_names[int(means.argmax())]
-            self.single, _ = self.route(means)  # (rows,)
+            self.single, _ = self.route(ranking_by_mean(split.train.table))  # (rows,)
             self.oracle = np.nanmax(self.table.scores, 1)  # (rows,)
         self.router, self.router_samples = self.judge(scores, margin, temperature)
 
@@ -67,9 +65,11 @@ class Judge:
         found = {
             "test_metrics": self.router,
             "test_intervals": {name: metrics.interval(self.router_samples[name]) for name in self.router},
-            "calibration": {"temperature": self.temperature}
-            | told["calibrated"]
-            | {"uncalibrated": told["uncalibrated"]},
+            "calibration": {
+                "temperature": self.temperature,
+                **told["calibrated"],
+                "uncalibrated": told["uncalibrated"],
+            },
         }
         if self.table is not None:
             found["score_table"] = {"rows": len(self.table.scores)}
@@ -83,7 +83,7 @@ class Judge:
                         "top1_accuracy": metrics.interval(self.row_shares @ is_best),
                     },
                 }
-            found["score_table"]["best_single"]["model"] = self.best_single
+            found["score_table"]["best_single"]["model"] = best_single_model(self.split)
         return found
 
     def compare(self, fitted: dict[str, tuple]) -> dict:
@@ -94,13 +94,14 @@ class Judge:
         for name, (chosen, val_scores, test_scores) in fitted.items():
             temperature = metrics.fit_temperature(self.split.val.margins(val_scores), self.split.val.outcome)
             row, samples = self.judge(test_scores, 0.0, temperature)
-            known = [metric for metric, value in row.items() if value is not None]
             rows[name] = row | {
                 "chosen": chosen,
                 "intervals": {metric: metrics.interval(samples[metric]) for metric in row},
-                "difference": {metric: self.router[metric] - row[metric] for metric in known},
+                "difference": {
+                    metric: None if value is None else self.router[metric] - value for metric, value in row.items()
+                },
                 "difference_intervals": {
-                    metric: metrics.interval(self.router_samples[metric] - samples[metric]) for metric in known
+                    metric: metrics.interval(self.router_samples[metric] - samples[metric]) for metric in row
                 },
             }
         return rows

@@ -10,6 +10,11 @@ class UserError(Exception):
     """Something the user can mend: one line that says what was found, what was expected, what to do."""
 
 
+def one_line(text: object) -> str:
+    """A text as one line for a terminal, which no newline breaks and no control character reaches."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+
+
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Replace the file `path` by `data` in one step: a reader or a crash sees the old file or the new one.
 

@@ -1,7 +1,6 @@
 """Histories of finished runs, read back: each whole and checked, or named with what is wrong with it."""
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,11 +22,13 @@ class Run:
     seed: int
     split_seed: int
     data_path: str
-    content_hash: str  # of the data
+    content_hash: str  # of the file
     model_path: str
     fingerprint: str  # of the encoder
     dtype: str
-    test_by_train: float  # n_test / n_train, in queries
+    test_set: tuple  # what the test battles follow from, but for the split's seed
+    test_queries: int
+    test_by_train: float  # n_test / n_train, in what the split draws: queries or battles
     train_losses: list[float]  # per epoch
     val_aucs: list[float]  # per epoch
     best_epoch: int
@@ -37,7 +38,7 @@ class Run:
     calibration: dict[str, dict]  # "calibrated" and "uncalibrated": expected calibration error, bins
     baselines: dict[str, dict]
     score_table: dict[str, float]  # mean score of "best_single" and "oracle"; empty without a score table
-    clusters: list[dict]  # size, central_queries, log_odds
+    clusters: list[dict]  # those that are not empty: size, central_query, log_odds by model
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -58,6 +59,9 @@ def read_runs(paths: list[str]) -> tuple[list[Run], list[str]]:
         if os.path.realpath(file) in seen:  # `outputs/* outputs/best` names one twice
             continue
         seen.add(os.path.realpath(file))
+        if file.exists() and not file.is_file():  # a pipe, which would never end
+            problems.append(f"{path}: no history (it is no file); left out")
+            continue
         try:
             history = json.loads(file.read_bytes())
             status = history["status"]
@@ -76,21 +80,28 @@ def read_runs(paths: list[str]) -> tuple[list[Run], list[str]]:
 
 def parse(name: str, history: dict) -> Run:
     """A finished run from its history. Raises one of Python's errors on values where it lacks or mistakes something."""
-    args, data, encoder = history["args"], history["data"], history["encoder"]
-    calibration, test = history["calibration"], history["test_metrics"]
-    val_aucs, best_epoch = [_number(epoch["auc"]) for epoch in history["val_metrics"]], int(history["best_epoch"])
+    args, data, encoder, test = history["args"], history["data"], history["encoder"], history["test_metrics"]
+    calibration, sides = history["calibration"], data["split"]
+    losses = [_number(loss) for loss in history["train_losses"]]
+    val_aucs = [_number(epoch["auc"]) for epoch in history["val_metrics"]]
+    best_epoch = _whole(history["best_epoch"], 0)
+    if not best_epoch < len(val_aucs) == len(losses):
+        raise ValueError(f"best_epoch is {best_epoch} of {len(val_aucs)} epochs and {len(losses)} losses")
+    unit = "battles" if args["split_by"] == "battle" else "queries"
     return Run(
         name=name,
         flags={flag: value for flag, value in args.items() if flag not in NO_EXPERIMENT},
-        seed=int(args["seed"]),
-        split_seed=int(args["split_seed"]),
+        seed=_whole(args["seed"], 0),
+        split_seed=_whole(args["split_seed"], 0),
         data_path=str(data["path"]),
         content_hash=str(data["content_hash"]),
         model_path=str(encoder["path"]),
         fingerprint=str(encoder["fingerprint"]),
         dtype=str(encoder["dtype"]),
-        test_by_train=_number(data["split"]["test"]["queries"]) / _number(data["split"]["train"]["queries"]),
-        train_losses=[_number(loss) for loss in history["train_losses"]],
+        test_set=(str(data["content_hash"]), *(str(args[flag]) for flag in ("split_by", "limit", "score_columns"))),
+        test_queries=_whole(sides["test"]["queries"], 1),
+        test_by_train=_whole(sides["test"][unit], 1) / _whole(sides["train"][unit], 1),
+        train_losses=losses,
         val_aucs=val_aucs,
         best_epoch=best_epoch,
         val_auc=val_aucs[best_epoch],
@@ -100,20 +111,27 @@ def parse(name: str, history: dict) -> Run:
             "calibrated": _reliability(calibration),
             "uncalibrated": _reliability(calibration["uncalibrated"]),
         },
-        baselines={baseline: _baseline(row) for baseline, row in history["baselines"].items()},
+        baselines={baseline: _baseline(row, test) for baseline, row in history["baselines"].items()},
         score_table={
             end: _number(history["score_table"][end]["mean_score"])
             for end in ("best_single", "oracle")
             if "score_table" in history
         },
-        clusters=[_cluster(cluster) for cluster in history.get("clusters", [])],
+        clusters=_clusters([cluster for cluster in history.get("clusters", []) if cluster["log_odds"]]),
     )
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:40]!r} is no number")
+    # Beyond the bound a mean or a picture would overflow, and no run gets there.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e100:
+        raise ValueError(f"{str(value)[:40]!r} is no number that a run writes")
     return float(value)
+
+
+def _whole(value: object, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{str(value)[:40]!r} is no whole number of at least {least}")
+    return value
 
 
 def _metrics(values: dict, names: Iterable[str]) -> dict[str, float | None]:
@@ -131,8 +149,7 @@ def _is_undefined(name: str, values: dict) -> bool:
     return name == "gap_closed" and values[name] is None  # where the best single model is an oracle
 
 
-def _baseline(row: dict) -> dict:
-    names = dict.fromkeys([*row["difference"], "auc"])
+def _baseline(row: dict, names: Iterable[str]) -> dict:
     return {
         "metrics": _metrics(row, names),
         "intervals": _bounds(row["intervals"], names),
@@ -142,16 +159,24 @@ def _baseline(row: dict) -> dict:
 
 
 def _reliability(told: dict) -> dict:
-    names = ("low", "high", "battles", "probability", "won")
+    names, bins = ("low", "high", "probability", "won"), told["bins"]
+    if not bins:
+        raise ValueError("its reliability has no bins")
     return {
         "expected_calibration_error": _number(told["expected_calibration_error"]),
-        "bins": [{name: _number(part[name]) for name in names} for part in told["bins"]],
+        "bins": [
+            {name: _number(part[name]) for name in names} | {"battles": _whole(part["battles"], 1)} for part in bins
+        ],
     }
 
 
-def _cluster(cluster: dict) -> dict:
-    return {
-        "size": int(cluster["size"]),
-        "central_queries": [str(query) for query in cluster["central_queries"]],
-        "log_odds": {str(model): _number(odds) for model, odds in (cluster["log_odds"] or {}).items()},
-    }
+def _clusters(clusters: list[dict]) -> list[dict]:
+    models = clusters[0]["log_odds"] if clusters else {}
+    return [
+        {
+            "size": _whole(cluster["size"], 1),
+            "central_query": str(cluster["central_queries"][0]),
+            "log_odds": {model: _number(cluster["log_odds"][model]) for model in models},
+        }
+        for cluster in clusters
+    ]

@@ -15,6 +15,7 @@ OUTCOMES = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "b
 ONE_HOT = {"winner_model_a": 1.0, "winner_model_b": 0.0, "winner_tie": 0.5}
 # Numeric columns that public score tables carry beside the models' scores.
 NOT_MODELS = {"", "id", "prompt_id", "question_id", "sample_id", "index", "cluster_id", "turn", "tstamp"}
+LARGEST_SCORE = 1e30
 NOT_MODELS_PREFIX = ("unnamed:", "__index_level_")  # what pandas makes of an index
 LAYOUTS = (
     "model_a, model_b, winner, conversation_a (Arena); or model_a, model_b, prompt and winner or one-hot "
@@ -220,8 +221,8 @@ def _outcome(winner: tuple) -> float | None:
 
 
 def _score(cell: object) -> float | None:
-    score = as_number(cell)
-    return score if score is not None and math.isfinite(score) else None
+    score = as_number(cell)  # a sum of ones above the bound could overflow
+    return score if score is not None and math.isfinite(score) and abs(score) < LARGEST_SCORE else None
 
 
 def _first_turn(conversation: object) -> str:

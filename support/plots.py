@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import re
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -20,30 +21,33 @@ from support.runs import LABELS
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 STYLES = ("-", "--", ":", "-.")
-MOST_CLUSTERS = 60  # of a map, the largest
-QUERY_SHOWN, NAME_SHOWN = 60, 40  # characters
+MOST_ROWS, MOST_CLUSTERS = 12, 60  # that are drawn: the first, and the largest
+QUERY_SHOWN, NAME_SHOWN = 60, 44  # columns of a label
 # Of these, what is installed is asked for letters that matplotlib's own font lacks.
 OTHER_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei")
 
 
 def draw(groups: list[list[Run]], rows: list[dict], folder: Path) -> list[Path]:
     """Write the PNGs of groups of runs, of which `rows` tells what `report.py` makes of them; return their paths."""
+    if len(rows) > MOST_ROWS:
+        print(f"warning: the pictures show the first {MOST_ROWS} of {len(rows)} lines", file=sys.stderr)
+        groups, rows = groups[:MOST_ROWS], rows[:MOST_ROWS]
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of every font that lacks a weight
     fonts = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in font_manager.get_font_names())]
     with rc_context({"font.family": fonts, "font.size": 9}):
         figures = {
             "training": training(groups, rows),
             "reliability": reliability(groups, rows),
-            "baselines": baselines(rows, "auc"),
+            "baselines": baselines(groups, rows, "auc"),
         }
         if any("mean_score" in row["test"] for row in rows):
-            figures["scores"] = baselines(rows, "mean_score")
+            figures["scores"] = baselines(groups, rows, "mean_score")
         for members, row in zip(groups, rows, strict=True):
             best = max(members, key=lambda run: run.val_auc)
-            name = re.sub(r"[^\w.-]+", "-", f"clusters-{row['run']}").strip("-")
+            name = "clusters-" + re.sub(r"[^\w.-]+", "-", row["run"])[-80:].strip("-")
             while name in figures:
                 name += "-"
-            if any(cluster["log_odds"] for cluster in best.clusters):
+            if best.clusters:
                 figures[name] = cluster_map(best)
         paths = []
         for name, figure in figures.items():
@@ -56,14 +60,16 @@ def draw(groups: list[list[Run]], rows: list[dict], folder: Path) -> list[Path]:
 
 def training(groups: list[list[Run]], rows: list[dict]) -> Figure:
     """Training loss and validation AUC per epoch, a line a run, a colour a group; a dot on the epoch that was kept."""
-    figure = Figure(figsize=(11, 4.2 + 0.2 * len(rows) / 2), layout="constrained")
+    names = [ending(row["run"], 100) for row in rows]
+    columns = 2 if max(map(len, names)) <= 60 else 1
+    figure = Figure(figsize=(11, 4.2 + 0.2 * len(rows) / columns), layout="constrained")
     loss, auc = figure.subplots(1, 2)
-    for number, (members, row) in enumerate(zip(groups, rows, strict=True)):
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
+    for number, (members, name) in enumerate(zip(groups, names, strict=True)):
+        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS)]}
         for place, run in enumerate(members):
-            label = plain(row["run"]) if place == 0 else None
             for axes, values in ((loss, run.train_losses), (auc, run.val_aucs)):
-                axes.plot(values, **style, linewidth=1.3, alpha=0.8, label=label if axes is loss else None)
+                label = name if place == 0 and axes is loss else None
+                axes.plot(values, **style, linewidth=1.3, alpha=0.8, label=label)
                 axes.plot(run.best_epoch, values[run.best_epoch], "o", color=style["color"], markersize=5)
     loss.set_ylabel("training loss, mean of a battle")
     auc.set_ylabel("validation AUC")
@@ -71,7 +77,7 @@ def training(groups: list[list[Run]], rows: list[dict]) -> Figure:
         axes.set_xlabel("epoch (dot: kept)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         tidy(axes)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -79,25 +85,22 @@ def reliability(groups: list[list[Run]], rows: list[dict]) -> Figure:
     """How often the chosen model won, against the probability it was given, a panel a group; seeds are pooled."""
     across = min(3, len(groups))
     down = -(-len(groups) // across)
-    figure = Figure(figsize=(3.7 * across + 0.3, 3.9 * down + 0.4), layout="constrained")
+    figure = Figure(figsize=(3.7 * across + 0.3, 4.1 * down + 0.5), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
     for axes in panels[len(groups) :]:
         axes.set_visible(False)
     for axes, members, row in zip(panels, groups, rows, strict=False):
         axes.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=1)
+        errors = {}
         for name, colour in (("uncalibrated", "0.55"), ("calibrated", COLOURS[0])):
             battles, probability, won = pooled([run.calibration[name]["bins"] for run in members])
-            error = np.mean([run.calibration[name]["expected_calibration_error"] for run in members])
-            axes.plot(probability, won, color=colour, linewidth=1)
-            label = f"{'at T = 1' if name == 'uncalibrated' else 'at the fitted T'}, ECE {error:.3f}"
-            axes.scatter(probability, won, s=6 + 600 * battles / battles.sum(), color=colour, alpha=0.6, label=label)
-        axes.set_title(plain(row["run"], 48), fontsize=9)
-        legend = axes.legend(loc="upper left", frameon=False, fontsize=8)
-        for handle in legend.legend_handles:
-            handle.set_sizes([25])
+            errors[name] = np.mean([run.calibration[name]["expected_calibration_error"] for run in members])
+            axes.scatter(probability, won, s=4 + 600 * battles / battles.sum(), color=colour, alpha=0.6, linewidth=0)
+        told = "ECE {uncalibrated:.3f} at T = 1 (grey), {calibrated:.3f} at the fitted T (blue)".format(**errors)
+        axes.set_title(f"{ending(row['run'], 46)}\n{told}", fontsize=8)
         axes.tick_params(labelbottom=True, labelleft=True)
         tidy(axes)
-    figure.supxlabel("probability that the chosen model wins (area: battles)", fontsize=9)
+    figure.supxlabel("probability that the chosen model wins (area of a dot: battles)", fontsize=9)
     figure.supylabel("share that it won", fontsize=9)
     return figure
 
@@ -113,12 +116,16 @@ def pooled(bins_of_runs: list[list[dict]]) -> tuple[np.ndarray, np.ndarray, np.n
     return tuple(np.array(found).T)
 
 
-def baselines(rows: list[dict], metric: str) -> Figure:
-    """Test "auc" or "mean_score" of RankRouter and its baselines, a panel a group, with the differences beside them."""
+def baselines(groups: list[list[Run]], rows: list[dict], metric: str) -> Figure:
+    """Test "auc" or "mean_score" of RankRouter and its baselines, a panel a group, with the differences beside them.
+
+    Panels of the same test battles have the same axis.
+    """
+    alike = len({members[0].test_set for members in groups}) == 1
     rows = [row for row in rows if metric in row["test"]]
     heights = [1.0 + 0.3 * len(row["baselines"]) for row in rows]
     figure = Figure(figsize=(9.5, sum(heights) + 0.4), layout="constrained")
-    panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights).flat
+    panels = figure.subplots(len(rows), 1, squeeze=False, sharex=alike, height_ratios=heights).flat
     for axes, row in zip(panels, rows, strict=True):
         # In AUC, random's 0.5 would squeeze all others.
         names = [name for name in row["baselines"] if (name, metric) != ("random", "auc")]
@@ -143,15 +150,15 @@ def baselines(rows: list[dict], metric: str) -> Figure:
         axes.set_xlabel(f"{where}; {spread}")
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_title(plain(row["run"], 80), fontsize=9, loc="left")
+        axes.set_title(ending(row["run"], 90), fontsize=9, loc="left")
+        axes.tick_params(labelbottom=True)
         tidy(axes)
     return figure
 
 
 def cluster_map(run: Run) -> Figure:
     """Log-odds of every model in every cluster, rows that are alike together, models from strong to weak."""
-    clusters = sorted((cluster for cluster in run.clusters if cluster["log_odds"]), key=lambda one: -one["size"])
-    shown = clusters[:MOST_CLUSTERS]
+    shown = sorted(run.clusters, key=lambda cluster: -cluster["size"])[:MOST_CLUSTERS]
     names = list(shown[0]["log_odds"])
     odds = np.array([[cluster["log_odds"][name] for name in names] for cluster in shown])  # (K, M)
     order = np.argsort(-np.average(odds, axis=0, weights=[cluster["size"] for cluster in shown]))  # (M,)
@@ -163,23 +170,24 @@ def cluster_map(run: Run) -> Figure:
     limit = float(np.quantile(np.abs(odds), 0.99)) or 1.0
     image = axes.imshow(odds, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit)
     axes.plot(odds.argmax(1), range(len(odds)), ".", color="black", markersize=5)
-    axes.set_xticks(range(len(names)), [plain(names[i], NAME_SHOWN) for i in order], rotation=90)
-    labels = [f"{plain(shown[row]['central_queries'][0], QUERY_SHOWN)}  ({shown[row]['size']})" for row in rows]
+    axes.set_xticks(range(len(names)), [ending(names[i], NAME_SHOWN) for i in order], rotation=90)
+    labels = [f"{plain(shown[row]['central_query'], QUERY_SHOWN)}  ({shown[row]['size']})" for row in rows]
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.tick_params(length=0)
     left_out = len(run.clusters) - len(shown)
     figure.suptitle(
-        f"{plain(run.name, 80)}: who is strong where, as the router scores it\n"
+        f"{ending(run.name, 80)}: who is strong where, as the router scores it\n"
         "a row is a cluster, told by its most central query and its training queries; a dot is the strongest model;\n"
         "the colour is the log-odds of beating another model drawn at random"
-        + (f"\n{left_out} small or empty clusters are left out" if left_out else ""),
+        + (f"\n{left_out} smaller clusters are left out" if left_out else ""),
         fontsize=9,
     )
-    figure.colorbar(image, ax=axes, location="top", shrink=0.8, aspect=40, pad=0.01, extend="both")
+    shrink = min(0.8, 5 / figure.get_figwidth())  # a bar of 5 inches at most
+    figure.colorbar(image, ax=axes, location="top", shrink=shrink, aspect=40, pad=0.01, extend="both")
     return figure
 
 
-def plain(text: str, most: int = 100) -> str:
+def plain(text: str, most: int) -> str:
     """A text on one line, cut to so many columns, without what matplotlib cannot draw or takes for a formula."""
     letters = drawable(tuple(rcParams["font.family"]))
     text = "".join(letter if ord(letter) in letters else "\0" for letter in " ".join(text.split()))
@@ -187,6 +195,11 @@ def plain(text: str, most: int = 100) -> str:
     columns = itertools.accumulate(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
     fits = sum(column < most for column in columns)  # letters, with room for the dots
     return (text if fits >= len(text) - 1 else text[:fits] + "…").replace("$", r"\$")
+
+
+def ending(name: str, most: int) -> str:
+    """A name as `plain` gives it, but cut at its start: names of runs and models differ at their ends."""
+    return plain(name if len(name) <= most else "…" + name[1 - most :], most)
 
 
 @functools.cache

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from support.files import UserError, atomic_write
+from support.files import UserError, atomic_write, one_line
+
+FEWEST_QUERIES = 30  # that a bootstrap interval is trusted with
 
 LABELS = {
     "random": "random",
@@ -97,7 +99,7 @@ def print_data(data: dict) -> None:
     dropped = ", ".join(f"{count} {reason}" for reason, count in data["rows_dropped"].items()) or "none"
     print(f"data     {data['rows_read']} rows, dropped: {dropped}; from {data['path']}")
     if data["score_columns"]:
-        print(f"scores   of {', '.join(data['score_columns'])}")
+        print(f"scores   of {', '.join(map(one_line, data['score_columns']))}")
     if data["scores_missing"]:
         print(f"missing  {data['scores_missing']} single scores, in rows that have others")
     if data["queries_outside_limit"]:
@@ -133,9 +135,11 @@ def print_encoding(encoder: dict, timing: dict, max_length: int) -> None:
     )
 
 
-def verdict(interval: list[float], name: str) -> str:
-    """What the 95 % interval of a difference shows, in words, where more is better."""
+def verdict(interval: list[float], name: str, num_queries: int) -> str:
+    """What the 95 % interval of a difference, over so many test queries, shows in words, where more is better."""
     low, high = interval
+    if num_queries < FEWEST_QUERIES:
+        return f"no verdict on fewer than {FEWEST_QUERIES} queries"
     return f"better than {name}" if low > 0 else f"worse than {name}" if high < 0 else "no difference shown"
 
 
@@ -158,7 +162,7 @@ def print_test(history: dict) -> None:
     for label, row in rows.items():
         numbers = "".join(f"{row[name]:>10.4f}" for name in ("accuracy", "auc", "log_loss"))
         calibrated = f"{row['log_loss_calibrated']:>12.4f}" if "log_loss_calibrated" in row else ""
-        print(f"{label:<18}{numbers}{calibrated}{_difference(row, 'auc', label)}")
+        print(f"{label:<18}{numbers}{calibrated}{_difference(row, 'auc', label, size['queries'])}")
     print("\nIntervals cover the drawing of the test queries, not the training.")
     raw, calibration = history["calibration"]["uncalibrated"], history["calibration"]
     print(
@@ -180,7 +184,7 @@ def _print_score_table(history: dict, compared: dict) -> None:
     table, router = history["score_table"], history["test_metrics"] | {"intervals": history["test_intervals"]}
     print(
         f"\nscores   of the chosen model, on {table['rows']} test rows of the score table\n"
-        f"single   {table['best_single']['model']} has the best mean score in training\n"
+        f"single   {one_line(table['best_single']['model'])} has the best mean score in training\n"
     )
     beyond = "  RankRouter's mean score beyond it, 95 %" if compared else ""
     print(f"{'':<18}{'top-1':>8}{'mean score, 95 %':>26}{'gap closed, 95 %':>22}{beyond}")
@@ -191,12 +195,12 @@ def _print_score_table(history: dict, compared: dict) -> None:
         if row.get("gap_closed") is not None:
             low, high = row["intervals"]["gap_closed"]
             told += f"{row['gap_closed']:>7.0%} [{f'{low:.0%}, {high:.0%}]':<13}"
-        print(told.rstrip() + _difference(row, "mean_score", label))
+        print(told.rstrip() + _difference(row, "mean_score", label, table["rows"]))
 
 
-def _difference(row: dict, metric: str, label: str) -> str:
+def _difference(row: dict, metric: str, label: str, num_queries: int) -> str:
     """RankRouter's difference to a baseline, its interval and the verdict; nothing where `row` is no baseline's."""
     if "difference" not in row:
         return ""
     low, high = row["difference_intervals"][metric]
-    return f"  {row['difference'][metric]:+.4f} [{low:+.4f}, {high:+.4f}]  {verdict([low, high], label)}"
+    return f"  {row['difference'][metric]:+.4f} [{low:+.4f}, {high:+.4f}]  {verdict([low, high], label, num_queries)}"

@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 import metrics
-from data_loader import Battles, Split, load_battles, split_battles
+from data_loader import Battles, ScoreTable, Split, load_battles, split_battles
 from support import baselines
 from support.comparison import Judge
 from support.runs import verdict
@@ -229,13 +229,30 @@ def test_differences_are_paired():
     low, high = rows["random"]["difference_intervals"]["auc"]
     assert rows["random"]["difference"]["auc"] == router["auc"] - 0.5
     assert low < router["auc"] - 0.5 < high
-    assert verdict([low, high], "random") == "better than random"
+    assert verdict([low, high], "random", 30) == "better than random"
+
+
+def table_of(*rows):
+    return ScoreTable(np.arange(len(rows)), np.array(rows, float))
+
+
+def test_models_are_ranked_by_their_mean_score():
+    nan = np.nan
+    assert baselines.ranking_by_mean(table_of([0, 1, 0.4], [0.5, 0, 0.7])).tolist() == [[0, 1, 2]]
+    # Means 0.25, 0.5, 0.55; then a fourth, the best where it is, on one row of four: it comes last.
+    assert baselines.ranking_by_mean(table_of([0, 1, 0.4, 1], *3 * [[0.5, 0, 0.7, nan]])).tolist()[0][3] == 0
+    # On two rows of four it counts, and its mean is over those.
+    rows = [[0.5, 0.1, 0.9], [0.5, 0.1, 0.9], [0.5, 0.1, nan], [0.5, 0.1, nan]]
+    assert baselines.ranking_by_mean(table_of(*rows)).tolist() == [[1, 0, 2]]
+    # Where means are equal, the first model is chosen, alone.
+    assert baselines.ranking_by_mean(table_of([0, 1, 0], [1, 0, 0])).tolist() == [[2, 1, 0]]
 
 
 def test_verdicts():
-    assert verdict([0.01, 0.02], "x") == "better than x"
-    assert verdict([-0.02, -0.01], "x") == "worse than x"
-    assert verdict([-0.02, 0.01], "x") == verdict([0.0, 0.0], "x") == "no difference shown"
+    assert verdict([0.01, 0.02], "x", 30) == "better than x"
+    assert verdict([-0.02, -0.01], "x", 30) == "worse than x"
+    assert verdict([-0.02, 0.01], "x", 30) == verdict([0.0, 0.0], "x", 30) == "no difference shown"
+    assert verdict([0.01, 0.02], "x", 29) == "no verdict on fewer than 30 queries"
 
 
 def test_shuffled_outcomes_show_no_difference(demo, run_demo, monkeypatch):
@@ -250,7 +267,7 @@ def test_shuffled_outcomes_show_no_difference(demo, run_demo, monkeypatch):
     assert len(history["baselines"]) == 6
     assert abs(history["test_metrics"]["auc"] - 0.5) < 0.06
     for row in history["baselines"].values():
-        assert verdict(row["difference_intervals"]["auc"], "it") == "no difference shown"
+        assert verdict(row["difference_intervals"]["auc"], "it", 100) == "no difference shown"
 
 
 def test_a_run_compares_with_the_baselines_of_its_own_split(demo, run_demo):

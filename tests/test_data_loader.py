@@ -487,6 +487,34 @@ def test_pairs_per_query_are_drawn_in_training_and_touch_nothing_else(tmp_path, 
     assert split_battles(battles, 5, pairs_per_query=99)[1]["training_battles_not_drawn"] == 0
 
 
+@pytest.mark.parametrize("rows", [[{"prompt": "p", "a": 1, "b": 1}] * 30, [{"prompt": "p", "a": 1, "b": 0}]])
+def test_a_table_that_tells_nothing_apart_is_an_empty_side(tmp_path, rows):
+    battles, _ = load_battles(write_parquet(tmp_path / "t.parquet", rows))
+    with pytest.raises(UserError, match="leaves no battle for"):
+        split_battles(battles, 0)
+
+
+def test_a_table_of_which_training_has_no_row_is_not_judged(tmp_path):
+    write_parquet(tmp_path / "battles.parquet", [arena(f"q{i}", "a", "b", "model_a") for i in range(50)])
+    write_parquet(tmp_path / "table.parquet", [{"prompt": f"q{i}", "a": 1, "b": 0} for i in range(2)])
+    battles, _ = load_battles(str(tmp_path))
+    sides = set()
+    for seed in range(60):
+        split, counts = split_battles(battles, seed)
+        rows = counts["table_rows"]
+        whole = rows["train"] > 0 < rows["test"]
+        sides.add(whole)
+        assert all((part.table is not None) == whole for part in vars(split).values())
+        assert rows["train"] + rows["val"] + rows["test"] == 2
+    assert sides == {True, False}
+
+
+def test_scores_that_no_sum_could_hold_are_missing(tmp_path):
+    rows = [{"prompt": f"p{i}", "a": 1e308, "b": 0.5, "c": -0.5} for i in range(3)]
+    battles, counts = load_battles(write_parquet(tmp_path / "t.parquet", rows))
+    assert (battles.model_names, counts["scores_missing"]) == (["b", "c"], 3)
+
+
 def test_margins_follow_the_distinct_queries(tmp_path):
     battles = long_table(tmp_path, queries=5).select(np.array([70, 3, 71, 40, 3]))
     queries, row = battles.fought

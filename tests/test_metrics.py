@@ -173,6 +173,8 @@ def test_log_odds_of_beating_another_at_random_by_hand():
     got = metrics.log_odds(np.array([0.0, 0.0, np.log(3)]))
     assert got == pytest.approx([np.log((0.75 / 2) / (1.25 / 2))] * 2 + [np.log(3)])
     assert metrics.log_odds(np.array([0.0, np.log(9)]), temperature=2) == pytest.approx([-np.log(3), np.log(3)])
+    far_apart = metrics.log_odds(np.array([0.0, 50.0, 900.0]))
+    assert far_apart == pytest.approx([-50 - np.log(2), 0, 850 + np.log(2)], abs=1e-9)
     by_margin = metrics.log_win_probability(np.array([0.7, -0.7]), 1.0)
     assert metrics.log_odds(np.array([0.7, 0.0]), 1.0)[0] == pytest.approx(by_margin[0] - by_margin[1])
 

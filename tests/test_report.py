@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def write(default_run, tmp_path, monkeypatch):
             history["test_metrics"]["auc"] = auc
         if val_auc is not None:
             history["val_metrics"] = [{"auc": value} for value in (val_auc - 0.1, val_auc)]
-            history["best_epoch"] = 1
+            history["train_losses"], history["best_epoch"] = [0.7, 0.6], 1
         if beyond is not None:
             history["baselines"]["bradley_terry"]["difference"]["auc"] = beyond
         Path(name).mkdir(parents=True)
@@ -181,6 +182,14 @@ BROKEN = {
     "metric": lambda history: json.dumps(without(history, "test_metrics", "auc")),
     "interval": lambda history: json.dumps(without(history, "test_intervals", "auc")),
     "baseline": lambda history: json.dumps(without(history, "baselines", "bradley_terry", "difference", "auc")),
+    "negative": lambda history: json.dumps(history | {"best_epoch": -1}),
+    "short": lambda history: json.dumps(history | {"train_losses": [1.0]}),
+    "huge": lambda history: json.dumps(history | {"train_losses": [1e308] * 10}),
+    "seed": lambda history: json.dumps(history | {"args": history["args"] | {"seed": "7"}}),
+    "empty_bins": lambda history: json.dumps(history | {"calibration": history["calibration"] | {"bins": []}}),
+    "baseline_metric": lambda history: json.dumps(without(history, "baselines", "neighbours", "f1")),
+    "models": lambda history: json.dumps(without(history, "clusters", 3, "log_odds", "demo-model-b")),
+    "central": lambda history: json.dumps(without(history, "clusters", 3, "central_queries", slice(None))),
     "zero": lambda history: json.dumps(
         history | {"data": history["data"] | {"split": {"train": {"queries": 0}, "test": {"queries": 1}}}}
     ),
@@ -196,6 +205,55 @@ def test_a_broken_history_is_named_and_costs_the_others_nothing(write, rows, def
     assert [row["run"] for row in found] == ["whole"]
     assert len(problems) == 1
     assert "broken/training_history.json" in problems[0]
+
+
+def test_a_pipe_is_not_waited_for(write, rows):
+    os.mkfifo("pipe")
+    found, problems = rows("pipe", write("whole"))
+    assert [row["run"] for row in found] == ["whole"]
+    assert problems == ["warning: pipe: no history (it is no file); left out"]
+
+
+def test_seeds_of_which_some_have_no_score_table(write, rows):
+    ends = {"best_single": {"mean_score": 0.5}, "oracle": {"mean_score": 1.0}}
+    for names in (("a", "b"), ("c", "d")):
+        for name, seed, table in zip(names, (1, 2), ({"score_table": ends}, {}), strict=True):
+            write(name, seed=seed, **table)
+    for names in (("a", "b"), ("d", "c")):
+        ((row,), _) = rows(*names)
+        assert row["score_table"] == {}
+
+
+def test_a_split_by_battle_counts_battles_in_the_interval_over_seeds(write, rows):
+    for seed, beyond in ((1, 0.01), (2, 0.03)):
+        write(f"b{seed}", seed=seed, beyond=beyond, flags={"split_by": "battle"})
+    ((row,), _) = rows("b1", "b2")
+    sizes = json.loads(Path("b1/training_history.json").read_text())["data"]["split"]
+    sd = 0.02 / 2**0.5
+    half = 12.7062 * sd * math.sqrt(1 / 2 + sizes["test"]["battles"] / sizes["train"]["battles"])
+    assert row["baselines"]["bradley_terry"]["beyond"]["auc"]["interval"] == pytest.approx(
+        [0.02 - half, 0.02 + half], rel=1e-4
+    )
+
+
+def test_runs_with_other_test_battles_are_not_compared(write, rows):
+    for name, limit in (("all", None), ("some", 500)):
+        for seed in (1, 2):
+            write(f"{name}-{seed}", seed=seed, val_auc=0.7 if limit else 0.6, flags={"limit": limit})
+    found, _ = rows("all-1", "all-2", "some-1", "some-2")
+    assert [row["run"] for row in found] == ["all-*", "some-*"]
+    assert not any("beyond_first" in row for row in found)
+
+
+def test_what_a_terminal_would_act_on_is_not_printed(write, capsys):
+    write("a", flags={"loss_type": "\x1b[31mred\x07"})
+    write("b", seed=1, status="\x1b[2J\nrunning")
+    write("c", seed=1)
+    report.main(["a", "b", "c"])
+    told = capsys.readouterr()
+    assert "[31mred" in told.out
+    assert len(told.err.splitlines()) == 1
+    assert not any(letter in told.out + told.err for letter in "\x1b\x07")
 
 
 def test_runs_that_are_not_finished_are_named(write, rows):
@@ -253,6 +311,8 @@ def test_csv_and_markdown_say_the_same_as_json(write, rows, capsys):
     header, rule, *cells = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert header.count("|") == rule.count("|") == cells[0].replace("\\|", "").count("|")
     assert "a\\|b" in cells[0] + cells[1]
+    assert float(lines[0]["val_auc"]) == expected[0]["val_auc"]["mean"]
+    assert lines[0]["verdict_bradley_terry"] == expected[0]["baselines"]["bradley_terry"]["verdict"]
 
 
 def test_columns_come_in_the_same_order_every_time(write):
@@ -317,17 +377,16 @@ def test_reliability_shows_the_bins_and_pools_seeds_by_their_battles(write, draw
     write("a", seed=1, calibration=calibration((0.5, 1, 0.52, 0.6), (0.8, 10, 0.85, 0.9)))
     write("b", seed=2, calibration=calibration((0.5, 3, 0.56, 0.4)))
     (axes,) = plots.reliability(*drawn("a", "b")).axes
+    assert len(axes.collections) == 2
     for dots in axes.collections:
         assert dots.get_offsets().tolist() == [[pytest.approx(0.55), pytest.approx(0.45)], [0.85, 0.9]]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "at T = 1, ECE 0.100",
-        "at the fitted T, ECE 0.100",
-    ]
+        assert np.diff(dots.get_sizes()) == pytest.approx(600 * (10 - 4) / 14)
+    assert "ECE 0.100 at T = 1 (grey), 0.100 at the fitted T (blue)" in axes.get_title()
 
 
 def test_baselines_show_intervals_and_differences(write, drawn, default_run):
     history, _ = default_run
-    (axes,) = plots.baselines(drawn(write("a"))[1], "auc").axes
+    (axes,) = plots.baselines(*drawn(write("a")), "auc").axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["RankRouter", "Bradley-Terry", "per-cluster BT", "neighbours"]
     bars = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
@@ -350,6 +409,7 @@ def test_the_map_shows_each_cluster_and_model_where_its_labels_say(write, drawn)
     ]
     clusters.append({"size": 0, "central_queries": [], "log_odds": None})
     ((run,),), _ = drawn(write("a", clusters=clusters))
+    assert len(run.clusters) == 2
     axes = plots.cluster_map(run).axes[0]
     shown = axes.get_images()[0].get_array()
     rows = [label.get_text().split("  ")[0] for label in axes.get_yticklabels()]
@@ -382,6 +442,11 @@ def test_texts_that_matplotlib_would_choke_on(text, expected):
     assert plots.plain(text, 20) == expected
 
 
+def test_long_names_keep_their_ends():
+    assert plots.ending("outputs/november/bpr-12", 10) == "…er/bpr-12"
+    assert plots.ending("bpr-12", 10) == "bpr-12"
+
+
 def test_the_pngs_are_written_by_name_and_can_be_read(write, capsys):
     write("outputs/a", seed=1)
     write("outputs/b", seed=1, flags={"lr": 0.5}, clusters=[])
@@ -393,6 +458,13 @@ def test_the_pngs_are_written_by_name_and_can_be_read(write, capsys):
         image = matplotlib.image.imread(path)
         assert np.ptp(image[:, :, :3]) > 0.5  # something is drawn
         assert str(path) in capsys.readouterr().err + str(path)
+
+
+def test_pictures_of_many_lines_and_of_long_paths(write, capsys):
+    names = [write("/".join([*["x" * 60] * 4, f"{i:02d}"]), seed=1, flags={"lr": 1 / (1 + i)}) for i in range(14)]
+    report.main([*names, "--plots", "pictures"])
+    assert "warning: the pictures show the first 12 of 14 lines" in capsys.readouterr().err
+    assert len(list(Path("pictures").glob("clusters-*.png"))) == 12
 
 
 def test_a_missing_matplotlib_tells_how_to_get_it(write, monkeypatch, capsys):

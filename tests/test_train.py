@@ -25,6 +25,7 @@ from rankrouter import RankRouter
 from support.demo import FILES, demo_folder, true_skills
 from support.encoder import encoder_fingerprint, load_encoder
 from support.files import content_hash
+from support.history import read_runs
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--limit", "600", "--epochs", "2", "--num_clusters", "10", "--embedding_dim", "48")
@@ -402,7 +403,7 @@ def test_a_score_table_is_judged_by_the_scores_of_the_chosen_models(demo, table_
     points = router.query_tower.standardise(embed(demo, [split.test.queries[i] for i in table.query_idx]))
     scores = router(points, router.query_tower.assign(points)).detach().numpy()
     best_single = np.nanmean(train, 0).argmax()
-    fallback = np.argsort(-np.nanmean(train, 0))
+    fallback = np.argsort(-np.nanmean(train, 0))  # every model has most of the rows
     chosen, single, hits = [], [], []
     for row, mine in zip(table.scores, scores, strict=True):
         there = np.flatnonzero(~np.isnan(row))
@@ -429,6 +430,39 @@ def test_a_score_table_is_judged_by_the_scores_of_the_chosen_models(demo, table_
     for name, column in zip(("mean_score", "gap_closed"), np.transpose(values), strict=True):
         low, high = history["test_intervals"][name]
         assert (low, high) == pytest.approx(np.percentile(column, [2.5, 97.5]), abs=0.2 * (high - low))
+
+
+@pytest.mark.parametrize("winner", ["alphabet", "random"])
+def test_battles_that_can_be_told_apart_entirely_leave_a_valid_history(run_demo, tmp_path, winner):
+    rng, names = np.random.default_rng(0), np.array(["a", "b", "c", "d"])
+    pairs = [sorted(rng.choice(4, 2, replace=False)) for _ in range(200)]
+    table = pd.DataFrame({"prompt": [f"query {i}" for i in range(200)]})
+    table["model_a"], table["model_b"] = names[np.array(pairs).T]
+    table["winner"] = "model_a" if winner == "alphabet" else rng.choice(["model_a", "model_b"], 200)
+    table.head(200 if winner == "alphabet" else 10).to_parquet(tmp_path / "battles.parquet")
+    flags = ("--num_clusters", "4", "--epochs", "8", "--lr", "5e-3", "--baselines", "all")
+    history, _ = run_demo("--data_path", str(tmp_path / "battles.parquet"), *flags)
+    assert history["status"] == "finished"
+    odds = [value for cluster in history["clusters"] for value in (cluster["log_odds"] or {}).values()]
+    assert np.isfinite(odds).all()
+
+
+def test_few_test_queries_give_no_verdict(demo_dir, tmp_path, capsys):
+    flags = ("--limit", "100", "--epochs", "1", "--num_clusters", "2", "--output_dir", str(tmp_path))
+    train.main(["--demo", "--demo_dir", str(demo_dir), *flags])
+    assert capsys.readouterr().out.count("no verdict on fewer than 30 queries") == 4
+
+
+def test_a_best_single_model_that_is_an_oracle_leaves_the_gap_undefined(run_demo, tmp_path):
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"prompt": [f"query {i}" for i in range(120)], "good": 1.0, "bad": rng.random(120) / 2})
+    table.to_parquet(tmp_path / "scores.parquet")
+    history, output = run_demo("--data_path", str(tmp_path / "scores.parquet"), "--num_clusters", "2", "--epochs", "1")
+    assert history["test_metrics"]["gap_closed"] is history["test_intervals"]["gap_closed"] is None
+    assert history["baselines"]["random"]["difference"]["gap_closed"] is None
+    assert history["score_table"]["oracle"]["mean_score"] == history["score_table"]["best_single"]["mean_score"] == 1
+    (run,), _ = read_runs([str(output)])
+    assert run.test["gap_closed"] is None
 
 
 def test_baselines_on_a_score_table_are_paired_with_the_router(table_run):
