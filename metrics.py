@@ -4,6 +4,8 @@ Throughout, `d` (N,) is score of a - score of b, `outcome` (N,) is 1 where a won
 battle with d = 0 counts one half. A metric that is undefined on the data (N = 0) is None.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.sparse import coo_array
@@ -98,17 +100,17 @@ def fit_temperature(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0) -> 
 
 def reliability(
     d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperature: float = 1.0, num_bins: int = 10
-) -> tuple[float, list[dict]]:
-    """Expected calibration error, and the bins of a reliability diagram, of the probability that the chosen model wins.
+) -> dict:
+    """`expected_calibration_error`, and `bins` of a reliability diagram, of the probability that the chosen model wins.
 
-    That probability lies in [0.5, 1], which the bins divide evenly; each holds its bounds `low` and `high`, `battles`,
-    their mean `probability`, and the share `won` by the chosen model. Bins without battles are left out. The error is
-    the mean over battles of |probability - won| of their bins.
+    N >= 1. That probability lies in [0.5, 1], which the bins divide evenly; each holds its bounds `low` and `high`,
+    `battles`, their mean `probability`, and the share `won` by the chosen model. Bins without battles are left out. The
+    error is the mean over battles of |probability - won| of their bins.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     p = np.exp(log_win_probability(np.abs(d), margin, temperature))  # (N,)
     right = np.where(d == 0, 0.5, (d > 0) == (outcome == 1))  # (N,)
-    edges = np.linspace(0.5, 1, num_bins + 1).round(6)
+    edges = np.linspace(0.5, 1, num_bins + 1).round(6)  # (num_bins + 1,)
     place = np.digitize(p, edges[1:-1])  # (N,)
     bins = []
     for k in np.unique(place):
@@ -116,7 +118,7 @@ def reliability(
         means = {"probability": float(p[inside].mean()), "won": float(right[inside].mean())}
         bins.append({"low": float(edges[k]), "high": float(edges[k + 1]), "battles": int(inside.sum())} | means)
     error = sum(part["battles"] * abs(part["probability"] - part["won"]) for part in bins) / len(d)
-    return float(error), bins
+    return {"expected_calibration_error": float(error), "bins": bins}
 
 
 def route(scores: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +135,7 @@ def route(scores: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def gap_closed(score: np.ndarray, single: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """Share of the way from the best single model's mean score to the oracle's; NaN where those are the same."""
+    """Share of the way from what the best single model gets to what an oracle gets; NaN where that is no more."""
     way, whole = np.subtract(score, single), np.subtract(oracle, single)
     return np.divide(way, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
@@ -228,7 +230,7 @@ def interval(values: np.ndarray) -> list[float] | None:
     return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else None
 
 
-def seeds_interval(differences: np.ndarray, test_by_train: float) -> list[float]:
+def seeds_interval(differences: Sequence[float], test_by_train: float) -> list[float]:
     """The 95 % interval [low, high] of a mean difference over S >= 2 seeds, each with a split of its own.
 
     mean ± t s sqrt(1/S + n_test/n_train): training sets that overlap make the S differences (S,) dependent, which the

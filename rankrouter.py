@@ -61,11 +61,14 @@ class RankRouter(nn.Module):
     def score(self, points: torch.Tensor, cluster_idx: torch.Tensor, queries: np.ndarray) -> np.ndarray:
         """Scores (Q, M), float64, of every model for some of the queries of `forward`, by their indices (Q,).
 
-        The router is left in evaluation mode.
+        The router is left in evaluation mode. Raises `UserError` where a score is not finite.
         """
         self.eval()
         rows = torch.from_numpy(queries).to(points.device).split(ROWS_AT_ONCE)
-        return torch.cat([self(points[some], cluster_idx[some]) for some in rows]).cpu().double().numpy()  # (Q, M)
+        scores = torch.cat([self(points[some], cluster_idx[some]) for some in rows])  # (Q, M)
+        if not scores.isfinite().all():
+            raise UserError("the router's scores are not finite; try a lower --lr")
+        return scores.cpu().double().numpy()
 
     def save(self, path: str | Path, **facts) -> None:
         """Write a checkpoint: weights and buffers, model names, and `facts` in plain Python types.

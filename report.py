@@ -48,10 +48,11 @@ def group_by_seeds(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
     experiments, repeated = {}, []
     for run in runs:
         seeds = experiments.setdefault(run.experiment, {})
-        if run.seeds in seeds:
-            repeated.append(f"{run.name}: repeats {seeds[run.seeds].name}, flags and seeds; left out")
-        else:
-            seeds[run.seeds] = run
+        kept = seeds.setdefault(run.seeds, run)
+        if kept is not run:
+            if len(run.baselines) > len(kept.baselines):
+                seeds[run.seeds], kept, run = run, run, kept
+            repeated.append(f"{run.name}: repeats {kept.name}, flags and seeds; left out")
     groups = []
     for seeds in experiments.values():
         by_split = {}
@@ -72,12 +73,9 @@ def difference(values: list[float], runs: list[Run], of_one: list[float] | None 
     """The `spread` of a difference, one value a run, and its interval: that of the one run, or over several seeds."""
     if len(values) == 1:
         return spread(values) | {"interval": of_one}
-    import numpy as np
-
     from metrics import seeds_interval
 
-    test_by_train = statistics.fmean(run.test_by_train for run in runs)
-    return spread(values) | {"interval": seeds_interval(np.array(values), test_by_train)}
+    return spread(values) | {"interval": seeds_interval(values, statistics.fmean(run.test_by_train for run in runs))}
 
 
 def summarise(members: list[Run]) -> dict:

@@ -145,13 +145,9 @@ def train_epoch(router, optimiser, loss_of, points, cluster_idx, battles: tuple,
 
 def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
     """The router's margins d (N,) on decisive battles, from the matrix of scores, and their metrics."""
-    import numpy as np
-
     import metrics
 
     d = battles.margins(router.score(points, cluster_idx, battles.fought[0]))  # (N,)
-    if not np.isfinite(d).all():
-        raise UserError("the scores after its last step are not finite; try a lower --lr")
     return d, metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx, margin)
 
 
@@ -250,8 +246,8 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
             history["clusters"] = describe_clusters(router, points, cluster_idx, split.train, margin, temperature)
     if args.baselines != "none":
         with runs.timed(timing, "baselines"):
-            arrays, learned = (points.cpu().numpy(), cluster_idx.cpu().numpy()), args.baselines == "all"
-            fitted = baselines.fit(split, *arrays, args.num_clusters, learned, args.seed)
+            arrays = points.cpu().numpy(), cluster_idx.cpu().numpy()
+            fitted = baselines.fit(split, *arrays, args.num_clusters, args.baselines == "all", args.seed)
             history["baselines"] = judge.compare(fitted)
 
 
@@ -282,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed)
         split, split_counts = split_battles(battles, args.split_seed, args.split_by, args.ties, args.pairs_per_query)
     data = counts | split_counts
-    runs.print_data(data)
+    runs.print_data(data, args.split_by)
     train_queries = data["split"]["train"]["queries"]
     if args.num_clusters > train_queries:
         raise UserError(

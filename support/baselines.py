@@ -16,8 +16,8 @@ INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # C of the logistic regres
 NEIGHBOURS = (8, 32, 128, 512, 2048)
 DAMPINGS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # prior of no correction, in p (1 - p) of a battle
 GLOBAL_SCALE = 10.0  # shared strengths are penalised by its square less than deviations from them
-PENALTIES = (400.0, 200.0, 100.0, 50.0, 25.0, 12.0, 6.0, 3.0)  # of the learned heads' weights, from strong to weak
-CLEARLY_WORSE = 0.005  # in validation AUC: where a path of penalties is left
+PENALTIES = tuple(400 / 2**step for step in range(17))  # of the learned heads' weights, from strong to weak
+CLEARLY_WORSE = 0.005  # than the best, in validation AUC: where a path of penalties is left
 RANK = 16  # of the factorisation at most: the penalty of both its factors is one of the rank
 MOST_STEPS = 300  # of L-BFGS
 
@@ -59,7 +59,7 @@ def bradley_terry(
     design = coo_array((values, places), (len(cells), num_models * (1 + num_clusters))).tocsr()  # (C, M + K M)
     design = vstack([design, design], format="csr")  # (2C, M + K M): each cell as won by a, and as won by b
     won = np.repeat([1, 0], len(cells))  # (2C,)
-    model = LogisticRegression(fit_intercept=False, C=inverse_penalty, solver="newton-cg")
+    model = LogisticRegression(fit_intercept=False, C=inverse_penalty, solver="newton-cg", tol=1e-7, max_iter=1000)
     strengths = model.fit(design, won, np.concatenate(weights)).coef_[0].reshape(-1, num_models)  # (1 + K, M)
     return GLOBAL_SCALE * strengths[:1] + (strengths[1:] if num_clusters else 0)  # (K, M) or (1, M)
 
@@ -207,25 +207,20 @@ def best_single_model(split) -> str:
     return split.train.model_names[int(places.argmax())]
 
 
-def best(candidates: Iterable[Candidate], split) -> Candidate:
-    """The candidate of the highest AUC on validation, the first where several are equal."""
-    return max(candidates, key=lambda candidate: validation_auc(candidate, split))
+def best(candidates: Iterable[Candidate], split, leave_early: bool = False) -> Candidate:
+    """The candidate of the highest AUC on validation, the first where several are equal.
 
-
-def while_better(path: Iterable[Candidate], split) -> Iterator[Candidate]:
-    """The candidates of a path from strong to weak penalties, to the first that validation finds clearly worse."""
-    highest = 0.0
-    for candidate in path:
-        yield candidate
-        auc = validation_auc(candidate, split)
-        if auc < highest - CLEARLY_WORSE:
-            return
-        highest = max(highest, auc)
-
-
-def validation_auc(candidate: Candidate, split) -> float:
-    _, scores, _ = candidate
-    return metrics.auc(split.val.margins(scores), split.val.outcome)
+    A path from strong to weak penalties may be left early, at the first candidate that is clearly worse than the best.
+    """
+    chosen, highest = None, -1.0
+    for candidate in candidates:
+        _, scores, _ = candidate
+        auc = metrics.auc(split.val.margins(scores), split.val.outcome)
+        if auc > highest:
+            chosen, highest = candidate, auc
+        elif leave_early and auc < highest - CLEARLY_WORSE:
+            break
+    return chosen
 
 
 def fit(
@@ -247,6 +242,6 @@ def fit(
         fitted["cluster_bradley_terry"] = best(rankings_by_cluster(split, cluster_idx, num_clusters), split)
     fitted["neighbours"] = best(neighbours(split, strengths, points), split)
     if learned:
-        fitted["linear_head"] = best(while_better(linear_heads(split, strengths, points), split), split)
-        fitted["factorisation"] = best(while_better(factorisations(split, strengths, points, seed), split), split)
+        fitted["linear_head"] = best(linear_heads(split, strengths, points), split, leave_early=True)
+        fitted["factorisation"] = best(factorisations(split, strengths, points, seed), split, leave_early=True)
     return fitted

@@ -30,7 +30,7 @@ class Judge:
             weights = metrics.bootstrap_weights(self.table.query_idx, seed)  # (R, rows)
             self.row_shares = weights / weights.sum(1, keepdims=True)  # (R, rows)
             self.query_of_row = np.searchsorted(battles.fought[0], self.table.query_idx)  # (rows,)
-            self.single, _ = self.route(ranking_by_mean(split.train.table))  # (rows,)
+            self.single, self.single_is_best = self.route(ranking_by_mean(split.train.table))  # (rows,) each
             self.oracle = np.nanmax(self.table.scores, 1)  # (rows,)
         self.router, self.router_samples = self.judge(scores, margin, temperature)
 
@@ -58,38 +58,29 @@ class Judge:
     def results(self) -> dict:
         """What a history holds of RankRouter's test: metrics, intervals, calibration, and the ends of the gap."""
         d, outcome = self.split.test.margins(self.scores), self.split.test.outcome  # (N,) each
-        told = {}
-        for name, temperature in (("uncalibrated", 1.0), ("calibrated", self.temperature)):
-            error, bins = metrics.reliability(d, outcome, self.margin, temperature)
-            told[name] = {"expected_calibration_error": error, "bins": bins}
+        calibrated, raw = (metrics.reliability(d, outcome, self.margin, t) for t in (self.temperature, 1.0))
         found = {
             "test_metrics": self.router,
             "test_intervals": {name: metrics.interval(self.router_samples[name]) for name in self.router},
-            "calibration": {
-                "temperature": self.temperature,
-                **told["calibrated"],
-                "uncalibrated": told["uncalibrated"],
-            },
+            "calibration": {"temperature": self.temperature, **calibrated, "uncalibrated": raw},
         }
         if self.table is not None:
+            ends = {
+                "best_single": (self.single, self.single_is_best),
+                "oracle": (self.oracle, np.ones_like(self.oracle)),
+            }
             found["score_table"] = {"rows": len(self.table.scores)}
-            for name, values in (("best_single", self.single), ("oracle", self.oracle)):
-                is_best = values == self.oracle  # (rows,)
-                found["score_table"][name] = {
-                    "mean_score": float(values.mean()),
-                    "top1_accuracy": float(is_best.mean()),
-                    "intervals": {
-                        "mean_score": metrics.interval(self.row_shares @ values),
-                        "top1_accuracy": metrics.interval(self.row_shares @ is_best),
-                    },
+            for end, columns in ends.items():
+                columns = dict(zip(("mean_score", "top1_accuracy"), columns, strict=True))  # (rows,) each
+                found["score_table"][end] = {name: float(values.mean()) for name, values in columns.items()}
+                found["score_table"][end]["intervals"] = {
+                    name: metrics.interval(self.row_shares @ values) for name, values in columns.items()
                 }
             found["score_table"]["best_single"]["model"] = best_single_model(self.split)
         return found
 
     def compare(self, fitted: dict[str, tuple]) -> dict:
-        """Each baseline that `baselines.fit` returns: metrics, their intervals, and RankRouter's `difference` to it in
-        each, with intervals that are paired.
-        """
+        """Each baseline that `baselines.fit` returns: metrics, intervals, and RankRouter's difference to it, paired."""
         rows = {}
         for name, (chosen, val_scores, test_scores) in fitted.items():
             temperature = metrics.fit_temperature(self.split.val.margins(val_scores), self.split.val.outcome)
@@ -127,9 +118,10 @@ def describe_clusters(router, points, cluster_idx, train, margin: float, tempera
     `points` (Q, H) and `cluster_idx` (Q,) are the tensors that the router takes. The log-odds are those of beating
     another model drawn at random, at the router's mean scores over the cluster's training queries.
     """
-    clusters = []
+    clusters, (all_queries, _) = [], train.fought  # (Qt,)
+    cluster_of_query = cluster_idx.cpu().numpy()[all_queries]  # (Qt,)
     for number, centroid in enumerate(router.query_tower.centroids):
-        queries = train.fought[0][(cluster_idx == number).cpu().numpy()[train.fought[0]]]  # (q,)
+        queries = all_queries[cluster_of_query == number]  # (q,)
         found = {"size": len(queries), "central_queries": [], "log_odds": None}
         if len(queries):
             distances = (points[queries] - centroid).square().sum(1).cpu().numpy()  # (q,)

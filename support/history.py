@@ -59,7 +59,7 @@ def read_runs(paths: list[str]) -> tuple[list[Run], list[str]]:
         if os.path.realpath(file) in seen:  # `outputs/* outputs/best` names one twice
             continue
         seen.add(os.path.realpath(file))
-        if file.exists() and not file.is_file():  # a pipe, which would never end
+        if os.path.exists(file) and not os.path.isfile(file):  # a pipe, which would never end
             problems.append(f"{path}: no history (it is no file); left out")
             continue
         try:

@@ -94,8 +94,8 @@ def environment(device, dtype: str) -> dict:
     }
 
 
-def print_data(data: dict) -> None:
-    """What was read and how it was split, from the `data` of a history."""
+def print_data(data: dict, split_by: str) -> None:
+    """What was read and how it was split, from the `data` of a history and the flag."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in data["rows_dropped"].items()) or "none"
     print(f"data     {data['rows_read']} rows, dropped: {dropped}; from {data['path']}")
     if data["score_columns"]:
@@ -113,10 +113,12 @@ def print_data(data: dict) -> None:
     sides = ", ".join(f"{name} {size['battles']} ({size['queries']} queries)" for name, size in data["split"].items())
     print(f"split    {sides}; test queries also in training: {data['test_queries_in_train']}")
     if data["table_rows"]:
-        *sides, (_, equal) = data["table_rows"].items()
-        told = ", ".join(f"{name} {count}" for name, count in sides)
+        told = ", ".join(f"{name} {data['table_rows'][name]}" for name in ("train", "val", "test"))
+        equal = data["table_rows"]["without_a_difference"]
         print(f"rows     {told} of the score table; {equal} whose scores do not differ are left out")
-    elif {"wide", "nested", "long"}.intersection(data["layouts"]):
+        if not (data["table_rows"]["train"] and data["table_rows"]["test"]):
+            print("rows     are not judged: training and test need some")
+    elif split_by == "battle" and {"wide", "nested", "long"}.intersection(data["layouts"]):
         print("rows     of the score table are not judged: --split_by battle puts battles of one row on several sides")
     if data["training_battles_not_drawn"]:
         print(f"drawn    {data['training_battles_not_drawn']} training battles are left out by --pairs_per_query")
@@ -188,7 +190,7 @@ def _print_score_table(history: dict, compared: dict) -> None:
     )
     beyond = "  RankRouter's mean score beyond it, 95 %" if compared else ""
     print(f"{'':<18}{'top-1':>8}{'mean score, 95 %':>26}{'gap closed, 95 %':>22}{beyond}")
-    single = {} if "best single model" in compared else {"best single model": table["best_single"]}
+    single = {} if compared else {LABELS["best_single"]: table["best_single"]}
     for label, row in ({"RankRouter": router} | single | compared | {"oracle": table["oracle"]}).items():
         low, high = row["intervals"]["mean_score"]
         told = f"{label:<18}{row['top1_accuracy']:>8.4f}{row['mean_score']:>10.4f} [{low:.4f}, {high:.4f}]"

@@ -1,5 +1,7 @@
 """Baselines recover planted strengths, equal independent fits, and are compared on the same resamples."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -178,6 +180,24 @@ def test_a_strong_penalty_leaves_bradley_terry(monkeypatch, head):
     np.testing.assert_allclose(centred(scores), np.broadcast_to(expected, scores.shape), atol=0.01)
 
 
+def test_shared_strengths_are_penalised_as_those_of_bradley_terry(monkeypatch):
+    monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
+    split, points, *_ = planted_heads(rank=2)
+    split = Split(split.train.select(np.arange(40)), split.val, split.test)
+    split.train.outcome[:] = split.train.model_a_idx < split.train.model_b_idx  # only a penalty bounds the strengths
+    ((_, _, scores),) = baselines.linear_heads(split, np.zeros((1, 5)), points)
+    # Of strengths up to 7.6: ten times the penalty moves them by 3, none by 100.
+    np.testing.assert_allclose(centred(scores[:1]), centred(baselines.bradley_terry(split.train, 1.0)), atol=0.4)
+
+
+def test_the_factorisation_starts_from_its_seed(monkeypatch):
+    monkeypatch.setattr(baselines, "PENALTIES", (5.0,))
+    split, points, *_ = planted_heads(rank=1)
+    runs = [next(baselines.factorisations(split, np.zeros((1, 5)), points, seed))[2] for seed in (0, 0, 1)]
+    assert np.array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
 def test_ties_are_half_a_win_of_each_side_in_the_learned_heads(monkeypatch):
     monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
     split, points, *_ = planted_heads(rank=2)
@@ -187,11 +207,18 @@ def test_ties_are_half_a_win_of_each_side_in_the_learned_heads(monkeypatch):
 
 
 def test_a_path_ends_where_validation_likes_it_less():
-    split = split_of(np.tile(np.linspace(-1, 1, 5), (300, 1)))
+    planted = np.tile(np.linspace(-1, 1, 5), (300, 1))
+    split = split_of(planted)
+    planted = planted[:1] + np.array([0, 0, 0.1, 0, 0])
     right, wrong = np.arange(5.0)[None], -np.arange(5.0)[None]
     path = [({"n": n}, scores, scores) for n, scores in enumerate((0 * right, right, right, wrong, right))]
-    assert [chosen["n"] for chosen, _, _ in baselines.while_better(path, split)] == [0, 1, 2, 3]
-    assert baselines.best(baselines.while_better(path, split), split)[0] == {"n": 1}
+    walked = []
+    steps = (walked.append(candidate) or candidate for candidate in path)
+    assert baselines.best(steps, split, leave_early=True)[0] == {"n": 1}
+    assert len(walked) == 4
+    better = [*path, ({"n": 5}, planted, planted)]
+    assert baselines.best(better, split)[0] == {"n": 5}
+    assert baselines.best(better, split, leave_early=True)[0] == {"n": 1}
 
 
 def test_what_validation_prefers_is_chosen_and_test_is_not_asked():
@@ -248,6 +275,61 @@ def test_models_are_ranked_by_their_mean_score():
     assert baselines.ranking_by_mean(table_of([0, 1, 0], [1, 0, 0])).tolist() == [[2, 1, 0]]
 
 
+@pytest.fixture
+def table_split():
+    """Battles with tables of several rows a query, in no order, whose best model differs between training and test."""
+    rng, split = np.random.default_rng(0), split_of(np.zeros((60, 5)), queries=60, sizes=(600, 200, 200))
+    sides = {}
+    for name, part in vars(split).items():
+        scores = rng.random((80, 5))
+        scores[:, 1 if name == "train" else 3] += 0.3
+        scores[rng.random((80, 5)) < 0.1] = np.nan
+        sides[name] = replace(part, table=ScoreTable(rng.choice(part.fought[0], 80), scores))
+    return Split(**sides)
+
+
+def test_the_best_single_model_is_chosen_on_training(table_split):
+    points, zeros = np.random.default_rng(1).normal(size=(60, 4)), np.zeros(60, int)
+    assert baselines.best_single_model(table_split) == "m1"
+    fitted = baselines.fit(table_split, points, zeros, 0, learned=False, seed=0)
+    chosen, val_scores, test_scores = fitted["best_single"]
+    assert chosen == {"model": "m1"}
+    assert val_scores.argmax() == test_scores.argmax() == 1
+    told = Judge(table_split, test_scores, 0.0, 1.0, seed=0).results()["score_table"]
+    assert told["best_single"]["model"] == "m1"
+    scores, order = table_split.test.table.scores, np.argsort(-np.nanmean(table_split.train.table.scores, 0))
+    single = [next(row[model] for model in order if not np.isnan(row[model])) for row in scores]
+    assert told["best_single"]["mean_score"] == pytest.approx(np.mean(single))
+    assert told["best_single"]["top1_accuracy"] == pytest.approx(np.mean(single == np.nanmax(scores, 1)))
+
+
+def test_rows_of_a_query_are_drawn_together_and_weigh_what_they_are(table_split):
+    table, (queries, _) = table_split.test.table, table_split.test.fought
+    mine = np.random.default_rng(2).normal(size=(len(queries), 5))
+    judge = Judge(table_split, mine, 0.0, 1.0, seed=7)
+    row, samples = judge.judge(mine, 0.0, 1.0)
+    values, hits, oracle = [], [], np.nanmax(table.scores, 1)
+    for query, scores in zip(table.query_idx, table.scores, strict=True):
+        there = np.flatnonzero(~np.isnan(scores))
+        choice = max(there, key=lambda model: mine[list(queries).index(query), model])
+        values.append(scores[choice])
+        hits.append(scores[choice] == np.nanmax(scores))
+    assert (row["mean_score"], row["top1_accuracy"]) == (pytest.approx(np.mean(values)), pytest.approx(np.mean(hits)))
+    single, _ = judge.route(baselines.ranking_by_mean(table_split.train.table))
+    weights = metrics.bootstrap_weights(table.query_idx, 7)
+    assert len(np.unique(weights.sum(1))) > 1  # queries differ in their rows
+    for sample in (0, 1, 2):
+        rows = np.repeat(np.arange(80), weights[sample])
+        low, mid, high = (np.array(column)[rows].mean() for column in (single, values, oracle))
+        assert samples["mean_score"][sample] == pytest.approx(mid)
+        assert samples["top1_accuracy"][sample] == pytest.approx(np.array(hits)[rows].mean())
+        assert samples["gap_closed"][sample] == pytest.approx((mid - low) / (high - low))
+    ends = judge.results()["score_table"]
+    assert ends["oracle"]["intervals"]["top1_accuracy"] == pytest.approx([1, 1])
+    drawn = np.array([oracle[np.repeat(np.arange(80), weight)].mean() for weight in weights])
+    assert ends["oracle"]["intervals"]["mean_score"] == pytest.approx(metrics.interval(drawn))
+
+
 def test_verdicts():
     assert verdict([0.01, 0.02], "x", 30) == "better than x"
     assert verdict([-0.02, -0.01], "x", 30) == "worse than x"
@@ -277,6 +359,8 @@ def test_a_run_compares_with_the_baselines_of_its_own_split(demo, run_demo):
     strengths = baselines.bradley_terry(split.train, history["baselines"]["bradley_terry"]["chosen"]["inverse_penalty"])
     d = split.test.margins(strengths)
     assert history["baselines"]["bradley_terry"]["auc"] == pytest.approx(metrics.auc(d, split.test.outcome), abs=1e-4)
+    told = history["baselines"]["bradley_terry"]  # whose margins are log-odds, without the margin of BPR
+    assert told["log_loss"] == pytest.approx(metrics.log_loss(d, split.test.outcome), abs=1e-4)
     assert history["timing"]["baselines"] > 0
     without, _ = run_demo(*flags, "--baselines", "none")
     assert without["baselines"] == {}

@@ -509,6 +509,29 @@ def test_a_table_of_which_training_has_no_row_is_not_judged(tmp_path):
     assert sides == {True, False}
 
 
+def test_rows_with_a_missing_score_are_rows(tmp_path):
+    rows = [{"prompt": f"p{i}", "a": i % 2, "b": 0.5, "c": None if i % 3 else 1} for i in range(30)]
+    counts = split_battles(load_battles(write_parquet(tmp_path / "t.parquet", rows))[0], 0)[1]
+    assert sum(counts["table_rows"].values()) == 30
+    assert counts["table_rows"]["without_a_difference"] == 0
+
+
+def test_limit_leaves_out_the_rows_of_its_queries(tmp_path):
+    rows = [{"prompt": f"p{i}", "a": 1, "b": 0} for i in range(30)]
+    battles, _ = load_battles(write_parquet(tmp_path / "t.parquet", rows), limit=7)
+    assert sorted(battles.table.query_idx) == sorted(battles.query_idx)
+    assert len(battles.table.scores) == 7
+
+
+def test_a_model_that_only_ties_in_training_is_not_seen_where_ties_are_dropped(tmp_path):
+    rows = [arena(f"q{i}", "a", "b", "model_a") for i in range(40)] + [
+        arena(f"q{i}", "a", "c", "tie") for i in range(40)
+    ]
+    battles, _ = load_battles(write_parquet(tmp_path / "b.parquet", rows))
+    assert split_battles(battles, 0)[0].train.model_names == ["a", "b"]
+    assert split_battles(battles, 0, ties="half")[0].train.model_names == ["a", "b", "c"]
+
+
 def test_scores_that_no_sum_could_hold_are_missing(tmp_path):
     rows = [{"prompt": f"p{i}", "a": 1e308, "b": 0.5, "c": -0.5} for i in range(3)]
     battles, counts = load_battles(write_parquet(tmp_path / "t.parquet", rows))

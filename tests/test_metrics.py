@@ -139,7 +139,7 @@ def test_reliability_by_hand():
     # p of the chosen model: 0.75 twice (d = +-ln 3), 0.9 twice (ln 9), 0.5 once (d = 0, which counts one half).
     d = np.log([3.0, 1 / 3, 9.0, 1 / 9, 1.0])
     outcome = np.array([1.0, 1.0, 1.0, 0.0, 1.0])
-    error, bins = metrics.reliability(d, outcome, num_bins=5)
+    error, bins = metrics.reliability(d, outcome, num_bins=5).values()
     shown = [(part["low"], part["high"], part["battles"], part["probability"], part["won"]) for part in bins]
     assert shown == [
         (0.5, 0.6, 1, pytest.approx(0.5), 0.5),
@@ -147,9 +147,9 @@ def test_reliability_by_hand():
         (0.9, 1.0, 2, pytest.approx(0.9), 1.0),
     ]
     assert error == pytest.approx((0 + 2 * 0.25 + 2 * 0.1) / 5)
-    warm, _ = metrics.reliability(2 * d, outcome, temperature=2.0, num_bins=5)
-    assert warm == pytest.approx(error)
-    certain = metrics.reliability(np.array([80.0]), np.ones(1))[1]
+    warm = metrics.reliability(2 * d, outcome, temperature=2.0, num_bins=5)
+    assert warm["expected_calibration_error"] == pytest.approx(error)
+    certain = metrics.reliability(np.array([80.0]), np.ones(1))["bins"]
     assert (certain[0]["high"], certain[0]["won"]) == (1.0, 1.0)
 
 
@@ -158,9 +158,13 @@ def test_what_is_calibrated_has_a_small_calibration_error_and_what_is_not_a_larg
     rng = np.random.default_rng(1)
     d = rng.normal(0, 2, 40000)
     outcome = (rng.random(len(d)) < np.exp(metrics.log_win_probability(d, margin))).astype(float)
-    assert metrics.reliability(d, outcome, margin)[0] < 0.01
-    assert metrics.reliability(3 * d, outcome, margin)[0] > 0.05
-    assert metrics.reliability(3 * d, outcome, margin, temperature=3)[0] < 0.01
+
+    def error(*args):
+        return metrics.reliability(*args)["expected_calibration_error"]
+
+    assert error(d, outcome, margin) < 0.01
+    assert error(3 * d, outcome, margin) > 0.05
+    assert error(3 * d, outcome, margin, 3.0) < 0.01
 
 
 def test_reliability_does_not_depend_on_who_is_called_a():

@@ -118,6 +118,8 @@ def test_what_does_not_make_the_result_does_not_part_runs(write, rows, default_r
         "cache_dir": "c",
         "baselines": "all",
         "demo": False,
+        "device": "cuda",
+        "encode_tokens": 7,
     }
     found, _ = rows(write("a", seed=1), write("b", seed=2, flags=flags, **elsewhere))
     assert [row["seeds"] for row in found] == [[1, 2]]
@@ -148,6 +150,12 @@ def test_one_split_for_all_seeds_is_told_from_one_each(write, rows):
         write(f"{seed}-of-{split_seed}", seed=seed, split_seed=split_seed)
     found, _ = rows(*sorted(path.name for path in Path().iterdir()))
     assert sorted((row["seeds"], row["one_split"]) for row in found) == [([1, 2], False), ([1, 2, 42], True)]
+
+
+def test_of_two_that_repeat_the_one_with_more_baselines_is_kept(write, rows):
+    found, problems = rows(write("bare", baselines={}), write("a"))
+    assert [row["runs"] for row in found] == [["a"]]
+    assert problems == ["warning: bare: repeats a, flags and seeds; left out"]
 
 
 def test_the_same_run_twice_counts_once(write, rows):
@@ -236,6 +244,37 @@ def test_a_split_by_battle_counts_battles_in_the_interval_over_seeds(write, rows
     )
 
 
+def test_one_seed_in_common_is_no_comparison(write, rows):
+    write("a-1", seed=1)
+    for seed in (1, 2):
+        write(f"b-{seed}", seed=seed, flags={"lr": 0.5})
+    assert not any("beyond_first" in row for row in rows("a-1", "b-1", "b-2")[0])
+
+
+def test_the_ends_of_a_score_table_are_spread_over_seeds(write, rows, capsys):
+    for seed in (1, 2):
+        ends = {"best_single": {"mean_score": 0.1 * seed}, "oracle": {"mean_score": 1.0}}
+        write(f"a{seed}", seed=seed, score_table=ends)
+    ((row,), _) = rows("a1", "a2")
+    assert row["score_table"]["best_single"]["mean"] == pytest.approx(0.15)
+    assert row["score_table"]["oracle"] == {"mean": 1.0, "sd": 0.0}
+    report.main(["a1", "a2", "--format", "csv"])
+    (line,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert float(line["best_single_mean_score"]) == pytest.approx(0.15)
+
+
+def test_paths_are_shortened_where_their_ends_tell_them_apart(write, capsys, default_run):
+    def data(path, content_hash):
+        return {"data": default_run[0]["data"] | {"path": path, "content_hash": content_hash}}
+
+    names = [write("a", **data("x/one.parquet", "1")), write("b", **data("y/two.parquet", "2"))]
+    report.main(names)
+    assert "x/one.parquet" not in (text := capsys.readouterr().out)
+    assert "one.parquet" in text
+    report.main([*names, write("c", **data("z/one.parquet", "3"))])
+    assert {"x/one.parquet", "z/one.parquet"} <= set(capsys.readouterr().out.split())
+
+
 def test_runs_with_other_test_battles_are_not_compared(write, rows):
     for name, limit in (("all", None), ("some", 500)):
         for seed in (1, 2):
@@ -261,12 +300,13 @@ def test_runs_that_are_not_finished_are_named(write, rows):
     write("failed", status="failed", val_metrics=[])
     Path("nothing").mkdir()
     Path("notes.txt").write_text("hello")
-    found, problems = rows("killed", "nothing", write("whole"), "failed", "notes.txt", "no/such")
+    long = "x" * 5000
+    found, problems = rows("killed", "nothing", write("whole"), "failed", "notes.txt", "no/such", long)
     assert [row["run"] for row in found] == ["whole"]
     assert problems[0] == "warning: killed: running after 10 epochs; left out"
     assert problems[1].startswith("warning: nothing: no history")
     assert problems[2] == "warning: failed: failed after 0 epochs; left out"
-    assert [problem.split(":")[1].strip() for problem in problems[3:]] == ["notes.txt", "no/such"]
+    assert [problem.split(":")[1].strip() for problem in problems[3:]] == ["notes.txt", "no/such", long]
 
 
 def test_no_finished_run_is_one_error(write, capsys):
@@ -372,7 +412,7 @@ def test_reliability_shows_the_bins_and_pools_seeds_by_their_battles(write, draw
 
     def calibration(*parts):
         told = {"expected_calibration_error": 0.1, "bins": bins(*parts)}
-        return {"temperature": 2.0, "uncalibrated": told} | told
+        return {"temperature": 2.0, "uncalibrated": told | {"expected_calibration_error": 0.2}} | told
 
     write("a", seed=1, calibration=calibration((0.5, 1, 0.52, 0.6), (0.8, 10, 0.85, 0.9)))
     write("b", seed=2, calibration=calibration((0.5, 3, 0.56, 0.4)))
@@ -381,7 +421,7 @@ def test_reliability_shows_the_bins_and_pools_seeds_by_their_battles(write, draw
     for dots in axes.collections:
         assert dots.get_offsets().tolist() == [[pytest.approx(0.55), pytest.approx(0.45)], [0.85, 0.9]]
         assert np.diff(dots.get_sizes()) == pytest.approx(600 * (10 - 4) / 14)
-    assert "ECE 0.100 at T = 1 (grey), 0.100 at the fitted T (blue)" in axes.get_title()
+    assert "ECE 0.200 at T = 1 (grey), 0.100 at the fitted T (blue)" in axes.get_title()
 
 
 def test_baselines_show_intervals_and_differences(write, drawn, default_run):
@@ -401,8 +441,8 @@ def test_baselines_show_intervals_and_differences(write, drawn, default_run):
     assert f"{beyond:+.4f} [" in axes.texts[2].get_text()
 
 
-def test_the_map_shows_each_cluster_and_model_where_its_labels_say(write, drawn):
-    odds = {("first", "x"): -1.0, ("first", "y"): 2.0, ("second", "x"): 3.0, ("second", "y"): 1.0}
+def test_the_map_shows_each_cluster_and_model_where_its_labels_say(write, drawn, monkeypatch):
+    odds = {("first", "x"): -1.0, ("first", "y"): 2.0, ("second", "x"): 5.0, ("second", "y"): 1.0}
     clusters = [
         {"size": size, "central_queries": [name], "log_odds": {model: odds[name, model] for model in "xy"}}
         for name, size in (("first", 30), ("second", 5))
@@ -425,6 +465,56 @@ def test_the_map_shows_each_cluster_and_model_where_its_labels_say(write, drawn)
     ]
     limits = axes.get_images()[0].get_clim()
     assert limits[0] == -limits[1]  # white is even odds
+    monkeypatch.setattr(plots, "MOST_CLUSTERS", 1)
+    axes = plots.cluster_map(run).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["first  (30)"]
+
+
+def test_over_seeds_a_bar_is_one_standard_deviation_to_each_side(write, drawn):
+    (axes,) = plots.baselines(*drawn(write("a", seed=1, auc=0.7), write("b", seed=2, auc=0.9)), "auc").axes
+    bar = next(line for line in axes.get_lines() if len(line.get_xdata()) == 2)
+    assert list(bar.get_xdata()) == pytest.approx([0.8 - 0.02**0.5, 0.8 + 0.02**0.5])
+
+
+def test_what_is_drawn_is_the_best_run_of_a_line_under_a_name_of_its_own(write, drawn, monkeypatch, tmp_path):
+    cluster_map, mapped = plots.cluster_map, []
+    monkeypatch.setattr(plots, "cluster_map", lambda run: mapped.append(run.name) or cluster_map(run))
+    write("a b-1", seed=1, val_auc=0.6)
+    write("a b-2", seed=2, val_auc=0.7)
+    write("a-b-1", seed=1, val_auc=0.5, flags={"lr": 0.5})
+    write("a-b-2", seed=2, val_auc=0.4, flags={"lr": 0.5})
+    paths = plots.draw(*drawn("a b-1", "a b-2", "a-b-1", "a-b-2"), tmp_path)
+    assert mapped == ["a b-2", "a-b-1"]
+    assert len({path.name for path in paths}) == 5
+
+
+def test_the_mean_score_has_a_picture_of_its_own(write, drawn, default_run, tmp_path):
+    history, _ = default_run
+
+    def with_mean_score(holder, value):
+        return holder | {"mean_score": value}
+
+    baselines = {
+        name: row
+        | {"mean_score": 0.55, "difference": with_mean_score(row["difference"], 0.05)}
+        | {part: with_mean_score(row[part], [0.1, 0.2]) for part in ("intervals", "difference_intervals")}
+        for name, row in history["baselines"].items()
+    }
+    groups, rows = drawn(
+        write(
+            "a",
+            baselines=baselines,
+            score_table={"best_single": {"mean_score": 0.4}, "oracle": {"mean_score": 0.9}},
+            test_metrics=with_mean_score(history["test_metrics"], 0.6),
+            test_intervals=with_mean_score(history["test_intervals"], [0.5, 0.7]),
+        )
+    )
+    (axes,) = plots.baselines(groups, rows, "mean_score").axes
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["RankRouter", "random"]
+    lines = [list(line.get_xdata()) for line in axes.get_lines()]
+    assert lines[:4] == [[0.5, 0.7], [0.6], [0.1, 0.2], [0.55]]
+    assert lines[-2:] == [[0.4, 0.4], [0.9, 0.9]]
+    assert "scores.png" in {path.name for path in plots.draw(groups, rows, tmp_path)}
 
 
 @pytest.mark.parametrize(

@@ -447,6 +447,21 @@ def test_battles_that_can_be_told_apart_entirely_leave_a_valid_history(run_demo,
     assert np.isfinite(odds).all()
 
 
+def test_the_baselines_are_those_asked_for_with_the_seed_of_the_run(run_demo, monkeypatch):
+    from support import baselines
+
+    fit, asked = baselines.fit, []
+
+    def watched(split, points, cluster_idx, num_clusters, learned, seed):
+        asked.append((num_clusters, learned, seed))
+        return fit(split, points, cluster_idx, num_clusters, False, seed)
+
+    monkeypatch.setattr(baselines, "fit", watched)
+    for which in ("fast", "all", "none"):
+        run_demo("--limit", "100", "--epochs", "1", "--num_clusters", "2", "--seed", "7", "--baselines", which)
+    assert asked == [(2, False, 7), (2, True, 7)]
+
+
 def test_few_test_queries_give_no_verdict(demo_dir, tmp_path, capsys):
     flags = ("--limit", "100", "--epochs", "1", "--num_clusters", "2", "--output_dir", str(tmp_path))
     train.main(["--demo", "--demo_dir", str(demo_dir), *flags])
@@ -492,8 +507,20 @@ def test_the_score_table_is_printed_and_also_without_baselines(demo_dir, table_r
     for more, expected in (([], labels), (["--baselines", "none"], [labels[0], labels[2], labels[-1]])):
         train.main(flags + more)
         printed = capsys.readouterr().out
+        history = json.loads((tmp_path / "training_history.json").read_text())
+        for row in history["baselines"].values():
+            low, high = row["difference_intervals"]["mean_score"]
+            assert f"  {row['difference']['mean_score']:+.4f} [{low:+.4f}, {high:+.4f}]  " in printed
+        calibration = history["calibration"]
+        errors = [told["expected_calibration_error"] for told in (calibration["uncalibrated"], calibration)]
+        assert "Expected calibration error {:.4f}, and {:.4f} at the temperature".format(*errors) in printed
         table = printed.split("mean score, 95 %")[1].split("\n\n")[0].splitlines()[1:]
         assert [line[:18].strip() for line in table] == expected
+    train.main([*flags, "--pairs_per_query", "1"])
+    data = json.loads((tmp_path / "training_history.json").read_text())["data"]
+    assert data["split"]["train"]["battles"] == data["split"]["train"]["queries"]
+    told = f"drawn    {data['training_battles_not_drawn']} training battles are left out by --pairs_per_query"
+    assert told in capsys.readouterr().out
     train.main([*flags, "--split_by", "battle"])
     printed = capsys.readouterr().out
     assert "are not judged: --split_by battle" in printed
@@ -520,7 +547,7 @@ def test_the_calibration_is_that_of_the_test_battles(demo, default_run):
     told = history["calibration"]
     assert set(told) == {"temperature", "expected_calibration_error", "bins", "uncalibrated"}
     for found, temperature in ((told, told["temperature"]), (told["uncalibrated"], 1.0)):
-        error, bins = metrics.reliability(d, part.outcome, 1.0, temperature)
+        error, bins = metrics.reliability(d, part.outcome, 1.0, temperature).values()
         assert found["expected_calibration_error"] == pytest.approx(error, abs=1e-3)
         assert sum(part["battles"] for part in found["bins"]) == len(d) == sum(part["battles"] for part in bins)
 
