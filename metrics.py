@@ -17,9 +17,11 @@ WEIGHTS_AT_ONCE = 2**22  # of bootstrap samples: 32 MB
 
 def accuracy(d: np.ndarray, outcome: np.ndarray) -> float | None:
     """Share of battles whose winner is scored higher."""
-    if len(d) == 0:
-        return None
-    return float(np.mean(np.where(d == 0, 0.5, (d > 0) == (outcome == 1))))
+    return float(np.mean(_right(d, outcome))) if len(d) else None
+
+
+def _right(d: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+    return np.where(d == 0, 0.5, (d > 0) == (outcome == 1))  # (N,)
 
 
 def auc(d: np.ndarray, outcome: np.ndarray) -> float | None:
@@ -78,11 +80,9 @@ def log_loss(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperatur
 
 def log_odds(scores: np.ndarray, margin: float = 0.0, temperature: float = 1.0) -> np.ndarray:
     """Each model's log-odds (M,) of beating another drawn at random, from scores (M,), M >= 2."""
-    d = scores[:, None] - scores  # (M, M)
-    log_wins, log_losses = (log_win_probability(sign * d, margin, temperature) for sign in (1, -1))  # (M, M) each
-    np.fill_diagonal(log_wins, -np.inf)  # nobody meets itself
-    np.fill_diagonal(log_losses, -np.inf)
-    return logsumexp(log_wins, axis=1) - logsumexp(log_losses, axis=1)  # (M,)
+    log_p = log_win_probability(scores[:, None] - scores, margin, temperature)  # (M, M), row beats column
+    np.fill_diagonal(log_p, -np.inf)  # nobody meets itself
+    return logsumexp(log_p, axis=1) - logsumexp(log_p, axis=0)  # (M,)
 
 
 def fit_temperature(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0) -> float:
@@ -109,7 +109,7 @@ def reliability(
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     p = np.exp(log_win_probability(np.abs(d), margin, temperature))  # (N,)
-    right = np.where(d == 0, 0.5, (d > 0) == (outcome == 1))  # (N,)
+    right = _right(d, outcome)  # (N,)
     edges = np.linspace(0.5, 1, num_bins + 1).round(6)  # (num_bins + 1,)
     place = np.digitize(p, edges[1:-1])  # (N,)
     bins = []

@@ -115,7 +115,7 @@ def parse(name: str, history: dict) -> Run:
         score_table={
             end: _number(history["score_table"][end]["mean_score"])
             for end in ("best_single", "oracle")
-            if "score_table" in history
+            if "score_table" in history or "mean_score" in test
         },
         clusters=_clusters([cluster for cluster in history.get("clusters", []) if cluster["log_odds"]]),
     )

@@ -190,6 +190,11 @@ BROKEN = {
     "metric": lambda history: json.dumps(without(history, "test_metrics", "auc")),
     "interval": lambda history: json.dumps(without(history, "test_intervals", "auc")),
     "baseline": lambda history: json.dumps(without(history, "baselines", "bradley_terry", "difference", "auc")),
+    "table": lambda history: json.dumps(
+        history
+        | {"baselines": {}, "test_metrics": history["test_metrics"] | {"mean_score": 1.0}}
+        | {"test_intervals": history["test_intervals"] | {"mean_score": [0.0, 1.0]}}
+    ),
     "negative": lambda history: json.dumps(history | {"best_epoch": -1}),
     "short": lambda history: json.dumps(history | {"train_losses": [1.0]}),
     "huge": lambda history: json.dumps(history | {"train_losses": [1e308] * 10}),
@@ -544,10 +549,12 @@ def test_the_pngs_are_written_by_name_and_can_be_read(write, capsys):
     assert {path.name for path in Path("pictures").iterdir()} == {
         *("training.png", "reliability.png", "baselines.png", "clusters-outputs-a.png")
     }
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 4
     for path in Path("pictures").iterdir():
         image = matplotlib.image.imread(path)
         assert np.ptp(image[:, :, :3]) > 0.5  # something is drawn
-        assert str(path) in capsys.readouterr().err + str(path)
+        assert f"drawn    {path}" in told
 
 
 def test_pictures_of_many_lines_and_of_long_paths(write, capsys):
