@@ -59,6 +59,11 @@ class Battles:
         columns = ("query_idx", "model_a_idx", "model_b_idx", "outcome")
         return replace(self, **{name: getattr(self, name)[keep] for name in columns})
 
+    def joined(self, other: "Battles") -> "Battles":
+        """These battles and those of another selection of the same ones."""
+        columns = ("query_idx", "model_a_idx", "model_b_idx", "outcome")
+        return replace(self, **{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in columns})
+
 
 @dataclass(frozen=True)
 class Split:
@@ -133,16 +138,22 @@ def _score_table(scores: np.ndarray, num_models: int) -> ScoreTable:
 
 
 def split_battles(
-    battles: Battles, seed: int, by: str = "query", ties: str = "drop", pairs_per_query: int | None = None
+    battles: Battles,
+    seed: int,
+    by: str = "query",
+    ties: str = "drop",
+    pairs_per_query: int | None = None,
+    hold_out: str | None = None,
 ) -> tuple[Split, dict]:
     """Split battles 80/10/10 into training, validation and test, by `seed`.
 
     `by` "query" puts all battles of a query on one side; "battle" draws single battles, as published code
     does. Ties are left out of validation and test, and of training where `ties` is "drop"; the sides themselves
-    do not depend on `ties`. Of a query's training battles at most `pairs_per_query` are drawn. Battles of a model that
-    training never saw are left out of validation and test. A side holds those rows of a score table that are of its
-    queries and whose scores differ; where single battles are drawn, it holds none, as no row is of one side.
-    Returns the split and its counts. Raises `UserError` where a side is left empty.
+    do not depend on it, nor on `hold_out`, a model whose battles are left out. Of a query's training battles at most
+    `pairs_per_query` are drawn. Battles of a model that training never saw are left out of validation and test. A side
+    holds those rows of a score table that are of its queries and whose scores differ; where single battles are drawn,
+    it holds none, as no row is of one side.
+    Returns the split and its counts. Raises `UserError` where a side is left empty, or no model is named `hold_out`.
     """
     units = battles.query_idx if by == "query" else np.arange(len(battles))
     distinct, unit_idx = np.unique(units, return_inverse=True)  # (U,), (N,)
@@ -155,6 +166,13 @@ def split_battles(
 
     tie = battles.outcome == 0.5
     in_train = (side == "train") & (~tie if ties == "drop" else True)  # (N,)
+    held = np.zeros(len(battles), bool)  # (N,)
+    if hold_out is not None:
+        if hold_out not in battles.model_names:
+            raise UserError(f"no model is named {hold_out!r}; found {listed(battles.model_names)}")
+        number = battles.model_names.index(hold_out)
+        held = in_train & ((battles.model_a_idx == number) | (battles.model_b_idx == number))  # (N,)
+        in_train &= ~held
     num_train = int(in_train.sum())
     if pairs_per_query:
         in_train = _draw(in_train, battles.query_idx, pairs_per_query, seed)  # (N,)
@@ -194,6 +212,7 @@ def split_battles(
     counts = {
         "split": sizes,
         "ties_left_out": int((tie & ((side != "train") | (ties == "drop"))).sum()),
+        "training_battles_held_out": int(held.sum()),
         "training_battles_not_drawn": num_train - int(in_train.sum()),
         "table_rows": table_rows,
         "unseen_model_battles": int(((side != "train") & ~tie & ~known).sum()),

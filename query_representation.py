@@ -1,9 +1,9 @@
 """Query tower: a frozen Hugging Face encoder, K-means clusters of its embeddings, and an MLP over both."""
 
 import sys
-import time
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from support.files import UserError
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768, "mps": 8192}
 ROWS_AT_ONCE = 8192  # embeddings standardised, assigned or scored at a time, for the sake of memory
 LLOYD_QUERIES = 100_000  # with more of them, K-means goes by mini-batches
-SECONDS_PER_SHARD = 5  # of encoding that a killed run loses at most
 
 
 def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -88,13 +87,14 @@ def encode_batches(
     pooling: str,
     tokens_per_batch: int | None,
     stored: np.ndarray,
+    progress: bool = True,
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Encode distinct queries batch by batch: indices into them (B,) and their embeddings, float32 (B, H) on the CPU.
 
     The batches follow from the set of queries alone, not from their order or from what is stored: the same set
     gives the same bits, however often it was interrupted. `stored` (Q,), bool, is looked at before each batch: one
     whose queries are all stored is passed over. Queries longer than `max_length` tokens, or than the encoder takes,
-    are cut. A progress bar on stderr counts tokens. Raises `UserError` where an embedding is not finite.
+    are cut. With `progress`, a bar on stderr counts tokens. Raises `UserError` where an embedding is not finite.
     """
     from tqdm import tqdm
 
@@ -115,7 +115,8 @@ def encode_batches(
     batches[1:] = [batches[1 + i] for i in np.random.default_rng().permutation(len(batches) - 1)]
     total = int(sum(lengths[batch].sum() for batch in batches))
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file need not hold every step
-    with tqdm(total=total, desc="encode", unit="tok", unit_scale=True, delay=1, mininterval=every) as bar:
+    look = {"unit": "tok", "unit_scale": True, "delay": 1, "mininterval": every}
+    with tqdm(total=total, desc="encode", disable=not progress, **look) as bar:
         for batch in batches:
             if not stored[order[batch]].all():
                 # Padding is masked, so any token does; a pad token may lie outside the encoder's vocabulary.
@@ -141,10 +142,12 @@ def encode(
     max_length: int = 512,
     pooling: str = "mean",
     tokens_per_batch: int | None = None,
+    progress: bool = True,
 ) -> torch.Tensor:
     """Embeddings of distinct queries in their order: float32 (Q, H), on the CPU, as `encode_batches` makes them."""
     embeddings, stored = None, np.zeros(len(queries), bool)
-    for batch, vectors in encode_batches(queries, tokenizer, network, max_length, pooling, tokens_per_batch, stored):
+    how = max_length, pooling, tokens_per_batch, stored, progress
+    for batch, vectors in encode_batches(queries, tokenizer, network, *how):
         if embeddings is None:
             embeddings = torch.empty(len(queries), vectors.shape[1])  # (Q, H)
         embeddings[batch] = vectors
@@ -161,73 +164,77 @@ def pick_dtype(name: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
 
 
-def embed(
-    queries: list[str],
-    model_path: str,
-    device: torch.device,
-    dtype: str = "auto",
-    pooling: str = "mean",
-    max_length: int = 512,
-    tokens_per_batch: int | None = None,
-    cache_dir: str | Path | None = None,
-) -> tuple[torch.Tensor, dict, int]:
-    """Embeddings of distinct queries: float32 (Q, H) on the CPU, read from the cache as far as they stand there.
+class Encoder:
+    """A frozen encoder as one run uses it, with its cache; loaded when a query comes that is not cached.
 
-    Without `cache_dir` nothing is read or kept. Returns also what a checkpoint must know of the encoder, and how many
-    queries this run encoded that were not cached; where none is missing, neither encoder nor tokenizer is loaded.
-    Raises `UserError` where there is no encoder at `model_path` (a folder or a hub id), it cannot encode, or the cache
-    cannot be written.
+    Args:
+        model_path: a Hugging Face folder or a hub id.
+        dtype: "auto", "float32", "bfloat16" or "float16"; see `pick_dtype`.
+        pooling, max_length: see `pool` and `encode_batches`.
+        tokens_per_batch: without it, `TOKENS_PER_BATCH` of the device.
+        cache_dir: where embeddings are kept; None neither reads nor keeps any.
+        progress: whether a bar on stderr counts the tokens.
+
+    Raises `UserError` where there is no encoder at `model_path`, or the cache cannot be written.
     """
-    folder, dtype = find_encoder(model_path), pick_dtype(dtype, device)
-    usage = {
-        "fingerprint": encoder_fingerprint(folder),
-        "pooling": pooling,
-        "max_length": max_length,
-        "dtype": dtype,
-    }
-    if cache_dir is None:
-        encoder = load_encoder(folder, device, getattr(torch, dtype))
-        embeddings = encode(queries, *encoder, max_length, pooling, tokens_per_batch)  # (Q, H)
-        tokens_read, num_missing = min(max_length, longest_input(*encoder)), len(queries)
-    else:
-        cache, keys = EmbeddingCache(cache_dir, usage), query_keys(queries)
-        stored = cache.look_up(keys)  # (Q,)
-        num_missing = int((~stored).sum())
-        if num_missing or cache.facts is None:
-            encoder = load_encoder(folder, device, getattr(torch, dtype))
-            facts = {"path": str(folder.absolute()), "tokens_read": min(max_length, longest_input(*encoder))}
-            batches = encode_batches(queries, *encoder, max_length, pooling, tokens_per_batch, stored)
-            num_missing = fill(cache, keys, stored, batches, facts)
-            cache.describe(facts)
-        embeddings, tokens_read = cache.read(keys), cache.facts["tokens_read"]  # (Q, H)
-    facts = {"path": str(model_path), "max_length": tokens_read, "width": embeddings.shape[1]}
-    return embeddings, usage | facts, num_missing
 
+    def __init__(
+        self,
+        model_path: str,
+        device: torch.device,
+        dtype: str = "auto",
+        pooling: str = "mean",
+        max_length: int = 512,
+        tokens_per_batch: int | None = None,
+        cache_dir: str | Path | None = None,
+        progress: bool = True,
+    ):
+        self.path, self.folder, self.device = str(model_path), find_encoder(model_path), device
+        self.usage = {
+            "fingerprint": encoder_fingerprint(self.folder),
+            "pooling": pooling,
+            "max_length": max_length,
+            "dtype": pick_dtype(dtype, device),
+        }
+        self.how = {
+            "max_length": max_length,
+            "pooling": pooling,
+            "tokens_per_batch": tokens_per_batch,
+            "progress": progress,
+        }
+        self.cache = None if cache_dir is None else EmbeddingCache(cache_dir, self.usage)
+        self.facts = None  # what a checkpoint must know of the encoder, from the first embeddings on
 
-def fill(cache: EmbeddingCache, keys: list[bytes], stored: np.ndarray, batches: Iterator, facts: dict) -> int:
-    """Store batches as they come, some seconds' worth in a shard; `stored` (Q,) is kept up with what all runs store.
+    @cached_property
+    def loaded(self) -> tuple:
+        """Tokenizer and network."""
+        return load_encoder(self.folder, self.device, getattr(torch, self.usage["dtype"]))
 
-    Returns how many queries were encoded that were not stored.
-    """
-    waiting, since, encoded = [], time.monotonic(), 0
+    @property
+    def _tokens_read(self) -> int:
+        return min(self.usage["max_length"], longest_input(*self.loaded))
 
-    def flush():
-        batch, vectors = (np.concatenate(part) for part in zip(*waiting, strict=True))  # (n,), (n, H)
-        waiting.clear()
-        cache.store([keys[i] for i in batch], vectors, facts)
-        stored[:] = cache.look_up(keys)
+    def embed(self, queries: list[str]) -> tuple[torch.Tensor, int]:
+        """Embeddings of distinct queries, float32 (Q, H) on the CPU, and how many this run encoded for them.
 
-    try:
-        for batch in batches:
-            waiting.append(batch)
-            encoded += int((~stored[batch[0]]).sum())
-            if time.monotonic() - since >= SECONDS_PER_SHARD:
-                flush()
-                since = time.monotonic()
-    finally:  # what an error or Ctrl-C leaves is kept too
-        if waiting:
-            flush()
-    return encoded
+        Where all are cached, neither encoder nor tokenizer is loaded. Raises `UserError` where the encoder cannot
+        encode them, or the cache cannot be written.
+        """
+        if self.cache is None:
+            embeddings, encoded = encode(queries, *self.loaded, **self.how), len(queries)  # (Q, H)
+            tokens_read = self._tokens_read
+        else:
+            keys = query_keys(queries)
+            stored = self.cache.look_up(keys)  # (Q,)
+            encoded = int((~stored).sum())
+            if encoded or self.cache.facts is None:
+                facts = {"path": str(self.folder.absolute()), "tokens_read": self._tokens_read}
+                batches = encode_batches(queries, *self.loaded, stored=stored, **self.how)
+                encoded = self.cache.fill(keys, stored, batches, facts)
+                self.cache.describe(facts)
+            embeddings, tokens_read = self.cache.read(keys), self.cache.facts["tokens_read"]  # (Q, H)
+        self.facts = self.usage | {"path": self.path, "max_length": tokens_read, "width": embeddings.shape[1]}
+        return embeddings, encoded
 
 
 def fit_centroids(points: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:

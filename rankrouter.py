@@ -1,5 +1,6 @@
-"""The router: scores of all models for a batch of queries, and its checkpoint."""
+"""The router: scores of all models for a batch of queries, their ranking, a model more, and the checkpoint."""
 
+import copy
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_profiling import ModelTower
-from query_representation import ROWS_AT_ONCE, QueryTower
-from support.files import UserError, atomic_write
+from model_profiling import ModelTower, fitted_vector, win_rate_profiles
+from query_representation import ROWS_AT_ONCE, Encoder, QueryTower
+from support.files import UserError, atomic_write, one_line, valid_unicode
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MODELS_AT_ONCE = (
+    32  # products of a fixed size: a model's score is the same to the last bit, however many others there are
+)
 
 
 class RankRouter(nn.Module):
@@ -23,13 +27,14 @@ class RankRouter(nn.Module):
         model_names: the M routed models, in the order of the scores.
         encoder_width: H, the width of the encoder's embeddings.
         args: the flags of `train.py` that shape the towers: embedding_dim, num_clusters, cluster_dim,
-            capability_dim, no_capability, no_model_id, dropout, similarity_metric ("dot" or "cosine").
+            capability_dim, no_capability, no_model_id, dropout, id_dropout, similarity_metric ("dot" or "cosine").
     """
 
     def __init__(self, model_names: list[str], encoder_width: int, args: Mapping):
         super().__init__()
         self.model_names = list(model_names)
         self.facts = {}  # what `load` found beside the weights
+        self.encoder = None  # see `open_encoder`
         self.query_tower = QueryTower(
             encoder_width,
             embedding_dim=args["embedding_dim"],
@@ -44,6 +49,7 @@ class RankRouter(nn.Module):
             use_capability=not args["no_capability"],
             use_model_id=not args["no_model_id"],
             dropout=args["dropout"],
+            id_dropout=args["id_dropout"],
         )
         # Unscaled, a cosine's margin lies in [-2, 2], and BPR could not fall below softplus(-2) = 0.127.
         is_cosine = args["similarity_metric"] == "cosine"
@@ -51,8 +57,10 @@ class RankRouter(nn.Module):
 
     def forward(self, points: torch.Tensor, cluster_idx: torch.Tensor) -> torch.Tensor:
         """Scores (B, M) of every model for standardised embeddings (B, H) and their clusters (B,)."""
-        q = self.query_tower(points, cluster_idx)  # (B, D)
-        m = self.model_tower()  # (M, D)
+        return self.similarity(self.query_tower(points, cluster_idx), self.model_tower())  # (B, M)
+
+    def similarity(self, q: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        """Scores (B, M) of queries (B, D) and models (M, D) in the shared space."""
         if self.log_scale is None:
             return q @ m.T  # (B, M)
         return self.log_scale.exp() * F.normalize(q, dim=1) @ F.normalize(m, dim=1).T  # (B, M)
@@ -64,11 +72,148 @@ class RankRouter(nn.Module):
         The router is left in evaluation mode. Raises `UserError` where a score is not finite.
         """
         self.eval()
-        rows = torch.from_numpy(queries).to(points.device).split(ROWS_AT_ONCE)
-        scores = torch.cat([self(points[some], cluster_idx[some]) for some in rows])  # (Q, M)
+        blocks = self.model_tower.features().split(MODELS_AT_ONCE)
+        padded = [F.pad(block, (0, 0, 0, MODELS_AT_ONCE - len(block))) for block in blocks]  # (32, C + E) each
+        models = [self.model_tower.mlp(block) for block in padded]  # (32, D) each
+        scores = []
+        for some in torch.from_numpy(queries).to(points.device).split(ROWS_AT_ONCE):
+            q = self.query_tower(points[some], cluster_idx[some])  # (B, D)
+            scores.append(torch.cat([self.similarity(q, m) for m in models], dim=1))  # (B, M and the padding)
+        scores = torch.cat(scores)[:, : len(self.model_names)]  # (Q, M)
         if not scores.isfinite().all():
             raise UserError("the router's scores are not finite; try a lower --lr")
         return scores.cpu().double().numpy()
+
+    @property
+    def link(self) -> tuple[float, float]:
+        """The margin and the temperature at which a loaded router's scores are read as probabilities."""
+        args = self.facts["args"]
+        return args["margin"] if args["loss_type"] == "bpr" else 0.0, self.facts["temperature"]
+
+    def open_encoder(self, model_path: str | None = None, device: str | torch.device = "cpu", **how) -> None:
+        """Find the encoder that a loaded router was trained with, at its own path or at `model_path`.
+
+        `how`: `tokens_per_batch`, `cache_dir`, `progress`, as `query_representation.Encoder` takes them. Raises
+        `UserError` where there is no encoder, or another one.
+        """
+        args, trained = self.facts["args"], self.facts["encoder"]
+        how |= {name: args[name] for name in ("pooling", "max_length")} | {"dtype": trained["dtype"]}
+        encoder = Encoder(trained["path"] if model_path is None else model_path, torch.device(device), **how)
+        found, expected = encoder.usage["fingerprint"], trained["fingerprint"]
+        if found != expected:
+            raise UserError(
+                f"the encoder at {encoder.path} is not the one that the router was trained with: its fingerprint is "
+                f"{found[:12]}, expected {expected[:12]}; name that one's folder with --model_path"
+            )
+        self.encoder = encoder
+        self.to(device)
+
+    def embed(self, queries: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardised embeddings (Q, H) and clusters (Q,) of queries, any of which may come again.
+
+        Raises `UserError` where a query is no text or is empty.
+        """
+        if isinstance(queries, str):
+            raise UserError("queries is one text, expected a list of texts")
+        for number, query in enumerate(queries, start=1):
+            if not isinstance(query, str) or not query.strip():
+                raise UserError(
+                    f"query {number} is {'empty' if isinstance(query, str) else repr(query)}, expected text"
+                )
+        if self.encoder is None:
+            self.open_encoder()
+        place = {}  # query -> its number among the distinct
+        row = [place.setdefault(valid_unicode(query.strip()), len(place)) for query in queries]  # (Q,)
+        if not place:
+            width = self.facts["encoder"]["width"]
+            return torch.empty(0, width), torch.empty(0, dtype=torch.int64)
+        embeddings, _ = self.encoder.embed(list(place))  # (distinct, H)
+        points = self.query_tower.standardise(embeddings.to(self.encoder.device))  # (distinct, H)
+        return points[row], self.query_tower.assign(points)[row]  # (Q, H), (Q,)
+
+    def scores_of(self, queries: list[str]) -> np.ndarray:
+        """A loaded router's scores (Q, M), float64, of every model for queries. Raises as `embed` does."""
+        points, cluster_idx = self.embed(queries)
+        return self.score(points, cluster_idx, np.arange(len(points)))  # (Q, M)
+
+    def rank(
+        self, queries: list[str], top_k: int | None = None, models: list[str] | None = None
+    ) -> list[list[tuple[str, float]]]:
+        """The best models for each query, the best first, with their scores: lists of (model name, score).
+
+        `top_k` of them, all without it; `models` restricts to some. Scores of one query compare with each other, not
+        with those of another query. Raises `UserError` on an unknown model, an empty query, or a missing encoder.
+        """
+        chosen = self.indices(self.model_names if models is None else models)  # (m,)
+        scores = self.scores_of(queries)[:, chosen]  # (Q, m)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (Q, k)
+        return [
+            [(self.model_names[chosen[i]], float(row[i])) for i in best]
+            for row, best in zip(scores, order, strict=True)
+        ]
+
+    def indices(self, names: list[str]) -> np.ndarray:
+        """Indices (m,) of models by name. Raises `UserError` on one that is not routed."""
+        place = {name: i for i, name in enumerate(self.model_names)}
+        unknown = [name for name in names if name not in place]
+        if unknown:
+            raise UserError(
+                f"{', '.join(map(one_line, unknown))}: not among the models that the router knows; expected some of "
+                f"{', '.join(map(one_line, self.model_names))}"
+            )
+        return np.array([place[name] for name in names], np.int64)
+
+    def refuse_known(self, name: str) -> None:
+        """Raise `UserError` where the name of a new model is known, or the router has no capability vectors."""
+        if name in self.model_names:
+            raise UserError(f"the router knows {one_line(name)} already; a new model needs a name of its own")
+        if self.model_tower.capability is None:
+            raise UserError("the router was trained with --no_capability: nothing of a new model can be told to it")
+
+    def add_model(self, name: str, vector: torch.Tensor) -> None:
+        """Route one more model, of this capability vector (C,), NaN where it has no value; nothing else changes.
+
+        Raises `UserError` as `refuse_known` does.
+        """
+        self.refuse_known(name)
+        self.model_tower.add_model(vector.float().to(self.model_tower.capability.weight.device))
+        self.model_names.append(name)
+        if self.facts["profiles"]["kind"] == "win_rate":
+            known = self.facts["profiles"]["known"]  # (M, K)
+            self.facts["profiles"] = {"kind": "win_rate", "known": torch.cat([known, vector[None].to(known)])}
+
+    def vector_from_battles(
+        self, points: torch.Tensor, cluster_idx: torch.Tensor, opponents: torch.Tensor, outcome: torch.Tensor
+    ) -> torch.Tensor:
+        """The capability vector (C,) of a new model from n battles, everything else frozen; float64.
+
+        A win-rate profile is computed as in training, with the other models' as they were there. Any other vector is
+        fitted: the likeliest, by the router's probabilities, of those that are like the known ones.
+
+        Args:
+            points, cluster_idx: of the battles' queries, (n, H) and (n,).
+            opponents: int64 (n,), into the models.
+            outcome: float (n,), P(the new model is better).
+        """
+        clusters, opponents = cluster_idx.cpu(), opponents.cpu()  # (n,) each; some devices know no float64
+        if self.facts["profiles"]["kind"] == "win_rate":
+            known = self.facts["profiles"]["known"]  # (M, K)
+            models = torch.stack([torch.full_like(opponents, len(known)), opponents], dim=1)  # (n, 2)
+            return win_rate_profiles(clusters, models, outcome, len(known) + 1, known.shape[1], known)[-1]  # (K,)
+        router, (margin, temperature) = copy.deepcopy(self).eval().requires_grad_(False), self.link
+        q = router.query_tower(points, cluster_idx).cpu().double()  # (n, D)
+        tower = router.cpu().double().model_tower
+        theirs = router.similarity(q, tower()).gather(1, opponents[:, None])[:, 0]  # (n,)
+        unknown = [] if tower.model_id is None else [tower.unknown()]  # (E,)
+
+        def loss_of(vector: torch.Tensor) -> torch.Tensor:
+            m = tower.mlp(torch.cat([vector, *unknown]))  # (D,)
+            d = (router.similarity(q, m[None])[:, 0] - theirs) / temperature  # (n,)
+            for_new, for_other = F.logsigmoid(margin + d), F.logsigmoid(margin - d)  # (n,) each
+            log_p = outcome * for_new + (1 - outcome) * for_other - torch.logaddexp(for_new, for_other)  # (n,)
+            return -log_p.sum()
+
+        return fitted_vector(tower.capability.weight, loss_of)  # (C,)
 
     def save(self, path: str | Path, **facts) -> None:
         """Write a checkpoint: weights and buffers, model names, and `facts` in plain Python types.

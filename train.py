@@ -6,109 +6,12 @@ from functools import partial
 from pathlib import Path
 
 from support import runs
-from support.command_line import OneLineParser, comma_separated, real_number, run_command, whole_number
-from support.files import UserError, make_folder, user_cache_folder
+from support.command_line import run_command
+from support.files import UserError, make_folder, one_line, user_cache_folder
+from support.flags import parse_args
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
 # been checked: --help and a typo answer at once.
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; with --demo, a path that is not given is None."""
-    parser = OneLineParser("Train RankRouter on battles; keep the checkpoint with the best validation AUC.")
-    seed, dim = whole_number(0, 2**32 - 1), whole_number(1, 8192)
-    positive = real_number("above 0", lambda x: x > 0)
-    not_negative = real_number("of at least 0", lambda x: x >= 0)
-    share = real_number("from 0 to below 1", lambda x: 0 <= x < 1)
-
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data_path",
-        default="../data/chatbot_arena/data/train-00000-of-00001-cced8514c7ed782a.parquet",
-        help="battles or score table: parquet, CSV or JSON; a file, a folder, or a glob of shards",
-    )
-    data.add_argument(
-        "--score_columns",
-        metavar="A,B,...",
-        type=comma_separated,
-        help="the models' columns of a wide score table; without it, its numeric columns",
-    )
-    data.add_argument("--ties", choices=["drop", "half"], default="drop", help="in training: left out, or half a win")
-    data.add_argument(
-        "--split_by",
-        choices=["query", "battle"],
-        default="query",
-        help="what the 80/10/10 split draws; battle lets test queries stand in training, as published code does, and "
-        "leaves the rows of a score table unjudged",
-    )
-    data.add_argument(
-        "--pairs_per_query",
-        metavar="N",
-        type=whole_number(1),
-        help="at most N training battles of a query, drawn by --split_seed; without it, all pairs of a score table",
-    )
-    data.add_argument("--limit", metavar="N", type=whole_number(1), help="only N queries: a quick look")
-    data.add_argument("--demo", action="store_true", help="synthetic battles, tiny Qwen2; a path given still holds")
-    data.add_argument("--demo_dir", metavar="DIR", help="where the demo is kept, else the user's cache folder")
-    data.add_argument("--output_dir", default="./outputs", help="for training_history.json and best_model.pt")
-
-    encoder = parser.add_argument_group("encoder, frozen")
-    encoder.add_argument("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")
-    encoder.add_argument("--pooling", choices=["mean", "last"], default="mean", help="of a query's token states")
-    encoder.add_argument("--max_length", type=whole_number(1, 2**20), default=512, help="tokens read of a query")
-    encoder.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: cuda, else mps, else cpu")
-    encoder.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of the encoder; auto: bfloat16 where that is faster, else float32",
-    )
-    encoder.add_argument(
-        "--encode_tokens",
-        metavar="N",
-        type=whole_number(1),
-        help="tokens per batch of queries; without it 2048 on cpu, 32768 on cuda, 8192 on mps",
-    )
-    encoder.add_argument("--cache_dir", metavar="DIR", help="where embeddings are kept, else the user's cache folder")
-    encoder.add_argument("--no_cache", action="store_true", help="neither read nor keep embeddings")
-
-    towers = parser.add_argument_group("towers")
-    towers.add_argument("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
-    towers.add_argument(
-        "--num_clusters", type=whole_number(0), default=50, help="K-means clusters; 0: no cluster features"
-    )
-    towers.add_argument("--cluster_dim", type=dim, default=32, help="width of a cluster's learned embedding")
-    towers.add_argument("--capability_dim", type=dim, default=64, help="width of a model's capability vector")
-    towers.add_argument("--no_model_id", action="store_true", help="ablation: model tower without ID embedding")
-    towers.add_argument("--no_capability", action="store_true", help="ablation: model tower without capability vector")
-    towers.add_argument("--similarity_metric", choices=["dot", "cosine"], default="dot", help="cosine learns a scale")
-    towers.add_argument("--dropout", type=share, default=0.1, help="in both towers' MLPs")
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--loss_type", choices=["bpr", "bce", "hinge"], default="bpr", help="of a battle's scores")
-    training.add_argument("--margin", type=not_negative, default=1.0, help="lead that bpr and hinge ask of a winner")
-    training.add_argument("--batch_size", type=whole_number(1, 2**31 - 1), default=32, help="battles per step")
-    training.add_argument("--epochs", type=whole_number(1), default=10, help="passes over the training battles")
-    training.add_argument("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
-    training.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW, decoupled")
-    training.add_argument("--seed", type=seed, default=42, help="of clusters, initial weights and batches")
-    training.add_argument("--split_seed", type=seed, help="of the split and of --limit; without it, --seed")
-    training.add_argument(
-        "--baselines",
-        choices=["all", "fast", "none"],
-        default="fast",
-        help="what the test compares with; all: also a linear head and a factorisation, which take longer",
-    )
-
-    args = parser.parse_args(argv)
-    if args.demo:  # parsed again, so that a path given explicitly still holds
-        parser.set_defaults(data_path=None, model_path=None)
-        args = parser.parse_args(argv)
-    if args.split_seed is None:
-        args.split_seed = args.seed
-    if args.no_model_id and args.no_capability:
-        parser.error("--no_model_id and --no_capability together leave the model tower without input")
-    return args
 
 
 def to_tensors(battles, device) -> tuple:
@@ -151,52 +54,55 @@ def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
     return d, metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx, margin)
 
 
-def run(args: argparse.Namespace, split, device, history: dict) -> None:
-    """Encode, cluster, train, and test once; fills `history`, and writes it and the checkpoint as it goes."""
+def capability_profiles(args: argparse.Namespace, split, cluster_idx, profiles) -> tuple:
+    """What capability vectors begin with, (M, C) with NaN where a value is missing, or None where they are random.
+
+    Returns also what a checkpoint must know to give a new model a vector of that kind.
+    """
+    import torch
+
+    from model_profiling import win_rate_profiles
+    from support.profiles import standardise
+
+    names = split.train.model_names
+    if profiles is not None:
+        facts = profiles.facts(names)
+        return torch.from_numpy(standardise(profiles.of(names, args.allow_missing_profiles), facts)), facts
+    if args.capability_init == "random":
+        return None, {"kind": "random"}
+    query, models, outcome = to_tensors(split.train, "cpu")
+    known = win_rate_profiles(cluster_idx.cpu()[query], models, outcome, len(names), args.num_clusters)  # (M, K)
+    return known, {"kind": "win_rate", "known": known}
+
+
+def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, device, history: dict, keep) -> tuple:
+    """Train a router on the embeddings (Q, H) of the split's queries; the epoch of the best validation AUC counts.
+
+    Fills `history`, and calls `keep(router, improved)` after each epoch. Returns the router with its facts, the
+    standardised embeddings (Q, H) and clusters (Q,).
+    """
     import torch
 
     import metrics
     from loss import bce_loss, bpr_loss, hinge_loss
-    from query_representation import embed
     from rankrouter import RankRouter
     from support import baselines
-    from support.comparison import Judge, describe_clusters
 
-    runs.tune_cpu()
-    checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
-    earlier = checkpoint.with_name("best_model.earlier.pt")  # of another run, and so of another history
-    if checkpoint.is_file():
-        checkpoint.replace(earlier)
-    runs.write_history(args.output_dir, history)
-
-    queries, cache_dir = split.train.queries, None if args.no_cache else args.cache_dir
-    if not args.no_cache and cache_dir is None:
-        cache_dir = user_cache_folder()
-    with runs.timed(timing, "encode"):
-        embeddings, encoder, num_encoded = embed(
-            queries,
-            args.model_path,
-            device,
-            dtype=args.dtype,
-            pooling=args.pooling,
-            max_length=args.max_length,
-            tokens_per_batch=args.encode_tokens,
-            cache_dir=cache_dir,
-        )  # (Q, H)
-    timing |= {"queries_encoded": num_encoded, "queries_from_cache": len(queries) - num_encoded}
-    history["encoder"], history["environment"] = encoder, runs.environment(device, encoder["dtype"])
-    history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
-    runs.print_encoding(encoder, timing, args.max_length)
-
-    # Towers; standardisation and clusters see training queries only
+    # Towers; standardisation, clusters and profiles see training queries only
+    timing = history["timing"]
     torch.manual_seed(args.seed)
     router = RankRouter(split.train.model_names, encoder["width"], vars(args))
     train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
     with runs.timed(timing, "cluster"):
         router.query_tower.fit(embeddings[train_queries], args.seed)
-        router.to(device)
         points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
-        cluster_idx = router.query_tower.assign(points)  # (Q,)
+        cluster_idx = router.query_tower.to(device).assign(points)  # (Q,)
+        vectors, profile_facts = capability_profiles(args, split, cluster_idx, profiles)  # (M, C)
+    if vectors is not None:
+        router.model_tower.set_capabilities(vectors)
+    if args.freeze_capabilities:
+        router.model_tower.capability.weight.requires_grad_(False)
+    router.to(device)
     if args.num_clusters:
         sizes = torch.bincount(cluster_idx.cpu()[train_queries], minlength=args.num_clusters).tolist()  # (K,)
         history["clusters"] = [{"size": size} for size in sizes]
@@ -211,7 +117,7 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
     }[args.loss_type]
     battles, best_single = to_tensors(split.train, device), baselines.best_single_model(split)
     optimiser = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    best_auc, best_state = -1.0, None
+    best_auc, best_state, best_facts = -1.0, None, None
     for epoch in range(args.epochs):
         try:
             with runs.timed(timing, "train"):
@@ -223,21 +129,79 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
             raise UserError(f"epoch {epoch}: {error}{saved}") from error
         history["train_losses"].append(mean_loss)
         history["val_metrics"].append(val)
-        if val["auc"] > best_auc:
+        improved = val["auc"] > best_auc
+        if improved:
             best_auc, history["best_epoch"] = val["auc"], epoch
             best_state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
-            temperature = metrics.fit_temperature(d, split.val.outcome, margin)
-            facts = {"args": vars(args), "encoder": encoder, "epoch": epoch, "val_metrics": val}
-            router.save(checkpoint, **facts, temperature=temperature, best_single_model=best_single)
-            earlier.unlink(missing_ok=True)
-        runs.write_history(args.output_dir, history)
+            best_facts = {
+                "args": vars(args),
+                "encoder": encoder,
+                "data": {"content_hash": history["data"]["content_hash"]},
+                "profiles": profile_facts,
+                "epoch": epoch,
+                "val_metrics": val,
+                "temperature": metrics.fit_temperature(d, split.val.outcome, margin),
+                "best_single_model": best_single,
+            }
+            router.facts = best_facts
+        keep(router, improved)
         print(
             f"epoch {epoch:<3}  loss {mean_loss:.4f}   val  auc {val['auc']:.4f}  accuracy {val['accuracy']:.4f}  "
-            f"log loss {val['log_loss']:.4f}{'  best' if history['best_epoch'] == epoch else ''}"
+            f"log loss {val['log_loss']:.4f}{'  best' if improved else ''}"
         )
+    router.load_state_dict(best_state)
+    return router, points, cluster_idx
+
+
+def run(args: argparse.Namespace, split, whole, profiles, device, history: dict) -> None:
+    """Encode, train, and test once; fills `history`, and writes it and the checkpoint as it goes.
+
+    `whole` is the split with the model that `split` holds out, or is `split`.
+    """
+    from query_representation import Encoder
+    from support import baselines
+    from support.comparison import Judge, describe_clusters
+
+    runs.tune_cpu()
+    checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
+    earlier = checkpoint.with_name("best_model.earlier.pt")  # of another run, and so of another history
+    if checkpoint.is_file():
+        checkpoint.replace(earlier)
+    runs.write_history(args.output_dir, history)
+
+    queries, cache_dir = whole.train.queries, None if args.no_cache else args.cache_dir
+    if not args.no_cache and cache_dir is None:
+        cache_dir = user_cache_folder()
+    with runs.timed(timing, "encode"):
+        encoder = Encoder(
+            args.model_path,
+            device,
+            dtype=args.dtype,
+            pooling=args.pooling,
+            max_length=args.max_length,
+            tokens_per_batch=args.encode_tokens,
+            cache_dir=cache_dir,
+        )
+        embeddings, num_encoded = encoder.embed(queries)  # (Q, H)
+        facts = encoder.facts
+        del encoder  # its network takes memory that training may need
+    timing |= {"queries_encoded": num_encoded, "queries_from_cache": len(queries) - num_encoded}
+    history["encoder"], history["environment"] = facts, runs.environment(device, facts["dtype"])
+    history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
+    runs.print_encoding(facts, timing, args.max_length)
+
+    def keep(router, improved: bool) -> None:
+        if improved:
+            router.save(checkpoint, **router.facts)
+            earlier.unlink(missing_ok=True)
+        runs.write_history(args.output_dir, history)
+
+    place = {query: i for i, query in enumerate(queries)}
+    trained = embeddings if whole is split else embeddings[[place[query] for query in split.train.queries]]  # (Q, H)
+    router, points, cluster_idx = fit(args, split, trained, facts, profiles, device, history, keep)
 
     # Test, once, with the weights that were kept: from memory, as another run may share the folder
-    router.load_state_dict(best_state)
+    margin, temperature = router.link
     with runs.timed(timing, "evaluate"):
         test_scores = router.score(points, cluster_idx, split.test.fought[0])  # (Q, M)
         judge = Judge(split, test_scores, margin, temperature, args.seed)
@@ -249,6 +213,23 @@ def run(args: argparse.Namespace, split, device, history: dict) -> None:
             arrays = points.cpu().numpy(), cluster_idx.cpu().numpy()
             fitted = baselines.fit(split, *arrays, args.num_clusters, args.baselines == "all", args.seed)
             history["baselines"] = judge.compare(fitted)
+
+    if args.hold_out_model is not None:
+        from support.cold_start import cold_start
+
+        print(f"\nceiling  the same with the battles of {one_line(args.hold_out_model)}")
+        beside = {"train_losses": [], "val_metrics": [], "timing": timing, "data": history["data"]}
+        ceiling, *columns = fit(args, whole, embeddings, facts, profiles, device, beside, lambda *_: None)
+        all_points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
+        history["cold_start"] = cold_start(
+            args.hold_out_model,
+            split,
+            whole,
+            (router, all_points, router.query_tower.assign(all_points)),
+            (ceiling, *columns),
+            profiles,
+            args.seed,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -276,7 +257,9 @@ def main(argv: list[str] | None = None) -> None:
     timing = {}
     with runs.timed(timing, "load"):
         battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed)
-        split, split_counts = split_battles(battles, args.split_seed, args.split_by, args.ties, args.pairs_per_query)
+        how = args.split_seed, args.split_by, args.ties, args.pairs_per_query
+        split, split_counts = split_battles(battles, *how, args.hold_out_model)
+        whole = split if args.hold_out_model is None else split_battles(battles, *how)[0]
     data = counts | split_counts
     runs.print_data(data, args.split_by)
     train_queries = data["split"]["train"]["queries"]
@@ -285,6 +268,16 @@ def main(argv: list[str] | None = None) -> None:
             f"--num_clusters {args.num_clusters} is more than the {train_queries} distinct training queries; "
             f"choose at most {train_queries}, or 0 for no cluster features"
         )
+
+    profiles = None
+    if args.capability_file is not None:
+        from support.profiles import read_profiles
+
+        profiles = read_profiles(args.capability_file)
+        profiles.of(whole.train.model_names, args.allow_missing_profiles)  # a missing row is told before encoding
+        runs.print_profiles(profiles, whole.train.model_names)
+    if args.capability_dim is None:
+        args.capability_dim = args.num_clusters if profiles is None else len(profiles.columns)
 
     history = {
         "status": "running",
@@ -299,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         "timing": timing,
     }
     try:
-        run(args, split, device, history)
+        run(args, split, whole, profiles, device, history)
         if truth_known:
             from support.comparison import compare_with_truth
             from support.demo import true_skills

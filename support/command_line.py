@@ -1,6 +1,7 @@
 """What the commands share: flags that explain themselves, one-line errors, exit codes."""
 
 import argparse
+import csv
 import math
 import os
 import sys
@@ -58,9 +59,9 @@ def real_number(interval: str, holds: Callable[[float], bool]) -> Callable[[str]
 
 
 def comma_separated(text: str) -> list[str]:
-    """An argparse type: distinct names with commas between."""
-    found = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    if "" in found:
+    """An argparse type: distinct names with commas between; one that holds a comma is quoted as in CSV."""
+    found = list(dict.fromkeys(name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])))
+    if not found or "" in found:
         raise argparse.ArgumentTypeError(f"expected names with commas between, got {text!r}")
     return found
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from support.files import UserError, atomic_write, make_folder, user_cache_folde
 
 FORMAT_VERSION = 2  # of the shards, and of the arithmetic from text to embedding that they hold
 
+SECONDS_PER_SHARD = 5  # of encoding that a killed run loses at most
 SHARD_NAME = re.compile(r"[0-9]{6}-[0-9a-f]{64}\.safetensors")
 
 
@@ -108,6 +110,31 @@ class EmbeddingCache:
             number = max((int(name[:6]) for name in self.names), default=-1) + 1
             self._write(f"{number:06d}-{hashlib.sha256(data).hexdigest()}.safetensors", data)
         raise UserError(f"{self.folder} does not keep what is written to it; choose another folder with --cache_dir")
+
+    def fill(self, keys: list[bytes], stored: np.ndarray, batches: Iterable, facts: dict) -> int:
+        """Store batches as they come, indices into `keys` (B,) and embeddings (B, H), some seconds' worth in a shard.
+
+        `stored` (Q,) is kept up with what all runs store. Returns how many queries were encoded that were not stored.
+        """
+        waiting, since, encoded = [], time.monotonic(), 0
+
+        def flush():
+            batch, vectors = (np.concatenate(part) for part in zip(*waiting, strict=True))  # (n,), (n, H)
+            waiting.clear()
+            self.store([keys[i] for i in batch], vectors, facts)
+            stored[:] = self.look_up(keys)
+
+        try:
+            for batch in batches:
+                waiting.append(batch)
+                encoded += int((~stored[batch[0]]).sum())
+                if time.monotonic() - since >= SECONDS_PER_SHARD:
+                    flush()
+                    since = time.monotonic()
+        finally:  # what an error or Ctrl-C leaves is kept too
+            if waiting:
+                flush()
+        return encoded
 
     def describe(self, facts: dict) -> None:
         """Write `encoder.json` where there is none, or none that can be read. Raises `UserError` where it cannot."""

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 class UserError(Exception):
@@ -15,17 +17,28 @@ def one_line(text: object) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
 
 
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Replace the file `path` by `data` in one step: a reader or a crash sees the old file or the new one.
+def valid_unicode(text: str) -> str:
+    """The text, with U+FFFD for each lone surrogate, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
-    Raises `UserError` where the file cannot be written; what stood there before is then untouched.
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` in one step when the block ends without an error.
+
+    A reader or a crash sees the old file or the new one. Raises `UserError` where the file cannot be written; what
+    stood there before is then untouched.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")  # two containers may share a pid
     try:
         try:
             with open(beside, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
@@ -33,6 +46,12 @@ def atomic_write(path: str | Path, data: bytes) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Replace the file `path` by `data` as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def make_folder(path: str | Path, flag: str) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from support.files import UserError
+from support.files import UserError, valid_unicode
 from support.tables import Chunk, Table, as_number
 
 OUTCOMES = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "both_bad": 0.5}
@@ -128,7 +128,7 @@ class Rows:
         return None
 
     def add_score(self, text: str, model: object, score: object, prompt_id: object = None) -> str | None:
-        name, value = self.name(model), _score(score)
+        name, value = self.name(model), as_score(score)
         if not name:
             return "without a model name"
         if value is None:
@@ -143,7 +143,7 @@ class Rows:
         return None
 
     def add_scores(self, text: str, scores: Iterable[tuple[object, object]]) -> str | None:
-        values = {self.name(model): _score(score) for model, score in scores}
+        values = {self.name(model): as_score(score) for model, score in scores}
         valid = [(name, value) for name, value in values.items() if name and value is not None]
         if len(valid) < 2:
             return "with fewer than two scores"
@@ -153,12 +153,9 @@ class Rows:
         return None
 
     def clean(self, text: str) -> str:
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # a lone surrogate, which no tokenizer and no file takes
-            self.repaired += 1
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
+        whole = valid_unicode(text)
+        self.repaired += whole != text
+        return whole
 
     def name(self, value: object) -> str:
         missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
@@ -220,7 +217,8 @@ def _outcome(winner: tuple) -> float | None:
     return list(ONE_HOT.values())[flags.index(True)] if sum(flags) == 1 else None
 
 
-def _score(cell: object) -> float | None:
+def as_score(cell: object) -> float | None:
+    """The score that a cell holds; None where it has none, or one that is not finite or beyond the bound."""
     score = as_number(cell)  # a sum of ones above the bound could overflow
     return score if score is not None and math.isfinite(score) and abs(score) < LARGEST_SCORE else None
 

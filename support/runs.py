@@ -120,10 +120,23 @@ def print_data(data: dict, split_by: str) -> None:
             print("rows     are not judged: training and test need some")
     elif split_by == "battle" and {"wide", "nested", "long"}.intersection(data["layouts"]):
         print("rows     of the score table are not judged: --split_by battle puts battles of one row on several sides")
+    if data["training_battles_held_out"]:
+        print(f"held out {data['training_battles_held_out']} training battles, of the model of --hold_out_model")
     if data["training_battles_not_drawn"]:
         print(f"drawn    {data['training_battles_not_drawn']} training battles are left out by --pairs_per_query")
     if data["unseen_model_battles"]:
         print(f"unseen   {data['unseen_model_battles']} held-out battles of models that training never saw: left out")
+
+
+def print_profiles(profiles, model_names: list[str]) -> None:
+    """What a file of capability profiles says of the models of the battles."""
+    scores = profiles.of(model_names, allow_missing=True)  # (M, C)
+    lacking = sum(name not in profiles.rows for name in model_names)
+    missing = sum(int((row != row).sum()) for row in scores) - lacking * len(profiles.columns)
+    print(
+        f"profiles {len(model_names) - lacking} of {len(model_names)} models have a row in {profiles.path}, with "
+        f"{missing} cells missing, of {', '.join(map(one_line, profiles.columns))}"
+    )
 
 
 def print_encoding(encoder: dict, timing: dict, max_length: int) -> None:
@@ -174,12 +187,31 @@ def print_test(history: dict) -> None:
     )
     if "score_table" in history:
         _print_score_table(history, compared)
+    if "cold_start" in history:
+        _print_cold_start(history["cold_start"])
     if "demo" in history and history["demo"]["gap_closed"] is not None:
         print(
             f"RankRouter closes {history['demo']['gap_closed']:.0%} of the gap in AUC between the best "
             "query-independent ranking and the true margins."
         )
     print(f"\nsaved    {history['args']['output_dir']}: best_model.pt, training_history.json")
+
+
+def _print_cold_start(cold: dict) -> None:
+    print(
+        f"\nnew      {one_line(cold['model'])}, left out of training: {cold['test_battles']} test battles of "
+        f"{cold['test_queries']} queries; {cold['draws']} draws of its {cold['calibration_battles']} training battles\n"
+    )
+    print(f"{'battles known':<22}{'RankRouter, AUC, 95 %':<26}{'Bradley-Terry, AUC, 95 %':<26}difference, 95 %")
+    for row in cold["rows"]:
+        told = {"battles": "", "profile": ", its profile", "training": ", trained with"}[row["from"]]
+        line = f"{row['battles']}{told}".ljust(20)
+        for name in ("rank_router", "bradley_terry"):
+            low, high = row[name]["intervals"]["auc"]
+            line += f"{row[name]['auc']:>8.4f} [{low:.4f}, {high:.4f}]"
+        low, high = row["difference"]["intervals"]["auc"]
+        shown = verdict([low, high], LABELS["bradley_terry"], cold["test_queries"])
+        print(f"{line}  {row['difference']['auc']:+.4f} [{low:+.4f}, {high:+.4f}]  {shown}")
 
 
 def _print_score_table(history: dict, compared: dict) -> None:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save
 from transformers import AutoModel
 
 import query_representation
-from query_representation import embed, encode, encode_batches, fill
+from query_representation import Encoder, encode, encode_batches
 from support import embedding_cache
 from support.command_line import run_command
 from support.embedding_cache import EmbeddingCache, query_keys
@@ -33,11 +33,13 @@ FACTS = {"path": "/encoder", "tokens_read": 512}
 
 @pytest.fixture
 def run_embed(demo, tmp_path):
-    """`embed` by the demo's encoder into a cache of this test's own, 64 tokens a batch."""
+    """Embeddings by the demo's encoder, cached by this test alone, 64 tokens a batch; its facts; how many are new."""
 
     def run(queries, model_path=demo / "encoder", **flags):
         how = {"dtype": "float32", "tokens_per_batch": 64, "cache_dir": tmp_path / "cache"} | flags
-        return embed(queries, str(model_path), CPU, **how)
+        encoder = Encoder(str(model_path), CPU, **how)
+        embeddings, encoded = encoder.embed(queries)
+        return embeddings, encoder.facts, encoded
 
     return run
 
@@ -45,7 +47,7 @@ def run_embed(demo, tmp_path):
 @pytest.fixture
 def small_shards(monkeypatch):
     """Every batch becomes a shard."""
-    monkeypatch.setattr(query_representation, "SECONDS_PER_SHARD", 0)
+    monkeypatch.setattr(embedding_cache, "SECONDS_PER_SHARD", 0)
 
 
 @pytest.fixture
@@ -135,8 +137,9 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import query_representation
+from support import embedding_cache
 from support.embedding_cache import EmbeddingCache
-query_representation.SECONDS_PER_SHARD = 0
+embedding_cache.SECONDS_PER_SHARD = 0
 write, written = EmbeddingCache._write, []
 def killed(self, name, data):
     write(self, name, data)
@@ -145,8 +148,8 @@ def killed(self, name, data):
         os.kill(os.getpid(), signal.SIGKILL)
 EmbeddingCache._write = killed
 torch.set_num_threads(1)
-query_representation.embed({QUERIES!r}, {str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32",
-                           tokens_per_batch=64, cache_dir={str(tmp_path / "cache")!r})
+query_representation.Encoder({str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32", tokens_per_batch=64,
+                             cache_dir={str(tmp_path / "cache")!r}).embed({QUERIES!r})
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert ended.returncode == -9, ended.stderr
@@ -306,7 +309,7 @@ def test_what_another_run_stores_meanwhile_is_not_encoded(demo, small_shards, tm
     expected = encode(QUERIES, tokenizer, network, tokens_per_batch=64)
     passes.clear()
     other.store(keys, expected.numpy(), FACTS)
-    fill(mine, keys, stored, iter(waiting), FACTS)
+    mine.fill(keys, stored, iter(waiting), FACTS)
     assert stored.all()
     assert list(batches) == []
     assert not passes
@@ -352,14 +355,14 @@ def test_many_processes_fill_one_cache_together(demo, tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import query_representation
-query_representation.SECONDS_PER_SHARD = 0
+from query_representation import Encoder
+from support import embedding_cache
+embedding_cache.SECONDS_PER_SHARD = 0
 torch.set_num_threads(1)
 queries = {QUERIES!r}[int(sys.argv[1]):]
-got, _, _ = query_representation.embed(queries, {str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32",
-                                       tokens_per_batch=64, cache_dir={str(tmp_path / "cache")!r})
-plain, _, _ = query_representation.embed(queries, {str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32",
-                                         tokens_per_batch=64)
+how = dict(device=torch.device("cpu"), dtype="float32", tokens_per_batch=64)
+got, _ = Encoder({str(demo / "encoder")!r}, cache_dir={str(tmp_path / "cache")!r}, **how).embed(queries)
+plain, _ = Encoder({str(demo / "encoder")!r}, **how).embed(queries)
 torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-4)
 """
     started = [

@@ -17,6 +17,7 @@ ARGS = {
     "no_capability": False,
     "no_model_id": False,
     "dropout": 0.1,
+    "id_dropout": 0.1,
     "similarity_metric": "dot",
 }
 NAMES = ["org/a", "b, c", "\U0001f999"]
@@ -126,7 +127,7 @@ def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path, kind):
         torch.save(good | {"format_version": 99}, path)
     else:
         path.unlink()
-    expected = {"newer": "format 99, expected 1", "missing": "cannot read the checkpoint"}
+    expected = {"newer": "format 99, expected 2", "missing": "cannot read the checkpoint"}
     with pytest.raises(UserError, match=expected.get(kind, "is no RankRouter checkpoint")) as error:
         RankRouter.load(path)
     assert "\n" not in str(error.value)

@@ -23,9 +23,11 @@ FORBIDDEN = {
     "support.baselines": {"torch", "transformers"},
     "support.history": {"torch", "numpy", "pandas", "transformers"},
     "support.plots": {"torch", "pandas", "transformers"},
+    "support.profiles": {"torch", "pandas", "transformers"},
+    "support.prices": {"torch", "pandas", "transformers"},
+    "support.query_files": {"torch", "numpy", "pandas", "transformers"},
     "report": {"torch", "pandas", "transformers"},
 }
-
 
 # What takes seconds to import stands in the functions that need it.
 LAZY = {
@@ -33,6 +35,7 @@ LAZY = {
     "support.encoder": {"transformers", "huggingface_hub"},
     "support.embedding_cache": {"torch", "safetensors"},
     "train": {"torch", "numpy", "sklearn"},
+    "route": {"torch", "numpy", "metrics", "rankrouter", "data_loader"},
     "report": {"numpy", "metrics"},
 }
 

@@ -226,7 +226,8 @@ def test_every_epoch_has_an_order_of_its_own(monkeypatch):
 
 
 def test_the_loss_of_an_epoch_is_the_mean_of_its_battles_also_where_the_last_batch_is_short():
-    args = vars(train.parse_args(["--num_clusters", "0", "--embedding_dim", "8", "--dropout", "0"]))
+    flags = ["--num_clusters", "0", "--embedding_dim", "8", "--dropout", "0", "--id_dropout", "0"]
+    args = vars(train.parse_args(flags))
     router = RankRouter(["x", "y"], 4, args)
     points, zeros = torch.randn(20, 4), torch.zeros(20, dtype=torch.int64)
     outcome = (torch.arange(20) % 3 == 0).float()

@@ -1,0 +1,74 @@
+"""Capability profiles from a file: one row per model, one column per benchmark."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from support.files import UserError, one_line
+from support.layouts import as_score, listed
+from support.tables import open_table
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """What a file says of models, C benchmarks each."""
+
+    path: str
+    columns: list[str]  # (C,) the benchmarks
+    rows: dict[str, np.ndarray]  # model -> its scores (C,), float64, NaN where one is missing
+
+    def of(self, names: list[str], allow_missing: bool = False) -> np.ndarray:
+        """Scores (M, C) of models by name. A model without a row has NaN, or raises `UserError`."""
+        lacking = [name for name in names if name not in self.rows]
+        if lacking and not allow_missing:
+            raise UserError(
+                f"{self.path} has no row for {listed(map(one_line, lacking))}; add it, or let such models have the "
+                "mean, in training, with --allow_missing_profiles"
+            )
+        nothing = np.full(len(self.columns), np.nan)  # (C,)
+        return np.array([self.rows.get(name, nothing) for name in names])  # (M, C)
+
+    def facts(self, names: list[str]) -> dict:
+        """What a checkpoint must know to standardise another model's scores as those of `names`: plain types."""
+        scores = self.of(names, allow_missing=True)  # (M, C)
+        known = ~np.isnan(scores)  # (M, C)
+        empty = [column for column, filled in zip(self.columns, known.any(0), strict=True) if not filled]
+        if empty:
+            raise UserError(f"{self.path}: {listed(empty)} has no number for any model of the battles; leave it out")
+        count = known.sum(0)  # (C,)
+        mean = np.where(known, scores, 0).sum(0) / count  # (C,)
+        scale = np.sqrt(np.square(np.where(known, scores - mean, 0)).sum(0) / count)  # (C,)
+        scale[scale == 0] = 1.0  # a benchmark on which all are equal
+        return {"kind": "file", "columns": self.columns, "mean": mean.tolist(), "scale": scale.tolist()}
+
+
+def read_profiles(path: str) -> Profiles:
+    """The profiles of a parquet, CSV or JSON file: a column `model` or `model_name`, and columns of numbers.
+
+    A cell that is empty, or no finite number, is missing. Raises `UserError` where the columns are others, or a model
+    has two rows.
+    """
+    table = open_table(Path(path).expanduser())
+    name_column = next((name for name in ("model", "model_name") if name in table.columns), None)
+    columns = [name for name in table.numeric if name != name_column]
+    if name_column is None or not columns:
+        raise UserError(
+            f"{path} has the columns {listed(table.columns)}; expected `model` (or `model_name`) and at least one "
+            "column of numbers, a benchmark each"
+        )
+    rows = {}
+    for chunk in table.read([name_column, *columns]):
+        for name, *cells in zip(*chunk.values(), strict=True):
+            if name is None or not str(name).strip():
+                raise UserError(f"{path} has a row without a model's name")
+            if str(name) in rows:
+                raise UserError(f"{path} has two rows of {one_line(name)}; expected one row per model")
+            scores = [as_score(cell) for cell in cells]
+            rows[str(name)] = np.array([np.nan if score is None else score for score in scores])  # (C,)
+    return Profiles(str(path), columns, rows)
+
+
+def standardise(scores: np.ndarray, facts: dict) -> np.ndarray:
+    """Scores (M, C) in units of the standard deviation over the models of training, from their mean."""
+    return (scores - np.array(facts["mean"])) / np.array(facts["scale"])  # (M, C)
