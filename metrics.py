@@ -7,10 +7,8 @@ battle with d = 0 counts one half. A metric that is undefined on the data (N = 0
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.sparse import coo_array
-from scipy.special import logsumexp, stdtrit
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
+# scikit-learn and scipy are imported inside the functions: `route.py` needs no more than a probability of us.
 
 WEIGHTS_AT_ONCE = 2**22  # of bootstrap samples: 32 MB
 
@@ -29,6 +27,8 @@ def auc(d: np.ndarray, outcome: np.ndarray) -> float | None:
 
     So it does not depend on which of the two was called a, and both classes are always present.
     """
+    from sklearn.metrics import roc_auc_score
+
     if len(d) == 0:
         return None
     both_outcomes = np.concatenate([outcome, 1 - outcome])  # (2N,)
@@ -44,6 +44,8 @@ def precision_recall_f1(
     The classes are all models that won or were chosen; a division by zero counts as 0. A battle with d = 0
     chooses each of its models with weight one half.
     """
+    from sklearn.metrics import precision_recall_fscore_support
+
     if len(d) == 0:
         return None, None, None
     won = np.where(outcome == 1, model_a_idx, model_b_idx)
@@ -80,6 +82,8 @@ def log_loss(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperatur
 
 def log_odds(scores: np.ndarray, margin: float = 0.0, temperature: float = 1.0) -> np.ndarray:
     """Each model's log-odds (M,) of beating another drawn at random, from scores (M,), M >= 2."""
+    from scipy.special import logsumexp
+
     log_p = log_win_probability(scores[:, None] - scores, margin, temperature)  # (M, M), row beats column
     np.fill_diagonal(log_p, -np.inf)  # nobody meets itself
     return logsumexp(log_p, axis=1) - logsumexp(log_p, axis=0)  # (M,)
@@ -90,6 +94,8 @@ def fit_temperature(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0) -> 
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
+    from scipy.optimize import minimize_scalar
+
     best = minimize_scalar(
         lambda log_t: log_loss(d, outcome, margin, np.exp(log_t)),
         bounds=np.log([0.01, 100]),
@@ -189,6 +195,8 @@ def evaluate_resamples(
 
     `weights` (R, N) are those of `bootstrap_weights`, N >= 1. Two methods on the same weights are paired.
     """
+    from scipy.sparse import coo_array
+
     lead = np.where(outcome == 1, d, -d)  # (N,) of the winner
     order = np.argsort(lead)  # (N,)
     lead, won = lead[order], np.where(outcome == 1, model_a_idx, model_b_idx)[order]  # (N,) each
@@ -237,6 +245,8 @@ def seeds_interval(differences: Sequence[float], test_by_train: float) -> list[f
     second term corrects; `test_by_train` is n_test/n_train.
     Source: Nadeau and Bengio, "Inference for the Generalization Error", Machine Learning 2003.
     """
+    from scipy.special import stdtrit
+
     count = len(differences)
     half = stdtrit(count - 1, 0.975) * np.std(differences, ddof=1) * np.sqrt(1 / count + test_by_train)
     mean = np.mean(differences)

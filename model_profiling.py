@@ -78,6 +78,12 @@ class ModelTower(nn.Module):
             parts.append(ids)
         return torch.cat(parts, dim=1)  # (M, C + E)
 
+    def unknown_features(self, vectors: torch.Tensor) -> torch.Tensor:
+        """`features` (m, C + E) of models of these capability vectors (m, C) that training has not seen."""
+        if self.model_id is None:
+            return vectors
+        return torch.cat([vectors, self.unknown().expand(len(vectors), -1)], dim=1)  # (m, C + E)
+
     def forward(self) -> torch.Tensor:
         """All models in the shared space: float (M, D)."""
         return self.mlp(self.features())  # (M, D)
@@ -129,14 +135,16 @@ def win_rate_profiles(
     return profiles(_minimise(loss_of, (num_models - len(known), 1 + num_clusters)))
 
 
-def fitted_vector(vectors: torch.Tensor, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def fitted_vector(
+    vectors: torch.Tensor, spread: float, loss_of: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """The capability vector, float64 (C,), of least loss, a priori one more of the kind of `vectors` (M, C).
 
-    `loss_of` takes a vector and returns the sum of battles' -log p. The prior is the Gaussian of the mean and the
-    covariance of the vectors: without battles the vector is their mean, and it stays in the space that they span.
+    `loss_of` takes a vector and returns the sum of battles' -log p. The prior is the Gaussian of the vectors' mean and
+    covariance, the deviations times `spread`: few battles leave a vector near the mean, and in the space of the others.
     """
     centre = vectors.double().mean(0)  # (C,)
-    deviations = (vectors.double() - centre) / max(1, len(vectors) - 1) ** 0.5  # (M, C)
+    deviations = (vectors.double() - centre) * spread / max(1, len(vectors) - 1) ** 0.5  # (M, C)
     best = _minimise(lambda z: loss_of(centre + z @ deviations) + z.square().sum() / 2, (len(vectors),))  # (M,)
     return centre + best @ deviations  # (C,)
 

@@ -210,7 +210,7 @@ class Encoder:
         """Tokenizer and network."""
         return load_encoder(self.folder, self.device, getattr(torch, self.usage["dtype"]))
 
-    @property
+    @cached_property
     def _tokens_read(self) -> int:
         return min(self.usage["max_length"], longest_input(*self.loaded))
 

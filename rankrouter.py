@@ -35,6 +35,7 @@ class RankRouter(nn.Module):
         self.model_names = list(model_names)
         self.facts = {}  # what `load` found beside the weights
         self.encoder = None  # see `open_encoder`
+        self.models = None  # of `_blocks`, once a loaded router has computed them
         self.query_tower = QueryTower(
             encoder_width,
             embedding_dim=args["embedding_dim"],
@@ -66,16 +67,17 @@ class RankRouter(nn.Module):
         return self.log_scale.exp() * F.normalize(q, dim=1) @ F.normalize(m, dim=1).T  # (B, M)
 
     @torch.no_grad()
-    def score(self, points: torch.Tensor, cluster_idx: torch.Tensor, queries: np.ndarray) -> np.ndarray:
+    def score(
+        self, points: torch.Tensor, cluster_idx: torch.Tensor, queries: np.ndarray, models: list | None = None
+    ) -> np.ndarray:
         """Scores (Q, M), float64, of every model for some of the queries of `forward`, by their indices (Q,).
 
-        The router is left in evaluation mode. Raises `UserError` where a score is not finite.
+        `models` are those of `_blocks`, where they have been computed already. The router is left in evaluation mode.
+        Raises `UserError` where a score is not finite.
         """
-        self.eval()
-        blocks = self.model_tower.features().split(MODELS_AT_ONCE)
-        padded = [F.pad(block, (0, 0, 0, MODELS_AT_ONCE - len(block))) for block in blocks]  # (32, C + E) each
-        models = [self.model_tower.mlp(block) for block in padded]  # (32, D) each
-        scores = []
+        if self.training:
+            self.eval()
+        models, scores = self._blocks() if models is None else models, []
         for some in torch.from_numpy(queries).to(points.device).split(ROWS_AT_ONCE):
             q = self.query_tower(points[some], cluster_idx[some])  # (B, D)
             scores.append(torch.cat([self.similarity(q, m) for m in models], dim=1))  # (B, M and the padding)
@@ -83,6 +85,13 @@ class RankRouter(nn.Module):
         if not scores.isfinite().all():
             raise UserError("the router's scores are not finite; try a lower --lr")
         return scores.cpu().double().numpy()
+
+    @torch.no_grad()
+    def _blocks(self) -> list[torch.Tensor]:
+        """All models in the shared space, padded blocks of them, float (32, D) each."""
+        blocks = self.model_tower.features().split(MODELS_AT_ONCE)
+        padded = [F.pad(block, (0, 0, 0, MODELS_AT_ONCE - len(block))) for block in blocks]  # (32, C + E) each
+        return [self.model_tower.mlp(block) for block in padded]  # (32, D) each
 
     @property
     def link(self) -> tuple[float, float]:
@@ -105,7 +114,7 @@ class RankRouter(nn.Module):
                 f"the encoder at {encoder.path} is not the one that the router was trained with: its fingerprint is "
                 f"{found[:12]}, expected {expected[:12]}; name that one's folder with --model_path"
             )
-        self.encoder = encoder
+        self.encoder, self.models = encoder, None
         self.to(device)
 
     def embed(self, queries: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +143,8 @@ class RankRouter(nn.Module):
     def scores_of(self, queries: list[str]) -> np.ndarray:
         """A loaded router's scores (Q, M), float64, of every model for queries. Raises as `embed` does."""
         points, cluster_idx = self.embed(queries)
-        return self.score(points, cluster_idx, np.arange(len(points)))  # (Q, M)
+        self.models = self.models or self._blocks()
+        return self.score(points, cluster_idx, np.arange(len(points)), self.models)  # (Q, M)
 
     def rank(
         self, queries: list[str], top_k: int | None = None, models: list[str] | None = None
@@ -178,6 +188,7 @@ class RankRouter(nn.Module):
         self.refuse_known(name)
         self.model_tower.add_model(vector.float().to(self.model_tower.capability.weight.device))
         self.model_names.append(name)
+        self.models = None
         if self.facts["profiles"]["kind"] == "win_rate":
             known = self.facts["profiles"]["known"]  # (M, K)
             self.facts["profiles"] = {"kind": "win_rate", "known": torch.cat([known, vector[None].to(known)])}
@@ -200,20 +211,27 @@ class RankRouter(nn.Module):
             known = self.facts["profiles"]["known"]  # (M, K)
             models = torch.stack([torch.full_like(opponents, len(known)), opponents], dim=1)  # (n, 2)
             return win_rate_profiles(clusters, models, outcome, len(known) + 1, known.shape[1], known)[-1]  # (K,)
+        if not len(outcome):
+            return self.model_tower.capability.weight.mean(0).cpu().double()  # (C,)
         router, (margin, temperature) = copy.deepcopy(self).eval().requires_grad_(False), self.link
         q = router.query_tower(points, cluster_idx).cpu().double()  # (n, D)
         tower = router.cpu().double().model_tower
-        theirs = router.similarity(q, tower()).gather(1, opponents[:, None])[:, 0]  # (n,)
-        unknown = [] if tower.model_id is None else [tower.unknown()]  # (E,)
+        vectors = tower.capability.weight  # (M, C)
+        scores = router.similarity(q, tower())  # (n, M)
+        theirs = scores.gather(1, opponents[:, None])[:, 0]  # (n,)
+        # How far known models would lie apart if they were as unknown: as the new one's ID tells nothing of it, its
+        # vector must be allowed to say what theirs leave to their IDs.
+        unknown = router.similarity(q, tower.mlp(tower.unknown_features(vectors)))  # (n, M)
+        spread = (scores.mean(0).std() / unknown.mean(0).std()).nan_to_num(1.0, 1.0)
 
         def loss_of(vector: torch.Tensor) -> torch.Tensor:
-            m = tower.mlp(torch.cat([vector, *unknown]))  # (D,)
-            d = (router.similarity(q, m[None])[:, 0] - theirs) / temperature  # (n,)
+            ours = router.similarity(q, tower.mlp(tower.unknown_features(vector[None])))[:, 0]  # (n,)
+            d = (ours - theirs) / temperature  # (n,)
             for_new, for_other = F.logsigmoid(margin + d), F.logsigmoid(margin - d)  # (n,) each
             log_p = outcome * for_new + (1 - outcome) * for_other - torch.logaddexp(for_new, for_other)  # (n,)
             return -log_p.sum()
 
-        return fitted_vector(tower.capability.weight, loss_of)  # (C,)
+        return fitted_vector(vectors, spread, loss_of)  # (C,)
 
     def save(self, path: str | Path, **facts) -> None:
         """Write a checkpoint: weights and buffers, model names, and `facts` in plain Python types.

@@ -31,6 +31,7 @@ FORBIDDEN = {
 
 # What takes seconds to import stands in the functions that need it.
 LAZY = {
+    "metrics": {"scipy", "sklearn"},
     "query_representation": {"transformers", "sklearn", "tokenizers", "tqdm"},
     "support.encoder": {"transformers", "huggingface_hub"},
     "support.embedding_cache": {"torch", "safetensors"},

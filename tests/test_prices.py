@@ -1,0 +1,100 @@
+"""Prices: budgets against every possible weight, the curve worked by hand, and what is refused."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from support.files import UserError
+from support.prices import cheapest_first, choose, curve, mean_price, read_prices, weight_for_budget
+
+
+def test_the_budget_is_met_by_the_choice_of_the_highest_scores():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        scores, prices = rng.normal(size=(6, 3)), np.sort(rng.random(3))
+        dear, least = mean_price(scores, prices, 0.0), prices.min()
+        budget = rng.uniform(least, dear)
+        weight = weight_for_budget(scores, prices, budget)
+        taken = choose(scores, prices, weight)
+        spent, got = prices[taken].mean(), scores[np.arange(6), taken].sum()
+        assert spent <= budget * (1 + 1e-9)
+        # Of all 729 ways to choose, none that costs no more than this one scores more.
+        for other in itertools.product(range(3), repeat=6):
+            if prices[list(other)].mean() <= spent:
+                assert scores[np.arange(6), list(other)].sum() <= got + 1e-9
+        # And a weight any lower would break the budget, unless the router keeps to it by itself.
+        assert weight == 0 or mean_price(scores, prices, weight * (1 - 1e-9)) > budget
+
+
+def test_a_budget_that_is_no_constraint_costs_no_score():
+    scores, prices = np.array([[1.0, 3.0], [2.0, 1.0]]), np.array([0.1, 1.0])
+    assert weight_for_budget(scores, prices, 0.55) == 0
+    assert weight_for_budget(scores, prices, 5.0) == 0
+    assert weight_for_budget(scores, prices, 0.5) == pytest.approx(2 / 0.9)  # where the first query turns
+    with pytest.raises(UserError, match="less than the cheapest models cost, 0.1 per query"):
+        weight_for_budget(scores, prices, 0.09)
+
+
+def test_of_equal_utilities_the_cheaper_is_chosen():
+    assert choose(np.array([[1.0, 1.0]]), np.array([0.1, 0.2]), 0.0).tolist() == [0]
+    names, prices = cheapest_first(["a", "b", "c"], ["a", "b", "c"], {"a": 3.0, "b": 1.0, "c": 2.0}, "prices.csv")
+    assert names == ["b", "c", "a"]
+    assert prices.tolist() == [1, 2, 3]
+
+
+def test_the_curve_by_hand():
+    # Two battles and two models; the dear one has the higher scores, by 1 and by 3, and wins the second battle.
+    scores, prices = np.array([[0.0, 1.0], [0.0, 3.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])
+    worth = np.array([[1.0, 0.0], [0.0, 1.0]])
+    points = curve(scores, prices, worth, np.array([0, 1]), seed=0, steps=2)
+    assert [point["mean_price"] for point in points] == [2.0, 1.5, 1.0]
+    assert [point["worth"] for point in points] == [0.5, 1.0, 0.5]
+    assert [point["random_mix"] for point in points] == [0.5, 0.5, 0.5]
+    np.testing.assert_allclose([point["cost_weight"] for point in points], [0, 1, 3])
+    assert points[1]["interval"] == [1.0, 1.0]
+    assert points[0]["interval"] == [0.0, 1.0]
+
+
+def test_a_model_that_is_not_to_be_had_is_neither_chosen_nor_the_cheapest():
+    scores, prices = np.array([[-np.inf, 1.0, 2.0]] * 3), np.tile([0.1, 1.0, 5.0], (3, 1))
+    points = curve(scores, prices, np.array([[0.0, 0.2, 0.9]] * 3), np.arange(3), seed=0, steps=4)
+    assert points[-1]["mean_price"] == 1.0
+    assert points[-1]["worth"] == pytest.approx(0.2)
+    assert points[0]["worth"] == pytest.approx(0.9)
+
+
+def test_a_curve_of_equal_prices_is_a_point():
+    (point,) = curve(np.eye(2), np.ones((2, 2)), np.eye(2), np.arange(2), seed=0)
+    assert (point["mean_price"], point["worth"], point["random_mix"]) == (1, 1, 1)
+
+
+def test_prices_per_token_are_those_of_a_query_with_its_answer(tmp_path):
+    (tmp_path / "p.csv").write_text("model,price_per_million_tokens\na,10\nb,0.5\n")
+    assert read_prices(str(tmp_path / "p.csv"), 2000.0) == pytest.approx({"a": 0.02, "b": 0.001})
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "expected"),
+    [
+        ("model,price\na,1\n", None, "has the columns model, price; expected `model` and one of"),
+        ("model,price_per_query,price_per_million_tokens\na,1,2\n", None, "expected `model` and one of"),
+        ("model,price_per_query\na,1\na,2\n", None, "two prices of a"),
+        ("model,price_per_query\na,-1\n", None, "the price of a is '-1'; expected a number of at least 0"),
+        ("model,price_per_query\na,free\n", None, "the price of a is 'free'"),
+        ("model,price_per_query\na,nan\n", None, "the price of a is 'nan'"),
+        ("model,price_per_million_tokens\na,1\n", None, "which needs --tokens_per_query"),
+        ("model,price_per_query\na,1\n", 100.0, "which takes no --tokens_per_query"),
+    ],
+)
+def test_what_is_no_table_of_prices_is_refused(tmp_path, text, tokens, expected):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(UserError, match=expected):
+        read_prices(str(tmp_path / "p.csv"), tokens)
+
+
+def test_every_model_needs_a_price_and_every_price_a_model():
+    with pytest.raises(UserError, match=r"p.csv has no price of b; .* --models can choose"):
+        cheapest_first(["a", "b"], ["a", "b"], {"a": 1.0}, "p.csv")
+    with pytest.raises(UserError, match=r"has prices of gtp-4, which the router does not know; it knows a, gpt-4"):
+        cheapest_first(["a"], ["a", "gpt-4"], {"a": 1.0, "gtp-4": 2.0}, "p.csv")
