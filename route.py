@@ -101,14 +101,16 @@ def read(args: argparse.Namespace, malformed: list[int]) -> Iterator[list[str]]:
     if args.input is None:
         yield args.queries
         return
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file need not hold every step
+    is_seen = sys.stderr.isatty()
+    every = 0.1 if is_seen else 30  # seconds; a log file need not hold every step
     with tqdm(desc="route", unit=" queries", delay=1, mininterval=every) as bar:
         for chunk in read_queries(args.input):
             for number, query, problem in chunk:
                 if query is None:
                     if args.strict:
                         raise UserError(f"{args.input}, line {number}: {problem}")
-                    bar.write(f"{one_line(args.input)}, line {number}: {one_line(problem)}; left out", file=sys.stderr)
+                    told = f"{one_line(args.input)}, line {number}: {one_line(problem)}; left out"
+                    (bar.write if is_seen else print)(told, file=sys.stderr)  # the one puts the bar below it
                     malformed.append(number)
             queries = [query for _, query, _ in chunk if query is not None]
             yield queries

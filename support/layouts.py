@@ -70,13 +70,14 @@ def find_layout(table: Table, score_columns: list[str] | None = None) -> Layout:
     elif prompt and "scores" in found:
         return Layout("nested", prompt, ("scores",))
     elif prompt:
-        models = [name for name in table.numeric if name != prompt and _is_model(name)]
+        models = [name for name in table.numeric if name != prompt and is_score_column(name)]
         if models:
             return Layout("wide", prompt, tuple(models))
     raise UserError(f"{table.file} has the columns {listed(table.columns)}; expected {LAYOUTS}")
 
 
-def _is_model(column: str) -> bool:
+def is_score_column(column: str) -> bool:
+    """Whether a column of numbers is one of scores by its name, and no id or index."""
     name = column.strip().lower()
     return "|" not in name and name not in NOT_MODELS and not name.startswith(NOT_MODELS_PREFIX)
 

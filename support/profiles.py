@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import UserError, one_line
-from support.layouts import as_score, listed
+from support.layouts import as_score, is_score_column, listed
 from support.tables import open_table
 
 
@@ -46,12 +46,12 @@ class Profiles:
 def read_profiles(path: str) -> Profiles:
     """The profiles of a parquet, CSV or JSON file: a column `model` or `model_name`, and columns of numbers.
 
-    A cell that is empty, or no finite number, is missing. Raises `UserError` where the columns are others, or a model
-    has two rows.
+    An id or index is no benchmark. A cell that is empty, or no finite number, is missing. Raises `UserError` where the
+    columns are others, or a model has two rows.
     """
     table = open_table(Path(path).expanduser())
     name_column = next((name for name in ("model", "model_name") if name in table.columns), None)
-    columns = [name for name in table.numeric if name != name_column]
+    columns = [name for name in table.numeric if name != name_column and is_score_column(name)]
     if name_column is None or not columns:
         raise UserError(
             f"{path} has the columns {listed(table.columns)}; expected `model` (or `model_name`) and at least one "

@@ -1,4 +1,4 @@
-"""Capability vectors: win rates and fitted vectors against computations of their own, masks, dropout of IDs, new models."""
+"""Capability vectors: win rates and fitted vectors against other computations; masks, dropped IDs, new models."""
 
 import numpy as np
 import pytest

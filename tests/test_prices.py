@@ -32,7 +32,7 @@ def test_a_budget_that_is_no_constraint_costs_no_score():
     assert weight_for_budget(scores, prices, 0.55) == 0
     assert weight_for_budget(scores, prices, 5.0) == 0
     assert weight_for_budget(scores, prices, 0.5) == pytest.approx(2 / 0.9)  # where the first query turns
-    with pytest.raises(UserError, match="less than the cheapest models cost, 0.1 per query"):
+    with pytest.raises(UserError, match=r"less than the cheapest models cost, 0\.1 per query"):
         weight_for_budget(scores, prices, 0.09)
 
 

@@ -31,7 +31,7 @@ def test_scores_are_standardised_over_the_models_of_the_battles(write):
 
 def test_a_model_without_a_row_is_an_error_that_names_it_or_is_missing_throughout(write):
     profiles = read_profiles(write(CSV.replace("n/a", "NA")))
-    with pytest.raises(UserError, match="has no row for e, f; .*--allow_missing_profiles"):
+    with pytest.raises(UserError, match=r"has no row for e, f; .*--allow_missing_profiles"):
         profiles.of(["a", "f", "e"])
     assert np.isnan(profiles.of(["f"], allow_missing=True)).all()
     facts = profiles.facts(["a", "org/d", "f"])  # which does not count

@@ -1,10 +1,13 @@
 """Scores against a computation of their own, and checkpoints that come back bit for bit."""
 
+import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
+from metrics import log_win_probability
 from model_profiling import ModelTower
 from rankrouter import RankRouter
 from support.files import UserError
@@ -87,6 +90,66 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, changes):
     assert not loaded.training
     assert torch.equal(loaded.query_tower.assign(points), cluster_idx)
     assert torch.equal(loaded(points, cluster_idx), router(points, cluster_idx))
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("num_models", [3, 31, 32, 33])
+def test_a_new_model_leaves_the_scores_of_the_others_as_they_are_to_the_last_bit(similarity, num_models):
+    torch.manual_seed(0)
+    router = RankRouter([f"m{i}" for i in range(num_models)], 8, ARGS | {"similarity_metric": similarity})
+    router.facts = {"profiles": {"kind": "random"}}
+    points, zeros = torch.randn(500, 8), torch.zeros(500, dtype=torch.int64)
+    before = router.score(points, zeros, np.arange(500))
+    assert before.shape == (500, num_models)
+    np.testing.assert_allclose(before, router(points, zeros).detach(), atol=1e-5)
+    for added in range(3):
+        router.add_model(f"new{added}", torch.randn(5))
+        after = router.score(points, zeros, np.arange(500))
+        assert np.array_equal(after[:, :num_models], before)
+        np.testing.assert_allclose(after, router(points, zeros).detach(), atol=1e-5)
+
+
+def test_a_new_model_needs_a_name_of_its_own_and_capability_vectors():
+    router, _, _ = make()
+    with pytest.raises(UserError, match="knows b, c already"):
+        router.add_model("b, c", torch.zeros(5))
+    router, _, _ = make(no_capability=True)
+    with pytest.raises(UserError, match="--no_capability"):
+        router.add_model("new", torch.zeros(5))
+
+
+@pytest.mark.parametrize("changes", [{}, {"similarity_metric": "cosine"}, {"no_model_id": True}, {"id_dropout": 0}])
+def test_a_vector_fitted_to_battles_is_the_likeliest_under_its_prior(changes):
+    router, points, cluster_idx = make(**changes)
+    router.facts = {"profiles": {"kind": "random"}, "args": {"margin": 0.5, "loss_type": "bpr"}, "temperature": 2.0}
+    opponents, outcome = torch.arange(60) % 3, (torch.arange(60) % 4 != 0).double()
+    battles = points, cluster_idx, opponents, outcome
+    vectors = router.model_tower.capability.weight.detach().double()
+    state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
+
+    def loss(vector, spread):
+        """The negative log posterior, by the matrix of scores with the vector in its place."""
+        wider = copy.deepcopy(router)
+        wider.model_names.append("new")
+        wider.model_tower.add_model(vector.float())
+        scores = wider.score(points, cluster_idx, np.arange(60))
+        d = scores[:, 3] - scores[np.arange(60), opponents]
+        log_p = np.where(outcome == 1, log_win_probability(d, 0.5, 2.0), log_win_probability(-d, 0.5, 2.0))
+        off = (vector - vectors.mean(0)).numpy()
+        return -log_p.sum() + off @ np.linalg.pinv(spread**2 * torch.cov(vectors.T).numpy(), rcond=1e-6) @ off / 2
+
+    found = router.vector_from_battles(*battles)
+    with torch.no_grad():
+        q, tower = router.query_tower(points, cluster_idx), router.model_tower
+        known, unknown = tower(), tower.mlp(tower.unknown_features(vectors.float()))  # (M, D) each
+        spread = float(router.similarity(q, known).mean(0).std() / router.similarity(q, unknown).mean(0).std())
+    best, directions = loss(found, spread), vectors - vectors.mean(0)  # the prior allows these alone
+    for direction in directions:
+        for step in (-0.005, 0.005):
+            assert loss(found + step * direction, spread) > best
+    assert all(torch.equal(tensor, router.state_dict()[name]) for name, tensor in state.items())
+    none = [column[:0] for column in battles]
+    torch.testing.assert_close(router.vector_from_battles(*none), vectors.mean(0))
 
 
 def test_a_checkpoint_holds_plain_tensors_and_types(tmp_path):
