@@ -130,8 +130,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     profiled = args.capability_file is not None or args.capability_init == "win_rate"
     if args.no_model_id and args.no_capability:
         parser.error("--no_model_id and --no_capability together leave the model tower without input")
-    if args.no_capability and (profiled or args.freeze_capabilities):
-        parser.error("--no_capability leaves no capability vectors to begin with anything, or to freeze")
+    if args.no_capability and (profiled or args.freeze_capabilities or args.hold_out_model is not None):
+        parser.error(
+            "--no_capability leaves no capability vectors, to begin with anything, freeze, or give a new model"
+        )
     if args.capability_file is not None and args.capability_init == "win_rate":
         parser.error("--capability_file and --capability_init win_rate exclude each other")
     if profiled and args.capability_dim is not None:

@@ -1,5 +1,6 @@
 """Every layout from files in its public schema, the split, and files that are broken."""
 
+import argparse
 import csv
 import gzip
 import json
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_loader import load_battles, split_battles
+from support.command_line import comma_separated
 from support.files import UserError
 
 
@@ -614,6 +616,14 @@ def test_no_usable_battle_gives_the_counts_by_reason(tmp_path):
 def test_paths_that_are_no_files(path):
     with pytest.raises(UserError, match="no data at"):
         load_battles(path)
+
+
+def test_a_name_with_a_comma_is_quoted_as_in_csv():
+    assert comma_separated("a, b") == ["a", "b"]
+    assert comma_separated('"b, c",a,"say ""hi"""') == ["b, c", "a", 'say "hi"']
+    for text in ("", ",", "a,,b"):
+        with pytest.raises(argparse.ArgumentTypeError, match="names with commas between"):
+            comma_separated(text)
 
 
 def test_a_folder_without_data_and_missing_score_columns(tmp_path):
