@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support import runs
 from support.command_line import run_command
-from support.files import UserError, make_folder, one_line, user_cache_folder
+from support.files import UserError, content_hash, make_folder, one_line, user_cache_folder
 from support.flags import parse_args
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
@@ -218,18 +218,12 @@ def run(args: argparse.Namespace, split, whole, profiles, device, history: dict)
         from support.cold_start import cold_start
 
         print(f"\nceiling  the same with the battles of {one_line(args.hold_out_model)}")
-        beside = {"train_losses": [], "val_metrics": [], "timing": timing, "data": history["data"]}
-        ceiling, *columns = fit(args, whole, embeddings, facts, profiles, device, beside, lambda *_: None)
-        all_points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
-        history["cold_start"] = cold_start(
-            args.hold_out_model,
-            split,
-            whole,
-            (router, all_points, router.query_tower.assign(all_points)),
-            (ceiling, *columns),
-            profiles,
-            args.seed,
-        )
+        beside = {"train_losses": [], "val_metrics": [], "timing": {}, "data": history["data"]}
+        with runs.timed(timing, "cold_start"):
+            ceiling = fit(args, whole, embeddings, facts, profiles, device, beside, lambda *_: None)
+            points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
+            trained = router, points, router.query_tower.assign(points)
+            history["cold_start"] = cold_start(args.hold_out_model, split, whole, trained, ceiling, profiles, args.seed)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -262,6 +256,10 @@ def main(argv: list[str] | None = None) -> None:
         whole = split if args.hold_out_model is None else split_battles(battles, *how)[0]
     data = counts | split_counts
     runs.print_data(data, args.split_by)
+    if args.hold_out_model is not None:
+        from support.cold_start import held_out_battles
+
+        held_out_battles(args.hold_out_model, split, whole)  # that there are any is known before encoding
     train_queries = data["split"]["train"]["queries"]
     if args.num_clusters > train_queries:
         raise UserError(
@@ -275,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
 
         profiles = read_profiles(args.capability_file)
         profiles.of(whole.train.model_names, args.allow_missing_profiles)  # a missing row is told before encoding
+        data["capability_file_hash"] = content_hash([profiles.path])
         runs.print_profiles(profiles, whole.train.model_names)
     if args.capability_dim is None:
         args.capability_dim = args.num_clusters if profiles is None else len(profiles.columns)

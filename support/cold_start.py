@@ -16,8 +16,8 @@ METRICS = ("auc", "accuracy", "log_loss_calibrated")
 
 
 def battles_of(battles, name: str, known: list[str]):
-    """The battles of a model against those of `known`."""
-    number = battles.model_names.index(name)
+    """The battles of a model against those of `known`; none where it has no battle."""
+    number = battles.model_names.index(name) if name in battles.model_names else -1
     opponents = [place for place, other in enumerate(battles.model_names) if other in set(known) - {name}]
     a, b = battles.model_a_idx, battles.model_b_idx  # (N,) each
     return battles.select((a == number) & np.isin(b, opponents) | (b == number) & np.isin(a, opponents))
@@ -32,6 +32,20 @@ def in_view_of(name: str, battles, router) -> tuple[torch.Tensor, torch.Tensor, 
     return tuple(torch.from_numpy(column) for column in (battles.query_idx, opponents, outcome.astype(np.float64)))
 
 
+def held_out_battles(name: str, split, whole) -> tuple:
+    """The battles of a model that `split` holds out, against models that it knows: calibration and test.
+
+    `whole` is the split with the model. Raises `UserError` where there is no test battle.
+    """
+    pool, test = (battles_of(side, name, split.train.model_names) for side in (whole.train, whole.test))
+    if not len(test):
+        raise UserError(
+            f"--hold_out_model {one_line(name)}: it has {len(pool)} training battles and no decisive test battle "
+            "against the other models; expected some of both"
+        )
+    return pool, test
+
+
 def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles, seed: int) -> dict:
     """AUC, accuracy and calibrated log loss on the test battles of a model that was held out, RankRouter's and
     Bradley-Terry's on the same battles, with paired intervals over the test queries.
@@ -44,13 +58,7 @@ def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles
         profiles: those of `--capability_file`, or None.
         seed: of the calibration battles' draws, and of the bootstrap.
     """
-    router, *columns = trained
-    known = router.model_names
-    pool, test = (battles_of(side, name, known) for side in (whole.train, whole.test))
-    if not len(test):
-        raise UserError(
-            f"{one_line(name)} has no decisive test battle against the other models; expected some, to hold it out"
-        )
+    (router, *columns), (pool, test) = trained, held_out_battles(name, split, whole)
     weights = metrics.bootstrap_weights(test.query_idx, seed)  # (R, n)
     weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + R, n), the test set itself before its samples
     number = whole.train.model_names.index(name)
@@ -61,7 +69,7 @@ def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles
         found = metrics.evaluate_resamples(test.margins(scores), *sides, weights, margin, temperature)
         return np.array([found[metric] for metric in METRICS])
 
-    def judge_router(router, columns: tuple) -> np.ndarray:
+    def judge_router(router, *columns: torch.Tensor) -> np.ndarray:
         scores = np.full((len(test.fought[0]), len(whole.train.model_names)), np.nan)  # (Q, M)
         place = [whole.train.model_names.index(model) for model in router.model_names]
         scores[:, place] = router.score(*columns, test.fought[0])
@@ -70,7 +78,7 @@ def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles
     def judge_with(vector: torch.Tensor) -> np.ndarray:
         wider = copy.deepcopy(router)
         wider.add_model(name, vector)
-        return judge_router(wider, columns)
+        return judge_router(wider, *columns)
 
     chosen, strengths, _ = best(rankings(split), split)
     temperature = metrics.fit_temperature(split.val.margins(strengths), split.val.outcome)
@@ -91,7 +99,7 @@ def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles
     if profiles is not None:
         vector = torch.from_numpy(standardise(profiles.of([name], True), router.facts["profiles"])[0])  # (C,)
         rows.insert(1, {"battles": 0, "from": "profile"} | _compared([judge_with(vector)], [judge_ranking(others)]))
-    with_all = _compared([judge_router(*ceiling[:1], ceiling[1:])], [judge_ranking(whole.train)])
+    with_all = _compared([judge_router(*ceiling)], [judge_ranking(whole.train)])
     rows.append({"battles": len(pool), "from": "training"} | with_all)
     size = {"test_battles": len(test), "test_queries": len(test.fought[0]), "calibration_battles": len(pool)}
     return {"model": name, **size, "draws": DRAWS, "rows": rows}

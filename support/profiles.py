@@ -66,7 +66,7 @@ def read_profiles(path: str) -> Profiles:
                 raise UserError(f"{path} has two rows of {one_line(name)}; expected one row per model")
             scores = [as_score(cell) for cell in cells]
             rows[str(name)] = np.array([np.nan if score is None else score for score in scores])  # (C,)
-    return Profiles(str(path), columns, rows)
+    return Profiles(str(table.file), columns, rows)
 
 
 def standardise(scores: np.ndarray, facts: dict) -> np.ndarray:
