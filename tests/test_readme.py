@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+import route
 import train
+from rankrouter import RankRouter
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,11 +22,14 @@ def section(title):
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def test_every_flag_stands_there_with_its_default():
-    rows = re.findall(r"^\| `--(\w+)` \| (?:`(.*?)`)? ?\|", section("Flags"), re.MULTILINE)
-    defaults = {name: value for name, value in vars(train.parse_args([])).items() if name != "split_seed"}
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_flag_stands_there_with_its_default(number):
+    table = section("Flags").split("Those of `route.py`:")[number]
+    rows = re.findall(r"^\| `--(\w+)` \| (?:`(.*?)`)? ?\|", table, re.MULTILINE)
+    args = vars(route.parse_args(["a query"]) if number else train.parse_args([]))
+    defaults = {name: value for name, value in args.items() if name not in ("split_seed", "queries")}
     expected = {name: "" if value is None or value is False else str(value) for name, value in defaults.items()}
-    assert dict(rows) == expected | {"split_seed": ""}
+    assert dict(rows) == (expected if number else expected | {"split_seed": ""})
 
 
 def test_the_file_map_is_complete():
@@ -80,6 +86,56 @@ def test_the_lines_that_report_on_runs_run(outputs):
     assert len((outputs / "runs.csv").read_text().splitlines()) == 3
     assert "pictures/baselines.png" in ended.stderr
     assert (outputs / "pictures/clusters-outputs-bpr.png").is_file()
+
+
+@pytest.fixture
+def routing(default_run, demo, tmp_path):
+    """A folder with all that the README's lines on routing name."""
+    shutil.copytree(default_run[1], tmp_path / "outputs")
+    (tmp_path / "queries.txt").write_text("".join(f"How do I invert matrix {i}?\n" for i in range(20)))
+    names = RankRouter.load(tmp_path / "outputs/best_model.pt").model_names
+    prices = pd.DataFrame({"model": names, "price_per_query": [0.001 * (1 + i) for i in range(len(names))]})
+    prices.to_csv(tmp_path / "prices.csv", index=False)
+    table = pd.read_parquet(demo / "battles.parquet")[:60]
+    table.to_parquet(tmp_path / "battles.parquet")
+    table.loc[:40, "model_a"] = "new-model"
+    table.to_parquet(tmp_path / "new_battles.parquet")
+    return tmp_path
+
+
+def run_lines(block, folder):
+    lines = [line.replace("python route.py", f"{sys.executable} {ROOT / 'route.py'}") for line in block.splitlines()]
+    return subprocess.run(
+        ["bash", "-ec", "\n".join(lines)], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_the_lines_that_route_run_and_print_what_is_shown(routing):
+    (block,) = re.findall(r"```bash\n(.*?)```", section("Routing"), re.DOTALL)
+    printed = run_lines(block, routing)
+    shown = re.search(r"```text\n(.*?)```", section("Routing"), re.DOTALL)[1]
+
+    def shape(text):  # but for the last column, which the best single model leaves empty
+        text = re.sub(r"demo-model-\w|-?\d+(\.\d+)?(e-\d+)?", "_", text)
+        return [line.split()[:4] for line in text.splitlines() if line]
+
+    assert shape(printed)[:10] == shape(shown)[:10]
+    rankings = [json.loads(line) for line in (routing / "rankings.jsonl").read_text().splitlines()]
+    assert len(rankings) == 20
+    assert sum(ranking["prices"][0] for ranking in rankings) / 20 <= 0.002
+
+
+def test_the_example_that_ranks_runs(routing):
+    code = re.search(r"```python\n(.*?)```", section("Routing"), re.DOTALL)[1]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=routing, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"(\['demo-model-\w -?\d+\.\d\d'(, 'demo-model-\w -?\d+\.\d\d'){2}\]\n){2}", ended.stdout)
+
+
+def test_the_line_that_adds_a_model_runs(routing):
+    (block,) = re.findall(r"```bash\n(.*?)```", section("A model that was not there"), re.DOTALL)
+    run_lines(block, routing)
+    assert RankRouter.load(routing / "wider.pt").model_names[-1] == "new-model"
 
 
 def test_the_two_commands_are_the_first_two_blocks():
