@@ -213,7 +213,8 @@ class RankRouter(nn.Module):
             return win_rate_profiles(clusters, models, outcome, len(known) + 1, known.shape[1], known)[-1]  # (K,)
         if not len(outcome):
             return self.model_tower.capability.weight.mean(0).cpu().double()  # (C,)
-        router, (margin, temperature) = copy.deepcopy(self).eval().requires_grad_(False), self.link
+        (margin, temperature), without_encoder = self.link, {id(self.encoder): None}
+        router = copy.deepcopy(self, without_encoder).eval().requires_grad_(False)
         q = router.query_tower(points, cluster_idx).cpu().double()  # (n, D)
         tower = router.cpu().double().model_tower
         vectors = tower.capability.weight  # (M, C)
