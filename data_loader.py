@@ -1,5 +1,6 @@
 """Battles between models, loaded from files in the public layouts and split by query."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -166,16 +167,15 @@ def split_battles(
 
     tie = battles.outcome == 0.5
     in_train = (side == "train") & (~tie if ties == "drop" else True)  # (N,)
-    held = np.zeros(len(battles), bool)  # (N,)
+    num_train = int(in_train.sum())
+    if pairs_per_query:
+        in_train = _draw(in_train, battles.query_idx, pairs_per_query, seed)  # (N,)
+    num_drawn = int(in_train.sum())
     if hold_out is not None:
         if hold_out not in battles.model_names:
             raise UserError(f"no model is named {hold_out!r}; found {listed(battles.model_names)}")
         number = battles.model_names.index(hold_out)
-        held = in_train & ((battles.model_a_idx == number) | (battles.model_b_idx == number))  # (N,)
-        in_train &= ~held
-    num_train = int(in_train.sum())
-    if pairs_per_query:
-        in_train = _draw(in_train, battles.query_idx, pairs_per_query, seed)  # (N,)
+        in_train &= (battles.model_a_idx != number) & (battles.model_b_idx != number)  # (N,)
     seen = np.union1d(battles.model_a_idx[in_train], battles.model_b_idx[in_train])  # (M,)
     known = np.isin(battles.model_a_idx, seen) & np.isin(battles.model_b_idx, seen)  # (N,)
     held_out = (side != "train") & ~tie & known  # (N,)
@@ -212,13 +212,19 @@ def split_battles(
     counts = {
         "split": sizes,
         "ties_left_out": int((tie & ((side != "train") | (ties == "drop"))).sum()),
-        "training_battles_held_out": int(held.sum()),
-        "training_battles_not_drawn": num_train - int(in_train.sum()),
+        "training_battles_not_drawn": num_train - num_drawn,
+        "training_battles_held_out": num_drawn - int(in_train.sum()),
         "table_rows": table_rows,
         "unseen_model_battles": int(((side != "train") & ~tie & ~known).sum()),
         "test_queries_in_train": len(np.intersect1d(split.train.query_idx, split.test.query_idx)),
     }
     return split, counts
+
+
+def query_ids(queries: list[str]) -> np.ndarray:
+    """A number (Q,), int64, for each query, by its text with white space folded: 64 bits of its SHA-256."""
+    digests = (hashlib.sha256(" ".join(query.split()).encode()).digest()[:8] for query in queries)
+    return np.frombuffer(b"".join(digests), np.int64).copy()  # (Q,), to write to, as torch wants it
 
 
 def _draw(mask: np.ndarray, query_idx: np.ndarray, most: int, seed: int) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 import copy
 import io
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ class RankRouter(nn.Module):
         self.model_names = list(model_names)
         self.facts = {}  # what `load` found beside the weights
         self.encoder = None  # see `open_encoder`
-        self.models = None  # of `_blocks`, once a loaded router has computed them
+        self.models = None  # the weights' version and their `_blocks`, once they have been computed
         self.query_tower = QueryTower(
             encoder_width,
             embedding_dim=args["embedding_dim"],
@@ -124,6 +125,7 @@ class RankRouter(nn.Module):
         """
         if isinstance(queries, str):
             raise UserError("queries is one text, expected a list of texts")
+        queries = list(queries)
         for number, query in enumerate(queries, start=1):
             if not isinstance(query, str) or not query.strip():
                 raise UserError(
@@ -143,8 +145,11 @@ class RankRouter(nn.Module):
     def scores_of(self, queries: list[str]) -> np.ndarray:
         """A loaded router's scores (Q, M), float64, of every model for queries. Raises as `embed` does."""
         points, cluster_idx = self.embed(queries)
-        self.models = self.models or self._blocks()
-        return self.score(points, cluster_idx, np.arange(len(points)), self.models)  # (Q, M)
+        self.eval()
+        version = sum(parameter._version for parameter in self.parameters())  # grows with each change of a weight
+        if self.models is None or self.models[0] != version:
+            self.models = version, self._blocks()
+        return self.score(points, cluster_idx, np.arange(len(points)), self.models[1])  # (Q, M)
 
     def rank(
         self, queries: list[str], top_k: int | None = None, models: list[str] | None = None
@@ -154,7 +159,9 @@ class RankRouter(nn.Module):
         `top_k` of them, all without it; `models` restricts to some. Scores of one query compare with each other, not
         with those of another query. Raises `UserError` on an unknown model, an empty query, or a missing encoder.
         """
-        chosen = self.indices(self.model_names if models is None else models)  # (m,)
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k is {top_k}, expected at least 1")
+        chosen = self.indices(self.model_names if models is None else list(dict.fromkeys(models)))  # (m,)
         scores = self.scores_of(queries)[:, chosen]  # (Q, m)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (Q, k)
         return [
@@ -164,7 +171,7 @@ class RankRouter(nn.Module):
 
     def indices(self, names: list[str]) -> np.ndarray:
         """Indices (m,) of models by name. Raises `UserError` on one that is not routed."""
-        place = {name: i for i, name in enumerate(self.model_names)}
+        place, names = {name: i for i, name in enumerate(self.model_names)}, list(names)
         unknown = [name for name in names if name not in place]
         if unknown:
             raise UserError(
@@ -173,8 +180,10 @@ class RankRouter(nn.Module):
             )
         return np.array([place[name] for name in names], np.int64)
 
-    def refuse_known(self, name: str) -> None:
-        """Raise `UserError` where the name of a new model is known, or the router has no capability vectors."""
+    def refuse_name(self, name: str) -> None:
+        """Raise `UserError` where a new model may not have that name, or the router has no capability vectors."""
+        if not name.strip() or name != valid_unicode(name):
+            raise UserError(f"{name!r} is no name for a model; expected text, in valid Unicode")
         if name in self.model_names:
             raise UserError(f"the router knows {one_line(name)} already; a new model needs a name of its own")
         if self.model_tower.capability is None:
@@ -183,9 +192,9 @@ class RankRouter(nn.Module):
     def add_model(self, name: str, vector: torch.Tensor) -> None:
         """Route one more model, of this capability vector (C,), NaN where it has no value; nothing else changes.
 
-        Raises `UserError` as `refuse_known` does.
+        Raises `UserError` as `refuse_name` does.
         """
-        self.refuse_known(name)
+        self.refuse_name(name)
         self.model_tower.add_model(vector.float().to(self.model_tower.capability.weight.device))
         self.model_names.append(name)
         self.models = None
@@ -262,17 +271,46 @@ class RankRouter(nn.Module):
         except Exception as error:  # whatever a foreign or damaged file raises in torch's reader, or lacks
             raise _not_ours(path, error) from error
         if version != FORMAT_VERSION:
-            raise UserError(f"{path} has checkpoint format {version}, expected {FORMAT_VERSION}; train it again")
+            raise UserError(f"{path} has checkpoint format {version!r}, expected {FORMAT_VERSION}; train it again")
         try:
             state, model_names = checkpoint.pop("model_state_dict"), checkpoint.pop("model_names")
             router = cls(model_names, checkpoint["encoder"]["width"], checkpoint["args"])
             router.load_state_dict(state)
+            router.facts = checkpoint
+            wrong = [what for what, holds in router._promises() if not holds]
         except Exception as error:  # as above
             raise _not_ours(path, error) from error
-        router.facts = checkpoint
+        if wrong:
+            raise UserError(f"{path} is a damaged RankRouter checkpoint: {wrong[0]} is not what training writes")
         return router.eval()
+
+    def _promises(self) -> Iterator[tuple[str, bool]]:
+        """What routing relies on in a checkpoint, and whether it holds; raises whatever it may where one lacks."""
+        facts, profiles, names = self.facts, self.facts["profiles"], self.model_names
+        args, (margin, temperature) = facts["args"], self.link
+        yield "a model's name", all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+        yield "the best single model", facts["best_single_model"] in names
+        yield "a weight", all(tensor.isfinite().all() for tensor in self.state_dict().values())
+        yield "the temperature", 0 < temperature < np.inf
+        yield "the margin", 0 <= margin < np.inf
+        yield (
+            "a fact of the encoder",
+            all(isinstance(facts["encoder"][key], str) for key in ("path", "fingerprint", "dtype")),
+        )
+        yield (
+            "a flag",
+            isinstance(args["pooling"], str) and all(type(args[key]) is int for key in ("max_length", "seed")),
+        )
+        yield "the list of seen queries", facts["seen_queries"].dtype == torch.int64 and facts["seen_queries"].ndim == 1
+        if profiles["kind"] == "win_rate":
+            yield "a profile", profiles["known"].shape == self.model_tower.capability.weight.shape
+        elif profiles["kind"] == "file":
+            width = self.model_tower.capability.weight.shape[1]
+            yield "a profile", all(len(profiles[key]) == width for key in ("columns", "mean", "scale"))
 
 
 def _not_ours(path: str | Path, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [""])[0]
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to open it all the same
+        return UserError(f"{path} is no RankRouter checkpoint: it is damaged, or holds objects that are no tensors")
+    reason = one_line(str(error))[:200]
     return UserError(f"{path} is no RankRouter checkpoint ({type(error).__name__}: {reason})")

@@ -2,80 +2,18 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 from support import runs
-from support.command_line import OneLineParser, comma_separated, real_number, run_command, whole_number
+from support.command_line import run_command
 from support.files import UserError, atomic_file, one_line, user_cache_folder
+from support.route_flags import parse_args
 
 # torch and the files that need it are imported inside the functions below: --help and a typo answer at once.
 
-CHECKPOINT = "./outputs/best_model.pt"
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Raises `UserError` where they do not go together."""
-    parser = OneLineParser("Rank the models for queries with a trained router, or bring in a new model.")
-    positive, not_negative = real_number("above 0", lambda x: x > 0), real_number("of at least 0", lambda x: x >= 0)
-    parser.add_argument("queries", nargs="*", help="rank the models for these")
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="best_model.pt of a run of train.py")
-    parser.add_argument("--top_k", metavar="K", type=whole_number(1), help="only the K best models")
-    parser.add_argument("--models", metavar="A,B,...", type=comma_separated, help="rank only these")
-
-    batch = parser.add_argument_group("batches")
-    batch.add_argument(
-        "--input",
-        metavar="FILE",
-        help="queries: a text per line, JSON lines, parquet or CSV with `query` or `prompt`; - is standard input",
-    )
-    batch.add_argument("--output", metavar="FILE", help="JSON lines of query, ranking, scores; else standard output")
-    batch.add_argument("--strict", action="store_true", help="stop at the first malformed line")
-
-    money = parser.add_argument_group("prices")
-    money.add_argument(
-        "--prices", metavar="FILE", help="table of `model` and `price_per_query` or `price_per_million_tokens`"
-    )
-    money.add_argument(
-        "--tokens_per_query", metavar="N", type=positive, help="of query and answer, for prices per million tokens"
-    )
-    money.add_argument("--cost_weight", metavar="W", type=not_negative, help="rank by score - W * price per query")
-    money.add_argument("--budget", metavar="PRICE", type=not_negative, help="mean price per query, met by the best W")
-    money.add_argument(
-        "--curve",
-        metavar="DATA",
-        help="quality by cost, on battles or a score table; of the training data, on its test",
-    )
-
-    new = parser.add_argument_group("a new model")
-    new.add_argument("--add_model", metavar="NAME", help="write a checkpoint that knows this model too; no retraining")
-    new.add_argument("--battles", metavar="DATA", help="its battles against known models, a few dozen")
-    new.add_argument("--profile", metavar="FILE", help="or its row of benchmarks, as in --capability_file of training")
-    new.add_argument("--save", metavar="FILE", help="the new checkpoint")
-
-    encoder = parser.add_argument_group("encoder")
-    encoder.add_argument("--model_path", help="where it is now; without it, where it was in training")
-    encoder.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: cuda, else mps, else cpu")
-    encoder.add_argument("--encode_tokens", metavar="N", type=whole_number(1), help="tokens per batch of queries")
-    encoder.add_argument("--cache_dir", metavar="DIR", help="where embeddings are kept, else the user's cache folder")
-    encoder.add_argument("--no_cache", action="store_true", help="neither read nor keep embeddings")
-    args = parser.parse_args(argv)
-
-    tasks = {"queries": args.queries, "--input": args.input, "--curve": args.curve, "--add_model": args.add_model}
-    chosen = [name for name, value in tasks.items() if value not in (None, [])]
-    if len(chosen) != 1:
-        parser.error(f"expected one of {', '.join(tasks)}, got {' and '.join(chosen) or 'none'}")
-    if args.add_model is not None and ((args.battles is None) == (args.profile is None) or args.save is None):
-        parser.error("--add_model needs --save, and one of --battles and --profile")
-    if args.add_model is None and (args.battles, args.profile, args.save) != (None, None, None):
-        parser.error("--battles, --profile and --save are for --add_model")
-    if args.prices is None and not (args.cost_weight is args.budget is args.tokens_per_query is args.curve is None):
-        parser.error("--cost_weight, --budget, --tokens_per_query and --curve need --prices")
-    if args.cost_weight is not None and args.budget is not None:
-        parser.error("--cost_weight and --budget exclude each other")
-    return args
+FARTHEST = 10  # standard deviations of a benchmark: beyond is another unit
 
 
 def candidates(args: argparse.Namespace, router) -> tuple:
@@ -132,6 +70,8 @@ def rank(args: argparse.Namespace, router) -> bool:
         every = [scores[:, columns] for queries, scores in scored if queries]  # (Q, m) each
         weight = weight_for_budget(np.concatenate(every), prices, args.budget) if every else 0.0
     in_text = args.input is None and args.output is None
+    if args.output is None and sys.stdout is None:
+        raise UserError("standard output is closed; give --output")
     with nullcontext(sys.stdout.buffer) if args.output is None else atomic_file(args.output) as file:
         for queries, scores in scored:
             order = np.argsort(weight * prices - scores[:, columns], axis=1, kind="stable")  # (Q, m)
@@ -179,40 +119,33 @@ def print_ranking(query: str, scores, order, router, prices, top_k: int | None) 
 
 
 def draw_curve(args: argparse.Namespace, router) -> None:
-    """Print, or write as JSON lines, quality by cost on battles or on a score table whose outcomes are known."""
-    from data_loader import data_files, load_battles, split_battles
-    from support.files import content_hash
+    """Print, or write as JSON lines, quality by cost where outcomes are known and the router was not trained."""
+    from data_loader import load_battles
     from support.prices import curve, options
 
     names, prices = candidates(args, router)  # (m,) each
-    trained = router.facts["args"]
-    if content_hash(data_files(args.curve)) == router.facts["data"]["content_hash"]:  # it has seen all but the test
-        battles, _ = load_battles(args.curve, trained["score_columns"], trained["limit"], trained["split_seed"])
-        how = (trained[flag] for flag in ("split_seed", "split_by", "ties", "pairs_per_query", "hold_out_model"))
-        battles, which = split_battles(battles, *how)[0].test, "test "
-    else:
-        battles, which = load_battles(args.curve)[0], ""
-    query_idx, scores, costs, worth = options(battles, names, prices, router)  # (n,), (n, m) each
-    points = curve(scores, costs, worth, query_idx, trained["seed"])
+    battles, counts = load_battles(args.curve)
+    runs.print_rows(counts)
+    (query_idx, *choices), left_out = options(battles, names, prices, router)  # (n,), (n, m) each
+    print("left out " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
+    points = curve(*choices, query_idx, router.facts["args"]["seed"])
+    unit = "battles, won" if battles.table is None else "rows of a score table, mean score"
+    print(f"curve    on {len(query_idx)} {unit} by the model chosen; a random mix is of the ends of the curve\n")
     if args.output is not None:
         with atomic_file(args.output) as file:
             file.writelines(json.dumps(point).encode() + b"\n" for point in points)
         return
-    unit = "battles, won" if battles.table is None else "rows of a score table, mean score"
-    print(f"curve    on {len(worth)} {which}{unit} by the model chosen; a random mix is of the ends of the curve\n")
-    print(f"{'cost weight':>12}{'mean price':>12}{'worth':>10}{'95 %':>20}{'random mix':>14}")
+    print(f"{'cost weight':>12}{'mean price':>13}{'worth':>10}{'95 %':>20}{'random mix':>14}")
     for point in points:
         low, high = point["interval"]
-        line = f"{point['cost_weight']:>12.6g}{point['mean_price']:>12.6g}{point['worth']:>10.4f}"
+        line = f"{point['cost_weight']:>12.6g} {point['mean_price']:>12.6g}{point['worth']:>10.4f}"
         print(f"{line}{f'[{low:.4f}, {high:.4f}]':>20}{point['random_mix']:>14.4f}")
 
 
 def add_model(args: argparse.Namespace, router) -> None:
     """Write a checkpoint that knows one more model, by its row of benchmarks or by battles; nothing is retrained."""
     name, facts = args.add_model, router.facts
-    router.refuse_known(name)
-    if os.path.realpath(args.save) == os.path.realpath(args.checkpoint):
-        raise UserError("--save is the checkpoint itself; expected a new file")
+    router.refuse_name(name)
     vector, source = (
         vector_of_profile(args, router) if args.battles is None else vector_of_battles(args, router)
     )  # (C,)
@@ -224,6 +157,7 @@ def add_model(args: argparse.Namespace, router) -> None:
 
 def vector_of_profile(args: argparse.Namespace, router) -> tuple:
     """The new model's capability vector (C,) by its row of benchmarks, and what to record of it."""
+    import numpy as np
     import torch
 
     from support.profiles import read_profiles, standardise
@@ -238,19 +172,32 @@ def vector_of_profile(args: argparse.Namespace, router) -> tuple:
     if lacking:
         raise UserError(f"{args.profile} lacks {', '.join(map(one_line, lacking))}, a benchmark of training; add it")
     scores = profiles.of([args.add_model])[:, [profiles.columns.index(column) for column in facts["columns"]]]  # (1, C)
-    print(f"profile  {one_line(args.add_model)} by its row of {args.profile}")
-    return torch.from_numpy(standardise(scores, facts)[0]), {"from": "profile"}
+    vector = standardise(scores, facts)[0]  # (C,)
+    if np.isnan(vector).all():
+        raise UserError(f"{args.profile} has no number for {one_line(args.add_model)}; expected at least one benchmark")
+    far = [name for name, value in zip(facts["columns"], vector, strict=True) if abs(value) > FARTHEST]
+    if far:
+        raise UserError(
+            f"{args.profile}: {', '.join(map(one_line, far))} of {one_line(args.add_model)} lies more than {FARTHEST} "
+            "standard deviations from the models of training; expected the unit of --capability_file"
+        )
+    known = int((~np.isnan(vector)).sum())
+    print(f"profile  {one_line(args.add_model)} by {known} of {len(vector)} benchmarks")
+    return torch.from_numpy(vector), {"from": "profile"}
 
 
 def vector_of_battles(args: argparse.Namespace, router) -> tuple:
     """The new model's capability vector (C,) by battles against models that the router knows, and what to record."""
-    from data_loader import load_battles
+    import torch
+
+    from data_loader import load_battles, query_ids
     from support.cold_start import battles_of, in_view_of
     from support.layouts import listed
 
     battles, counts = load_battles(args.battles)
-    name, known = args.add_model, router.model_names
-    own = battles_of(battles, name, known) if name in battles.model_names else battles.select([])
+    runs.print_rows(counts)
+    name = args.add_model
+    own = battles_of(battles, name, router.model_names)
     if not len(own):
         found = listed(map(one_line, battles.model_names))
         raise UserError(
@@ -264,6 +211,8 @@ def vector_of_battles(args: argparse.Namespace, router) -> tuple:
         f"{len(battles) - len(own)} others left out"
     )
     vector = router.vector_from_battles(points[row], cluster_idx[row], opponents, outcome)  # (C,)
+    seen = torch.from_numpy(query_ids([battles.queries[i] for i in queries]))  # (Q,)
+    router.facts["seen_queries"] = torch.cat([router.facts["seen_queries"], seen]).unique()
     return vector, {"from": "battles", "battles": len(own), "content_hash": counts["content_hash"]}
 
 

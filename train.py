@@ -8,7 +8,7 @@ from pathlib import Path
 from support import runs
 from support.command_line import run_command
 from support.files import UserError, content_hash, make_folder, one_line, user_cache_folder
-from support.flags import parse_args
+from support.train_flags import parse_args
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
 # been checked: --help and a typo answer at once.
@@ -81,9 +81,11 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
     Fills `history`, and calls `keep(router, improved)` after each epoch. Returns the router with its facts, the
     standardised embeddings (Q, H) and clusters (Q,).
     """
+    import numpy as np
     import torch
 
     import metrics
+    from data_loader import query_ids
     from loss import bce_loss, bpr_loss, hinge_loss
     from rankrouter import RankRouter
     from support import baselines
@@ -116,6 +118,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
         "hinge": partial(hinge_loss, margin=args.margin),
     }[args.loss_type]
     battles, best_single = to_tensors(split.train, device), baselines.best_single_model(split)
+    seen = query_ids([split.train.queries[i] for i in np.union1d(split.train.query_idx, split.val.query_idx)])  # (Q,)
     optimiser = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     best_auc, best_state, best_facts = -1.0, None, None
     for epoch in range(args.epochs):
@@ -136,7 +139,8 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
             best_facts = {
                 "args": vars(args),
                 "encoder": encoder,
-                "data": {"content_hash": history["data"]["content_hash"]},
+                "content_hash": history["data"]["content_hash"],
+                "seen_queries": torch.from_numpy(seen),
                 "profiles": profile_facts,
                 "epoch": epoch,
                 "val_metrics": val,

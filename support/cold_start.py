@@ -96,7 +96,7 @@ def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles
             routed.append(judge_with(router.vector_from_battles(points, cluster_idx, opponents, outcome)))
             ranked.append(judge_ranking(others.joined(drawn)))
         rows.append({"battles": count, "from": "battles"} | _compared(routed, ranked))
-    if profiles is not None:
+    if profiles is not None and name in profiles.rows:
         vector = torch.from_numpy(standardise(profiles.of([name], True), router.facts["profiles"])[0])  # (C,)
         rows.insert(1, {"battles": 0, "from": "profile"} | _compared([judge_with(vector)], [judge_ranking(others)]))
     with_all = _compared([judge_router(*ceiling)], [judge_ranking(whole.train)])

@@ -60,10 +60,27 @@ def real_number(interval: str, holds: Callable[[float], bool]) -> Callable[[str]
 
 def comma_separated(text: str) -> list[str]:
     """An argparse type: distinct names with commas between; one that holds a comma is quoted as in CSV."""
-    found = list(dict.fromkeys(name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])))
+    try:
+        found = list(dict.fromkeys(name.strip() for name in next(csv.reader([text], skipinitialspace=True), [""])))
+    except csv.Error:  # a newline outside of quotes
+        found = [""]
     if not found or "" in found:
         raise argparse.ArgumentTypeError(f"expected names with commas between, got {text!r}")
     return found
+
+
+def some_path(text: str) -> str:
+    """An argparse type: the path of a file or folder, ~ being the home folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
+    return os.path.expanduser(text)
+
+
+def some_text(text: str) -> str:
+    """An argparse type: a name that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a name, got {text!r}")
+    return text
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,18 +31,24 @@ def valid_unicode(text: str) -> str:
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` in one step when the block ends without an error.
 
-    A reader or a crash sees the old file or the new one. Raises `UserError` where the file cannot be written; what
-    stood there before is then untouched.
+    A reader or a crash sees the old file or the new one. What is no file (a device, a pipe) is written as it goes, and
+    a link stays one. Raises `UserError` where the file cannot be written; what stood there before is then untouched.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")  # two containers may share a pid
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as file:
+                yield file
+            return
+        place = Path(os.path.realpath(path))
+        beside = place.with_name(f".{place.name}.{os.getpid()}.{os.urandom(4).hex()}")  # two containers may share a pid
         try:
             with open(beside, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            if place.is_file():
+                shutil.copymode(place, beside)
+            os.replace(beside, place)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:

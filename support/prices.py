@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 
 import metrics
+from data_loader import query_ids
 from support.files import UserError, one_line
 from support.layouts import listed
 from support.tables import as_number, open_table
 
+MOST = 1e15  # of a price per query and of a cost weight: their products are exact enough to rank by
 PER_QUERY, PER_TOKENS = "price_per_query", "price_per_million_tokens"
 
 
@@ -18,7 +20,7 @@ def read_prices(path: str, tokens_per_query: float | None) -> dict[str, float]:
     A price per million tokens is that of a query with its answer, of `tokens_per_query` tokens together. Raises
     `UserError` where the columns are others, a price is no number of at least 0, or a model stands twice.
     """
-    table = open_table(Path(path).expanduser())
+    table = open_table(Path(path))
     name_column = next((name for name in ("model", "model_name") if name in table.columns), None)
     found = [name for name in (PER_QUERY, PER_TOKENS) if name in table.columns]
     if name_column is None or len(found) != 1:
@@ -33,8 +35,9 @@ def read_prices(path: str, tokens_per_query: float | None) -> dict[str, float]:
     for chunk in table.read([name_column, found[0]]):
         for name, cell in zip(chunk[name_column], chunk[found[0]], strict=True):
             price = as_number(cell)
-            if price is None or not 0 <= price < 1e30:
-                raise UserError(f"{path}: the price of {one_line(name)} is {cell!r}; expected a number of at least 0")
+            if price is None or not 0 <= price * unit <= MOST:
+                found = f"{path}: the price of {one_line(name)} is {cell!r}"
+                raise UserError(f"{found}; expected a number of at least 0, and at most {MOST:g} per query")
             if str(name) in prices:
                 raise UserError(f"{path} has two prices of {one_line(name)}; expected one")
             prices[str(name)] = price * unit
@@ -100,35 +103,40 @@ def weight_for_budget(scores: np.ndarray, prices: np.ndarray, budget: float) -> 
     return high
 
 
-def options(battles, names: list[str], prices: np.ndarray, router) -> tuple[np.ndarray, ...]:
+def options(battles, names: list[str], prices: np.ndarray, router) -> tuple[tuple[np.ndarray, ...], dict]:
     """What there is to choose from, as `curve` takes it: query (n,), scores, prices and worth (n, m) of each model.
 
-    Of a score table, its rows, with the models `names`; of battles, the decisive ones between two of these.
+    Of a score table, its rows, with the models `names`; of battles, the decisive ones between two of these. Queries
+    that the router was trained on or chosen by are left out; returns also what was left out, counted by reason.
     """
     columns, place = router.indices(names), {name: i for i, name in enumerate(names)}  # (m,)
     if battles.table is not None:
         worth = np.full((len(battles.table.scores), len(names)), np.nan)  # (R, m)
-        known = [name for name in battles.model_names if name in place]
-        worth[:, [place[name] for name in known]] = battles.table.scores[
-            :, [battles.model_names.index(n) for n in known]
-        ]
-        rows = (~np.isnan(worth)).sum(1) > 1  # (R,)
-        query_idx, worth = battles.table.query_idx[rows], worth[rows]  # (n,), (n, m)
-        costs = np.broadcast_to(prices, worth.shape)  # (n, m)
-        models = np.broadcast_to(columns, worth.shape)  # (n, m)
+        for i, name in enumerate(battles.model_names):
+            if name in place:
+                worth[:, place[name]] = battles.table.scores[:, i]
+        query_idx, usable = battles.table.query_idx, (~np.isnan(worth)).sum(1) > 1  # (R,) each
+        left_out = {"rows without two of these models": int((~usable).sum())}
+        which = np.broadcast_to(np.arange(len(names)), worth.shape)  # (R, m), into the names
     else:
         number = np.array([place.get(name, -1) for name in battles.model_names])  # (M,)
-        pairs = number[np.column_stack([battles.model_a_idx, battles.model_b_idx])]  # (N, 2)
-        decisive = (pairs >= 0).all(1) & (battles.outcome != 0.5)  # (N,)
-        pairs, outcome, query_idx = pairs[decisive], battles.outcome[decisive], battles.query_idx[decisive]
-        worth = np.column_stack([outcome, 1 - outcome]).astype(np.float64)  # (n, 2)
-        costs, models = prices[pairs], columns[pairs]  # (n, 2) each
-    if not len(query_idx):
-        raise UserError(f"no outcome there is between two of {listed(map(one_line, names))}; expected some")
+        which = number[np.column_stack([battles.model_a_idx, battles.model_b_idx])]  # (N, 2), into the names
+        worth = np.column_stack([battles.outcome, 1 - battles.outcome]).astype(np.float64)  # (N, 2)
+        known, tie = (which >= 0).all(1), battles.outcome == 0.5  # (N,) each
+        query_idx, usable = battles.query_idx, known & ~tie  # (N,) each
+        left_out = {"ties": int(tie.sum()), "battles of other models": int((~known & ~tie).sum())}
+    seen = np.isin(query_ids(battles.queries), router.facts["seen_queries"].numpy())[query_idx]  # (N,)
+    left_out["on queries that the router was trained on"] = int((usable & seen).sum())
+    usable &= ~seen
+    if not usable.any():
+        told = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise UserError(f"no outcome is left to draw a curve on: {told}; expected others, between models with a price")
+    query_idx, which, worth = query_idx[usable], which[usable], worth[usable]  # (n,), (n, m) each
     queries, row = np.unique(query_idx, return_inverse=True)  # (Q,), (n,)
-    scores = router.scores_of([battles.queries[i] for i in queries])  # (Q, M)
-    scores = np.take_along_axis(scores[row], models, axis=1)  # (n, m)
-    return query_idx, np.where(np.isnan(worth), -np.inf, scores), costs, np.nan_to_num(worth)
+    scores = router.scores_of([battles.queries[i] for i in queries])[:, columns]  # (Q, m)
+    scores = np.take_along_axis(scores[row], which, axis=1)  # (n, m)
+    choices = query_idx, np.where(np.isnan(worth), -np.inf, scores), prices[which], np.nan_to_num(worth)
+    return choices, left_out
 
 
 def curve(

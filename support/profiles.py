@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import UserError, one_line
+from support.files import UserError, one_line, valid_unicode
 from support.layouts import as_score, is_score_column, listed
-from support.tables import open_table
+from support.tables import NO_NUMBER, as_number, open_table
 
 
 @dataclass(frozen=True)
@@ -39,34 +39,48 @@ class Profiles:
         count = known.sum(0)  # (C,)
         mean = np.where(known, scores, 0).sum(0) / count  # (C,)
         scale = np.sqrt(np.square(np.where(known, scores - mean, 0)).sum(0) / count)  # (C,)
-        scale[scale == 0] = 1.0  # a benchmark on which all are equal
+        highest, lowest = np.where(known, scores, -np.inf).max(0), np.where(known, scores, np.inf).min(0)  # (C,) each
+        scale[highest == lowest] = 1.0  # not what rounding makes of 0
         return {"kind": "file", "columns": self.columns, "mean": mean.tolist(), "scale": scale.tolist()}
 
 
 def read_profiles(path: str) -> Profiles:
     """The profiles of a parquet, CSV or JSON file: a column `model` or `model_name`, and columns of numbers.
 
-    An id or index is no benchmark. A cell that is empty, or no finite number, is missing. Raises `UserError` where the
-    columns are others, or a model has two rows.
+    An id or index is no benchmark, nor is a column of texts. An empty cell is missing. Raises `UserError` where the
+    columns are others, one holds both numbers and texts, or a model has two rows.
     """
-    table = open_table(Path(path).expanduser())
+    table = open_table(Path(path))
     name_column = next((name for name in ("model", "model_name") if name in table.columns), None)
-    columns = [name for name in table.numeric if name != name_column and is_score_column(name)]
-    if name_column is None or not columns:
-        raise UserError(
-            f"{path} has the columns {listed(table.columns)}; expected `model` (or `model_name`) and at least one "
-            "column of numbers, a benchmark each"
-        )
-    rows = {}
+    columns = [name for name in table.columns if name != name_column and is_score_column(name)]
+    if name_column is None:
+        raise UserError(f"{path} has the columns {listed(table.columns)}; expected `model` (or `model_name`)")
+    rows, texts, numbers = {}, {}, set()
     for chunk in table.read([name_column, *columns]):
         for name, *cells in zip(*chunk.values(), strict=True):
-            if name is None or not str(name).strip():
+            name = "" if name is None else valid_unicode(str(name))
+            if not name.strip():
                 raise UserError(f"{path} has a row without a model's name")
-            if str(name) in rows:
+            if name in rows:
                 raise UserError(f"{path} has two rows of {one_line(name)}; expected one row per model")
-            scores = [as_score(cell) for cell in cells]
-            rows[str(name)] = np.array([np.nan if score is None else score for score in scores])  # (C,)
-    return Profiles(str(table.file), columns, rows)
+            rows[name] = {}
+            for column, cell in zip(columns, cells, strict=True):
+                number = as_number(cell)
+                missing = cell is None or cell in NO_NUMBER or (number is not None and np.isnan(number))
+                score = rows[name][column] = np.nan if missing else as_score(cell)
+                if score is None:
+                    texts.setdefault(column, f"{one_line(cell)!r} for {one_line(name)}")
+                elif not np.isnan(score):
+                    numbers.add(column)
+    for column in numbers.intersection(texts):
+        raise UserError(f"{path} has {texts[column]} in {one_line(column)}; expected a finite number, or an empty cell")
+    benchmarks = [column for column in columns if column not in texts]
+    if not benchmarks:
+        raise UserError(
+            f"{path} has the columns {listed(table.columns)}; expected a column of numbers, a benchmark each"
+        )
+    scores = {name: np.array([row[column] for column in benchmarks]) for name, row in rows.items()}  # (C,) each
+    return Profiles(str(path), benchmarks, scores)
 
 
 def standardise(scores: np.ndarray, facts: dict) -> np.ndarray:

@@ -94,10 +94,15 @@ def environment(device, dtype: str) -> dict:
     }
 
 
+def print_rows(counts: dict) -> None:
+    """What was read of battles, and left out, from the counts of `load_battles`."""
+    dropped = ", ".join(f"{count} {reason}" for reason, count in counts["rows_dropped"].items()) or "none"
+    print(f"data     {counts['rows_read']} rows, dropped: {dropped}; from {counts['path']}")
+
+
 def print_data(data: dict, split_by: str) -> None:
     """What was read and how it was split, from the `data` of a history and the flag."""
-    dropped = ", ".join(f"{count} {reason}" for reason, count in data["rows_dropped"].items()) or "none"
-    print(f"data     {data['rows_read']} rows, dropped: {dropped}; from {data['path']}")
+    print_rows(data)
     if data["score_columns"]:
         print(f"scores   of {', '.join(map(one_line, data['score_columns']))}")
     if data["scores_missing"]:

@@ -6,7 +6,7 @@ import pytest
 from support.files import UserError
 from support.profiles import read_profiles, standardise
 
-CSV = 'model,maker,mmlu,gsm8k\na,X,50,1\n"b, c",Y,70,\norg/d,Z,60,4\nunused,Z,1000,n/a\n'
+CSV = 'model,maker,mmlu,gsm8k\na,X,50,1\n"b, c",Y,70,\norg/d,Z,60,4\nunused,Z,1000,NA\n'
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def write(tmp_path):
 
 
 def test_scores_are_standardised_over_the_models_of_the_battles(write):
-    profiles = read_profiles(write(CSV.replace("n/a", "NA")))
+    profiles = read_profiles(write(CSV))
     assert profiles.columns == ["mmlu", "gsm8k"]
     facts = profiles.facts(["a", "b, c", "org/d"])
     assert facts["mean"] == [60, 2.5]
@@ -30,7 +30,7 @@ def test_scores_are_standardised_over_the_models_of_the_battles(write):
 
 
 def test_a_model_without_a_row_is_an_error_that_names_it_or_is_missing_throughout(write):
-    profiles = read_profiles(write(CSV.replace("n/a", "NA")))
+    profiles = read_profiles(write(CSV))
     with pytest.raises(UserError, match=r"has no row for e, f; .*--allow_missing_profiles"):
         profiles.of(["a", "f", "e"])
     assert np.isnan(profiles.of(["f"], allow_missing=True)).all()
@@ -39,14 +39,17 @@ def test_a_model_without_a_row_is_an_error_that_names_it_or_is_missing_throughou
 
 
 def test_a_benchmark_on_which_all_are_equal_says_nothing(write):
-    profiles = read_profiles(write("model_name,x\na,3\nb,3\n"))
-    assert profiles.facts(["a", "b"]) == {"kind": "file", "columns": ["x"], "mean": [3.0], "scale": [1.0]}
+    profiles = read_profiles(write("model_name,x,y\na,3,0.1\nb,3,0.1\nc,3,0.1\n"))  # three times 0.1 is not 0.3
+    facts = profiles.facts(["a", "b", "c"])
+    assert facts["scale"] == [1.0, 1.0]
+    np.testing.assert_allclose(facts["mean"], [3.0, 0.1])
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("name,x\na,3\n", "has the columns name, x; expected `model`"),
+        ("model,id\na,3\n", "has the columns id, model; expected a column of numbers"),
         ("model,x\na,high\n", "has the columns model, x; expected"),
         ("model,x\na,3\na,4\n", "two rows of a"),
         ("model,x\n,3\n", "a row without a model's name"),
@@ -61,9 +64,22 @@ def test_what_is_no_table_of_profiles_is_refused(write, text, expected):
 
 def test_a_benchmark_without_a_number_for_any_model_in_use_is_refused(write):
     with pytest.raises(UserError, match="gsm8k has no number for any model of the battles"):
-        read_profiles(write(CSV.replace("n/a", "7"))).facts(["b, c"])
+        read_profiles(write(CSV.replace("NA", "7"))).facts(["b, c"])
 
 
-def test_a_score_beyond_all_bounds_is_missing(write):
-    profiles = read_profiles(write("model,x,y\na,1e300,1\nb,inf,2\nc,nan,3\n"))
-    assert np.isnan(profiles.of(["a", "b", "c"])[:, profiles.columns.index("x")]).all()
+@pytest.mark.parametrize("cell", ["1e300", "inf", "5%", "five"])
+def test_a_benchmark_in_which_one_cell_is_no_number_is_an_error_that_names_the_cell(write, cell):
+    with pytest.raises(UserError, match=f"has '{cell}' for b in x; expected a finite number, or an empty cell"):
+        read_profiles(write(f"model,x,y\na,1,1\nb,{cell},2\n"))
+
+
+@pytest.mark.parametrize("cell", ["", "NA", "nan", "null"])
+def test_what_tables_write_for_a_missing_number_is_missing(write, cell):
+    profiles = read_profiles(write(f"model,x,y\na,1,1\nb,{cell},2\n"))
+    np.testing.assert_array_equal(profiles.of(["b"]), [[np.nan, 2]])
+
+
+def test_a_new_models_own_file_may_lack_numbers(write):
+    profiles = read_profiles(write("model,x,y\nnew,1,\n"))
+    assert profiles.columns == ["x", "y"]
+    np.testing.assert_array_equal(profiles.of(["new"]), [[1, np.nan]])

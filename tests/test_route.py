@@ -1,7 +1,10 @@
 """The command that routes: rankings, batches, prices, new models, and all that it refuses."""
 
+import gzip
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ import route
 from data_loader import load_battles, split_battles
 from rankrouter import RankRouter
 from support.command_line import run_command
+from support.files import UserError
 
 ROOT = Path(__file__).parent.parent
 QUERIES = ["How do I invert a matrix?", "What is in lentil soup?", "Who ruled Rome?"]
@@ -238,13 +242,13 @@ def test_a_budget_is_kept_over_the_batch(checkpoint, tmp_path, capsys):
     assert f"mean {spent:.6g} of at most 0.004 per query" in printed.err
 
 
-def test_the_curve_on_the_data_of_training_looks_at_its_test_side_alone(
-    checkpoint, demo, routed, tmp_path, monkeypatch
-):
+def test_the_curve_leaves_out_what_the_router_was_trained_on(checkpoint, demo, routed, tmp_path, monkeypatch):
     path, prices = prices_of(tmp_path, checkpoint)
     source, target = str(demo / "battles.parquet"), str(tmp_path / "curve.jsonl")
     flags = ("--checkpoint", checkpoint, "--no_cache", "--prices", path, "--curve")
-    assert "on 904 test battles" in routed(*flags, source)
+    printed = routed(*flags, source)
+    assert "on 904 battles" in printed
+    assert "left out 977 ties, 0 battles of other models, 8130 on queries that the router was trained on" in printed
     routed(*flags, source, "--output", target)
     points = jsonl(Path(target).read_text())
     router, test = RankRouter.load(checkpoint), split_battles(load_battles(source)[0], 42)[0].test
@@ -258,10 +262,8 @@ def test_the_curve_on_the_data_of_training_looks_at_its_test_side_alone(
     costs = [point["mean_price"] for point in points]
     assert costs == sorted(costs, reverse=True)
     np.testing.assert_allclose(costs, np.linspace(costs[0], costs[-1], 11), atol=1e-5)
-    other = pd.read_parquet(source)[:500]
-    other.to_parquet(tmp_path / "other.parquet")  # not the file of training, so all of it counts
-    decisive = int((other["winner"] != "tie").sum())
-    assert f"on {decisive} battles" in routed(*flags, str(tmp_path / "other.parquet"))
+    pd.read_parquet(source)[::-1].to_parquet(tmp_path / "other.parquet", compression="gzip")  # the same in other bytes
+    assert "on 904 battles" in routed(*flags, str(tmp_path / "other.parquet"))
 
 
 def test_the_curve_on_a_score_table_is_of_the_chosen_models_scores(checkpoint, routed, tmp_path):
@@ -362,11 +364,21 @@ def test_what_a_new_model_may_not_be(checkpoint, profiled, refused, demo, tmp_pa
     assert "no battle of newest against a model of the router; it has demo-model-a" in line
     assert "use --battles" in refused(*add, "--add_model", "new", "--profile", profiled[1])
     same = ("--checkpoint", checkpoint, "--no_cache", "--add_model", "new", "--battles", battles, "--save", checkpoint)
-    assert "--save is the checkpoint itself" in refused(*same)
+    assert f"--save {checkpoint} would replace what is read" in refused(*same)
+    assert "--save" in refused(
+        "--checkpoint", checkpoint, "--add_model", "new", "--battles", battles, "--save", battles
+    )
+    surrogate = ("--checkpoint", checkpoint, "--no_cache", "--save", target, "--add_model", "new\ud800")
+    assert "is no name for a model" in refused(*surrogate, "--battles", battles)
     add = ("--checkpoint", profiled[0], "--no_cache", "--save", target)
     assert "no row for newest" in refused(*add, "--add_model", "newest", "--profile", profiled[1])
-    (tmp_path / "narrow.csv").write_text("model,x,y\nnew,1,2\n")
-    assert "lacks z" in refused(*add, "--add_model", "new", "--profile", str(tmp_path / "narrow.csv"))
+    for row, expected in {
+        "model,x,y\nnew,1,2": "lacks z",
+        "model,x,y,z\nnew,1,2,500": "z of new lies more than 10 standard deviations from the models of training",
+        "model,x,y,z\nnew,,,": "has no number for new; expected at least one benchmark",
+    }.items():
+        (tmp_path / "new.csv").write_text(row + "\n")
+        assert expected in refused(*add, "--add_model", "new", "--profile", str(tmp_path / "new.csv"))
     assert not Path(target).exists()
 
 
@@ -385,7 +397,14 @@ def test_what_a_new_model_may_not_be(checkpoint, profiled, refused, demo, tmp_pa
         (("q", "--prices", "/nowhere"), "cannot read /nowhere"),
         (("--curve", "x"), "need --prices"),
         (("--add_model", "x"), "--add_model needs --save"),
-        (("q", "--save", "x"), "are for --add_model"),
+        (("q", "--save", "x"), "--save: without meaning beside queries"),
+        (("q", "--strict"), "--strict: without meaning beside queries"),
+        (("--curve", "x", "--top_k", "2", "--budget", "1"), "--budget, --top_k: without meaning beside --curve"),
+        (("--add_model", "x", "--models", "a"), "--models: without meaning beside --add_model"),
+        (("q", "--output", ""), "--output: expected a path, got ''"),
+        (("--add_model", " ", "--battles", "x", "--save", "y"), "--add_model: expected a name, got ' '"),
+        (("q", "--models", "a\nb"), "expected names with commas between"),
+        (("q", "--prices", "p", "--cost_weight", "1e300"), "expected a number from 0 to 1e15"),
         (("q", "--model_path", "/nowhere"), "no model folder at /nowhere"),
         (("q", "--device", "tpu"), "--device 'tpu'"),
         (("--input", "/nowhere"), "cannot read /nowhere: No such file"),
@@ -396,6 +415,91 @@ def test_what_a_new_model_may_not_be(checkpoint, profiled, refused, demo, tmp_pa
 )
 def test_bad_flags_end_in_one_line(checkpoint, refused, flags, expected):
     assert expected in refused("--checkpoint", checkpoint, "--no_cache", *flags)
+
+
+def test_an_output_does_not_replace_what_is_read(checkpoint, refused, tmp_path):
+    (tmp_path / "q.txt").write_text("hello\n")
+    (tmp_path / "link").symlink_to("q.txt")
+    for output in (str(tmp_path / "q.txt"), str(tmp_path / "link"), checkpoint):
+        line = refused("--checkpoint", checkpoint, "--input", str(tmp_path / "q.txt"), "--output", output)
+        assert "would replace what is read" in line
+    assert (tmp_path / "q.txt").read_text() == "hello\n"
+
+
+def test_a_pipe_or_a_link_as_output_is_written_through(checkpoint, routed, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    flags = ["--checkpoint", checkpoint, "--no_cache", QUERIES[0], "--output", str(tmp_path / "pipe")]
+    with subprocess.Popen([sys.executable, ROOT / "route.py", *flags], cwd=ROOT) as process:
+        assert json.loads((tmp_path / "pipe").read_text())["query"] == QUERIES[0]
+    assert process.returncode == 0
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "file").chmod(0o600)
+    (tmp_path / "link").symlink_to("file")
+    routed(*flags[:-1], str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "file").read_text())["query"] == QUERIES[0]
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("redirect", [">&-", "<&-"])
+def test_closed_streams_are_one_line(checkpoint, tmp_path, redirect):
+    (tmp_path / "q.txt").write_text("hello\n")
+    source = "-" if redirect == "<&-" else tmp_path / "q.txt"
+    command = f"{sys.executable} route.py --checkpoint {checkpoint} --no_cache --input {source} {redirect}"
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert "is closed" in line
+
+
+@pytest.mark.parametrize("form", ["first line bad", "surrogate", "gzip", "ndjson"])
+def test_json_lines_are_told_also_where_they_begin_badly(checkpoint, tmp_path, capsys, form):
+    lines = ['{"query": "alpha \\ud800"}' if form == "surrogate" else '{"query": "alpha"}', '{"query": "beta"}']
+    if form in ("first line bad", "ndjson"):
+        lines.insert(0, "oops" if form == "first line bad" else "[1]")
+    path = tmp_path / ("q.NDJSON" if form == "ndjson" else "q.gz" if form == "gzip" else "q")
+    content = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(content) if form == "gzip" else content)
+    flags = ["--checkpoint", checkpoint, "--no_cache", "--input", str(path), "--top_k", "1"]
+    if len(lines) == 3:
+        with pytest.raises(SystemExit) as stopped:
+            route.main(flags)
+        assert stopped.value.code == 1
+    else:
+        route.main(flags)
+    queries = [row["query"] for row in jsonl(capsys.readouterr().out)]
+    assert queries == ["alpha \ufffd" if form == "surrogate" else "alpha", "beta"]
+
+
+def test_rows_of_new_battles_that_cannot_be_used_are_counted(checkpoint, demo, tmp_path, routed):
+    table = pd.read_parquet(new_battles(demo, tmp_path, rows=30))
+    table.loc[table.index[:7], "winner"] = "MODEL_B"
+    table.to_parquet(tmp_path / "new.parquet")
+    flags = ("--add_model", "new", "--battles", str(tmp_path / "new.parquet"), "--save", str(tmp_path / "wider.pt"))
+    printed = routed("--checkpoint", checkpoint, "--no_cache", *flags)
+    assert "50 rows, dropped: 7 with an unknown winner" in printed
+    assert "battles  23 of new" in printed
+
+
+def test_the_python_interface_takes_what_is_iterable_and_refuses_what_is_not_meant(checkpoint):
+    router = RankRouter.load(checkpoint)
+    expected = router.rank(QUERIES, top_k=1)
+    assert router.rank((query for query in QUERIES), top_k=1) == expected
+    assert len(router.rank(QUERIES, models=iter(["demo-model-a", "demo-model-a"]))[0]) == 1
+    router.train()
+    assert router.rank(QUERIES, top_k=1) == expected
+    for arguments, told in (
+        (("one text",), "expected a list of texts"),
+        ((["a", 3],), "query 2 is 3"),
+        ((QUERIES, 0), "top_k is 0"),
+        ((QUERIES, -1), "top_k is -1"),
+    ):
+        with pytest.raises(UserError, match=told):
+            router.rank(*arguments)
+    with torch.no_grad():
+        router.model_tower.mlp[0].weight.mul_(-1)  # as further training would change it
+    assert router.rank(QUERIES, top_k=1) != expected
 
 
 @pytest.mark.parametrize(
@@ -428,8 +532,6 @@ def test_what_is_no_checkpoint_is_refused(refused, tmp_path, content):
 
 
 def test_another_encoder_than_that_of_training_is_refused_by_its_content(checkpoint, refused, routed, demo, tmp_path):
-    import shutil
-
     shutil.copytree(demo / "encoder", tmp_path / "moved")
     flags = ("--checkpoint", checkpoint, "--no_cache", "--model_path", str(tmp_path / "moved"))
     assert QUERIES[0] in routed(*flags, QUERIES[0])

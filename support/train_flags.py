@@ -2,7 +2,7 @@
 
 import argparse
 
-from support.command_line import OneLineParser, comma_separated, real_number, whole_number
+from support.command_line import OneLineParser, comma_separated, real_number, some_path, whole_number
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -80,6 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     towers.add_argument(
         "--capability_file",
         metavar="FILE",
+        type=some_path,
         help="begin with benchmark scores instead: one row per model, one column per benchmark",
     )
     towers.add_argument(
