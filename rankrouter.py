@@ -107,7 +107,8 @@ class RankRouter(nn.Module):
         `UserError` where there is no encoder, or another one.
         """
         args, trained = self.facts["args"], self.facts["encoder"]
-        how |= {name: args[name] for name in ("pooling", "max_length")} | {"dtype": trained["dtype"]}
+        how = {"progress": False} | how | {name: args[name] for name in ("pooling", "max_length")}
+        how["dtype"] = trained["dtype"]
         encoder = Encoder(trained["path"] if model_path is None else model_path, torch.device(device), **how)
         found, expected = encoder.usage["fingerprint"], trained["fingerprint"]
         if found != expected:
@@ -145,7 +146,8 @@ class RankRouter(nn.Module):
     def scores_of(self, queries: list[str]) -> np.ndarray:
         """A loaded router's scores (Q, M), float64, of every model for queries. Raises as `embed` does."""
         points, cluster_idx = self.embed(queries)
-        self.eval()
+        if self.training:
+            self.eval()
         version = sum(parameter._version for parameter in self.parameters())  # grows with each change of a weight
         if self.models is None or self.models[0] != version:
             self.models = version, self._blocks()

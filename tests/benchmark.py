@@ -299,6 +299,54 @@ def bench_runs(args) -> None:
         report("each later run of the 8", "bare imports", f"at most {beyond:.1f} s beyond them", "<= 4 s")
 
 
+def bench_route(args) -> None:
+    import torch
+
+    from rankrouter import RankRouter
+    from support.demo import demo_folder
+
+    tune_cpu()
+    names = [f"provider/model-{i}" for i in range(100)]
+    queries = [f"What is the answer to question {i}, and why?" for i in range(10_000)]
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        trained = work / "trained"
+        flags = ("--demo", "--demo_dir", work, "--epochs", "1", "--limit", "500", "--no_cache", "--output_dir", trained)
+        start = partial(subprocess.run, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        start([sys.executable, "train.py", *flags, "--baselines", "none"])
+        small = RankRouter.load(trained / "best_model.pt")
+        wide = RankRouter(names, 128, small.facts["args"])
+        wide.query_tower.load_state_dict(small.query_tower.state_dict())
+        wide.save(work / "wide.pt", **small.facts | {"best_single_model": names[0]})
+        (work / "queries.txt").write_text("\n".join(queries))
+        command = [sys.executable, "route.py", "--checkpoint", work / "wide.pt", "--cache_dir", work / "cache"]
+        batch = partial(start, [*command, "--input", work / "queries.txt", "--output", work / "out.jsonl"])
+        batch()
+        times = rounds(args.rounds, batch, partial(start, [*command, queries[0]]))
+        beyond = statistics.median(row[0] - row[1] for row in times)
+        told = f"{beyond:.1f} s beyond it ({statistics.median(row[1] for row in times):.1f} s)"
+        report("10,000 cached queries, 100 models", "one cached query, with the start", told, "<= 2 s")
+
+        wide = RankRouter.load(work / "wide.pt")
+        wide.open_encoder(str(demo_folder(str(work)) / "encoder"))
+        tokenizer, network = wide.encoder.loaded
+        numbers = iter(range(10**6))
+
+        @torch.inference_mode()
+        def bare():
+            ids = tokenizer([f"How do I invert matrix {next(numbers)}?"], return_tensors="pt")
+            network(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
+
+        def ranked():
+            wide.rank([f"How do I invert matrix {next(numbers)}?"], top_k=3)
+
+        rounds(50, bare, ranked)
+        times = rounds(300 * args.rounds, bare, ranked)
+        beyond = statistics.median(row[1] - row[0] for row in times) * 1e3
+        told = f"{beyond:.2f} ms beyond it ({statistics.median(row[0] for row in times) * 1e3:.2f} ms)"
+        report("rank one new query, 100 models", "its tokens and its encoder pass", told, "<= 1 ms")
+
+
 def bench_scale(args) -> None:
     sizes, rows = (33_000, 330_000, 1_000_000), []
     with tempfile.TemporaryDirectory() as work:
@@ -321,7 +369,7 @@ def bench_scale(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Print rows of the table for the parts asked for."""
-    parts = {"encode": bench_encode, "step": bench_step, "runs": bench_runs, "scale": bench_scale}
+    parts = {"encode": bench_encode, "step": bench_step, "runs": bench_runs, "route": bench_route, "scale": bench_scale}
     parser = OneLineParser("Measure speed as ratios, side by side in one run.")
     parser.add_argument("parts", nargs="*", choices=parts, default=list(parts), metavar="PART", help=", ".join(parts))
     parser.add_argument("--files", nargs="+", default=[], help="battles whose queries encode and runs draw from")

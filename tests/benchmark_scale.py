@@ -20,6 +20,7 @@ TOWERS = {
     "no_capability": False,
     "no_model_id": False,
     "dropout": 0.1,
+    "id_dropout": 0.1,
     "similarity_metric": "dot",
 }
 
