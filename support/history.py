@@ -11,6 +11,7 @@ NO_EXPERIMENT = {
     *("output_dir", "data_path", "model_path", "demo", "demo_dir", "cache_dir", "no_cache", "seed", "split_seed"),
     *("device", "dtype", "encode_tokens", "baselines"),
 }
+TEST_SET = ("split_by", "limit", "score_columns", "hold_out_model")  # flags that say which battles are in the test
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def parse(name: str, history: dict) -> Run:
         model_path=str(encoder["path"]),
         fingerprint=str(encoder["fingerprint"]),
         dtype=str(encoder["dtype"]),
-        test_set=(str(data["content_hash"]), *(str(args[flag]) for flag in ("split_by", "limit", "score_columns"))),
+        test_set=(str(data["content_hash"]), *(str(args.get(flag)) for flag in TEST_SET)),
         test_queries=_whole(sides["test"]["queries"], 1),
         test_by_train=_whole(sides["test"][unit], 1) / _whole(sides["train"][unit], 1),
         train_losses=losses,

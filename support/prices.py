@@ -96,7 +96,7 @@ def weight_for_budget(scores: np.ndarray, prices: np.ndarray, budget: float) -> 
     low, high = 0.0, 1.0
     if is_met(low):
         return low
-    while not is_met(high):
+    while not is_met(high) and high < 1e300:  # where prices differ by less than numbers can tell
         low, high = high, 2 * high
     while low < (middle := (low + high) / 2) < high:  # until they are neighbours
         low, high = (low, middle) if is_met(middle) else (middle, high)

@@ -280,10 +280,11 @@ def test_paths_are_shortened_where_their_ends_tell_them_apart(write, capsys, def
     assert {"x/one.parquet", "z/one.parquet"} <= set(capsys.readouterr().out.split())
 
 
-def test_runs_with_other_test_battles_are_not_compared(write, rows):
-    for name, limit in (("all", None), ("some", 500)):
+@pytest.mark.parametrize(("flag", "value"), [("limit", 500), ("hold_out_model", "gpt-4")])
+def test_runs_with_other_test_battles_are_not_compared(write, rows, flag, value):
+    for name, given in (("all", None), ("some", value)):
         for seed in (1, 2):
-            write(f"{name}-{seed}", seed=seed, val_auc=0.7 if limit else 0.6, flags={"limit": limit})
+            write(f"{name}-{seed}", seed=seed, val_auc=0.7 if given else 0.6, flags={flag: given})
     found, _ = rows("all-1", "all-2", "some-1", "some-2")
     assert [row["run"] for row in found] == ["all-*", "some-*"]
     assert not any("beyond_first" in row for row in found)
