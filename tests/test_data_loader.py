@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_loader import load_battles, split_battles
+from data_loader import load_battles, query_ids, split_battles
 from support.command_line import comma_separated
 from support.files import UserError
 
@@ -669,3 +669,28 @@ def test_every_row_is_kept_or_counted(tmp_path_factory, rows):
         assert len(battles) + sum(counts["rows_dropped"].values()) == counts["rows_read"] == len(rows)
         assert all(query.strip() for query in battles.queries)
         assert (battles.model_a_idx != battles.model_b_idx).all()
+
+
+@pytest.mark.parametrize("pairs_per_query", [None, 1])
+def test_a_model_held_out_takes_its_battles_along_and_nothing_else(demo, pairs_per_query):
+    battles, _ = load_battles(str(demo / "battles.parquet"))
+    whole, _ = split_battles(battles, 42, pairs_per_query=pairs_per_query)
+    split, counts = split_battles(battles, 42, pairs_per_query=pairs_per_query, hold_out="demo-model-c")
+    assert split.train.model_names == [name for name in whole.train.model_names if name != "demo-model-c"]
+
+    def told(side, but=None):
+        names = [side.model_names[i] for i in (*side.model_a_idx, *side.model_b_idx)]
+        pairs = zip(side.query_idx, names[: len(side)], names[len(side) :], side.outcome, strict=True)
+        return [(side.queries[query], a, b, float(y)) for query, a, b, y in pairs if but not in (a, b)]
+
+    for name, side in vars(split).items():
+        assert told(side) == told(getattr(whole, name), but="demo-model-c")
+    assert counts["training_battles_held_out"] == len(whole.train) - len(split.train) > 100
+    with pytest.raises(UserError, match="no model is named 'gpt-4'; found demo-model-a"):
+        split_battles(battles, 42, hold_out="gpt-4")
+
+
+def test_a_query_keeps_its_number_whatever_its_white_space():
+    one, same, other = query_ids(["a  b\n c", "a b c", "a b d"])
+    assert one == same != other
+    assert query_ids([]).shape == (0,)
