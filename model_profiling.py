@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 SMOOTHING = 20.0  # battles' worth of prior that a model is in a cluster what it is overall
-WIDE = 100.0  # prior variance of overall strengths where no known model tells how far they spread
+WIDE, NARROW = 100.0, 0.01  # prior variance of overall strengths: where no model tells how far they spread; at least
 
 
 class ModelTower(nn.Module):
@@ -121,7 +121,7 @@ def win_rate_profiles(
     fought, won = cell.bincount().double(), cell.bincount(outcome.double())  # (C,) each
     known = torch.zeros(0, num_clusters) if known is None else known  # (L, K)
     centre = known.double().mean(0) if len(known) else torch.zeros(num_clusters)  # (K,)
-    variance = known.double().mean(1).var().item() if len(known) > 1 else WIDE
+    variance = max(known.double().mean(1).var().item(), NARROW) if len(known) > 1 else WIDE
 
     def profiles(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([known.double(), centre + x[:, :1] + x[:, 1:]])  # (M, K)

@@ -114,9 +114,9 @@ def encode_batches(
     # the start, and runs side by side work on different batches.
     batches[1:] = [batches[1 + i] for i in np.random.default_rng().permutation(len(batches) - 1)]
     total = int(sum(lengths[batch].sum() for batch in batches))
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file need not hold every step
+    every = 0.1 if sys.stderr and sys.stderr.isatty() else 30  # seconds; a log file need not hold every step
     look = {"unit": "tok", "unit_scale": True, "delay": 1, "mininterval": every}
-    with tqdm(total=total, desc="encode", disable=not progress, **look) as bar:
+    with tqdm(total=total, desc="encode", disable=not (progress and sys.stderr), **look) as bar:
         for batch in batches:
             if not stored[order[batch]].all():
                 # Padding is masked, so any token does; a pad token may lie outside the encoder's vocabulary.

@@ -1,6 +1,5 @@
 """The router: scores of all models for a batch of queries, their ranking, a model more, and the checkpoint."""
 
-import copy
 import io
 import pickle
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_profiling import ModelTower, fitted_vector, win_rate_profiles
+from model_profiling import ModelTower
 from query_representation import ROWS_AT_ONCE, Encoder, QueryTower
 from support.files import UserError, atomic_write, one_line, valid_unicode
 
@@ -36,7 +35,8 @@ class RankRouter(nn.Module):
         self.model_names = list(model_names)
         self.facts = {}  # what `load` found beside the weights
         self.encoder = None  # see `open_encoder`
-        self.models = None  # the weights' version and their `_blocks`, once they have been computed
+        self.blocks = None  # of `_blocks`, once a router has ranked, until its weights may have changed
+        self.register_load_state_dict_post_hook(lambda router, _: setattr(router, "blocks", None))
         self.query_tower = QueryTower(
             encoder_width,
             embedding_dim=args["embedding_dim"],
@@ -57,6 +57,11 @@ class RankRouter(nn.Module):
         is_cosine = args["similarity_metric"] == "cosine"
         self.log_scale = nn.Parameter(torch.tensor(10.0).log()) if is_cosine else None
 
+    def train(self, mode: bool = True) -> "RankRouter":
+        """Training mode, or evaluation mode; what was computed from the weights is computed again."""
+        self.blocks = None
+        return super().train(mode)
+
     def forward(self, points: torch.Tensor, cluster_idx: torch.Tensor) -> torch.Tensor:
         """Scores (B, M) of every model for standardised embeddings (B, H) and their clusters (B,)."""
         return self.similarity(self.query_tower(points, cluster_idx), self.model_tower())  # (B, M)
@@ -69,19 +74,19 @@ class RankRouter(nn.Module):
 
     @torch.no_grad()
     def score(
-        self, points: torch.Tensor, cluster_idx: torch.Tensor, queries: np.ndarray, models: list | None = None
+        self, points: torch.Tensor, cluster_idx: torch.Tensor, queries: np.ndarray, blocks: list | None = None
     ) -> np.ndarray:
         """Scores (Q, M), float64, of every model for some of the queries of `forward`, by their indices (Q,).
 
-        `models` are those of `_blocks`, where they have been computed already. The router is left in evaluation mode.
+        `blocks` are those of `_blocks`, where they have been computed already. The router is left in evaluation mode.
         Raises `UserError` where a score is not finite.
         """
         if self.training:
             self.eval()
-        models, scores = self._blocks() if models is None else models, []
+        blocks, scores = blocks or self._blocks(), []
         for some in torch.from_numpy(queries).to(points.device).split(ROWS_AT_ONCE):
             q = self.query_tower(points[some], cluster_idx[some])  # (B, D)
-            scores.append(torch.cat([self.similarity(q, m) for m in models], dim=1))  # (B, M and the padding)
+            scores.append(torch.cat([self.similarity(q, m) for m in blocks], dim=1))  # (B, M and the padding)
         scores = torch.cat(scores)[:, : len(self.model_names)]  # (Q, M)
         if not scores.isfinite().all():
             raise UserError("the router's scores are not finite; try a lower --lr")
@@ -116,7 +121,7 @@ class RankRouter(nn.Module):
                 f"the encoder at {encoder.path} is not the one that the router was trained with: its fingerprint is "
                 f"{found[:12]}, expected {expected[:12]}; name that one's folder with --model_path"
             )
-        self.encoder, self.models = encoder, None
+        self.encoder, self.blocks = encoder, None
         self.to(device)
 
     def embed(self, queries: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,8 +142,8 @@ class RankRouter(nn.Module):
         place = {}  # query -> its number among the distinct
         row = [place.setdefault(valid_unicode(query.strip()), len(place)) for query in queries]  # (Q,)
         if not place:
-            width = self.facts["encoder"]["width"]
-            return torch.empty(0, width), torch.empty(0, dtype=torch.int64)
+            nothing = torch.empty(0, self.facts["encoder"]["width"], device=self.encoder.device)  # (0, H)
+            return nothing, nothing.new_empty(0, dtype=torch.int64)
         embeddings, _ = self.encoder.embed(list(place))  # (distinct, H)
         points = self.query_tower.standardise(embeddings.to(self.encoder.device))  # (distinct, H)
         return points[row], self.query_tower.assign(points)[row]  # (Q, H), (Q,)
@@ -148,10 +153,8 @@ class RankRouter(nn.Module):
         points, cluster_idx = self.embed(queries)
         if self.training:
             self.eval()
-        version = sum(parameter._version for parameter in self.parameters())  # grows with each change of a weight
-        if self.models is None or self.models[0] != version:
-            self.models = version, self._blocks()
-        return self.score(points, cluster_idx, np.arange(len(points)), self.models[1])  # (Q, M)
+        self.blocks = self.blocks or self._blocks()
+        return self.score(points, cluster_idx, np.arange(len(points)), self.blocks)  # (Q, M)
 
     def rank(
         self, queries: list[str], top_k: int | None = None, models: list[str] | None = None
@@ -194,56 +197,17 @@ class RankRouter(nn.Module):
     def add_model(self, name: str, vector: torch.Tensor) -> None:
         """Route one more model, of this capability vector (C,), NaN where it has no value; nothing else changes.
 
-        Raises `UserError` as `refuse_name` does.
+        Raises `UserError` as `refuse_name` does, or where the vector has no value at all.
         """
         self.refuse_name(name)
+        if vector.isnan().all():
+            raise UserError(f"nothing is known of {one_line(name)}: its capability vector has no value")
         self.model_tower.add_model(vector.float().to(self.model_tower.capability.weight.device))
         self.model_names.append(name)
-        self.models = None
+        self.blocks = None
         if self.facts["profiles"]["kind"] == "win_rate":
             known = self.facts["profiles"]["known"]  # (M, K)
             self.facts["profiles"] = {"kind": "win_rate", "known": torch.cat([known, vector[None].to(known)])}
-
-    def vector_from_battles(
-        self, points: torch.Tensor, cluster_idx: torch.Tensor, opponents: torch.Tensor, outcome: torch.Tensor
-    ) -> torch.Tensor:
-        """The capability vector (C,) of a new model from n battles, everything else frozen; float64.
-
-        A win-rate profile is computed as in training, with the other models' as they were there. Any other vector is
-        fitted: the likeliest, by the router's probabilities, of those that are like the known ones.
-
-        Args:
-            points, cluster_idx: of the battles' queries, (n, H) and (n,).
-            opponents: int64 (n,), into the models.
-            outcome: float (n,), P(the new model is better).
-        """
-        clusters, opponents = cluster_idx.cpu(), opponents.cpu()  # (n,) each; some devices know no float64
-        if self.facts["profiles"]["kind"] == "win_rate":
-            known = self.facts["profiles"]["known"]  # (M, K)
-            models = torch.stack([torch.full_like(opponents, len(known)), opponents], dim=1)  # (n, 2)
-            return win_rate_profiles(clusters, models, outcome, len(known) + 1, known.shape[1], known)[-1]  # (K,)
-        if not len(outcome):
-            return self.model_tower.capability.weight.mean(0).cpu().double()  # (C,)
-        (margin, temperature), without_encoder = self.link, {id(self.encoder): None}
-        router = copy.deepcopy(self, without_encoder).eval().requires_grad_(False)
-        q = router.query_tower(points, cluster_idx).cpu().double()  # (n, D)
-        tower = router.cpu().double().model_tower
-        vectors = tower.capability.weight  # (M, C)
-        scores = router.similarity(q, tower())  # (n, M)
-        theirs = scores.gather(1, opponents[:, None])[:, 0]  # (n,)
-        # How far known models would lie apart if they were as unknown: as the new one's ID tells nothing of it, its
-        # vector must be allowed to say what theirs leave to their IDs.
-        unknown = router.similarity(q, tower.mlp(tower.unknown_features(vectors)))  # (n, M)
-        spread = (scores.mean(0).std() / unknown.mean(0).std()).nan_to_num(1.0, 1.0)
-
-        def loss_of(vector: torch.Tensor) -> torch.Tensor:
-            ours = router.similarity(q, tower.mlp(tower.unknown_features(vector[None])))[:, 0]  # (n,)
-            d = (ours - theirs) / temperature  # (n,)
-            for_new, for_other = F.logsigmoid(margin + d), F.logsigmoid(margin - d)  # (n,) each
-            log_p = outcome * for_new + (1 - outcome) * for_other - torch.logaddexp(for_new, for_other)  # (n,)
-            return -log_p.sum()
-
-        return fitted_vector(vectors, spread, loss_of)  # (C,)
 
     def save(self, path: str | Path, **facts) -> None:
         """Write a checkpoint: weights and buffers, model names, and `facts` in plain Python types.

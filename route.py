@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 from support import runs
 from support.command_line import run_command
-from support.files import UserError, atomic_file, one_line, user_cache_folder
+from support.files import UserError, atomic_file, cache_folder, one_line
 from support.route_flags import parse_args
 
 # torch and the files that need it are imported inside the functions below: --help and a typo answer at once.
@@ -39,16 +39,17 @@ def read(args: argparse.Namespace, malformed: list[int]) -> Iterator[list[str]]:
     if args.input is None:
         yield args.queries
         return
-    is_seen = sys.stderr.isatty()
+    is_seen = sys.stderr is not None and sys.stderr.isatty()
     every = 0.1 if is_seen else 30  # seconds; a log file need not hold every step
-    with tqdm(desc="route", unit=" queries", delay=1, mininterval=every) as bar:
+    with tqdm(desc="route", unit=" queries", delay=1, mininterval=every, disable=sys.stderr is None) as bar:
         for chunk in read_queries(args.input):
             for number, query, problem in chunk:
                 if query is None:
                     if args.strict:
                         raise UserError(f"{args.input}, line {number}: {problem}")
-                    told = f"{one_line(args.input)}, line {number}: {one_line(problem)}; left out"
-                    (bar.write if is_seen else print)(told, file=sys.stderr)  # the one puts the bar below it
+                    if is_seen:
+                        bar.clear()
+                    print(f"{one_line(args.input)}, line {number}: {one_line(problem)}; left out", file=sys.stderr)
                     malformed.append(number)
             queries = [query for _, query, _ in chunk if query is not None]
             yield queries
@@ -126,6 +127,8 @@ def draw_curve(args: argparse.Namespace, router) -> None:
     names, prices = candidates(args, router)  # (m,) each
     battles, counts = load_battles(args.curve)
     runs.print_rows(counts)
+    if battles.table is not None and {"conversations", "prompts"}.intersection(counts["layouts"]):
+        raise UserError(f"{args.curve} holds both battles and score tables; a curve is of one kind")
     (query_idx, *choices), left_out = options(battles, names, prices, router)  # (n,), (n, m) each
     print("left out " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
     points = curve(*choices, query_idx, router.facts["args"]["seed"])
@@ -191,8 +194,8 @@ def vector_of_battles(args: argparse.Namespace, router) -> tuple:
     import torch
 
     from data_loader import load_battles, query_ids
-    from support.cold_start import battles_of, in_view_of
     from support.layouts import listed
+    from support.new_models import battles_of, in_view_of, vector_from_battles
 
     battles, counts = load_battles(args.battles)
     runs.print_rows(counts)
@@ -210,7 +213,7 @@ def vector_of_battles(args: argparse.Namespace, router) -> tuple:
         f"battles  {len(own)} of {one_line(name)} on {len(queries)} queries, against {len(opponents.unique())} models; "
         f"{len(battles) - len(own)} others left out"
     )
-    vector = router.vector_from_battles(points[row], cluster_idx[row], opponents, outcome)  # (C,)
+    vector = vector_from_battles(router, points[row], cluster_idx[row], opponents, outcome)  # (C,)
     seen = torch.from_numpy(query_ids([battles.queries[i] for i in queries]))  # (Q,)
     router.facts["seen_queries"] = torch.cat([router.facts["seen_queries"], seen]).unique()
     return vector, {"from": "battles", "battles": len(own), "content_hash": counts["content_hash"]}
@@ -224,11 +227,10 @@ def main(argv: list[str] | None = None) -> None:
 
     runs.tune_cpu()
     router = RankRouter.load(args.checkpoint)
-    cache_dir = None if args.no_cache else args.cache_dir
-    if not args.no_cache and cache_dir is None:
-        cache_dir = user_cache_folder()
-    how = {"tokens_per_batch": args.encode_tokens, "cache_dir": cache_dir, "progress": args.input is None}
-    router.open_encoder(args.model_path, runs.pick_device(args.device), **how)
+    if args.profile is None:  # which has nothing to encode
+        folder = cache_folder(args.cache_dir, args.no_cache)
+        how = {"tokens_per_batch": args.encode_tokens, "cache_dir": folder, "progress": args.input is None}
+        router.open_encoder(args.model_path, runs.pick_device(args.device), **how)
     if args.add_model is not None:
         add_model(args, router)
     elif args.curve is not None:

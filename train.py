@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support import runs
 from support.command_line import run_command
-from support.files import UserError, content_hash, make_folder, one_line, user_cache_folder
+from support.files import UserError, cache_folder, content_hash, make_folder, one_line
 from support.train_flags import parse_args
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
@@ -173,9 +173,7 @@ def run(args: argparse.Namespace, split, whole, profiles, device, history: dict)
         checkpoint.replace(earlier)
     runs.write_history(args.output_dir, history)
 
-    queries, cache_dir = whole.train.queries, None if args.no_cache else args.cache_dir
-    if not args.no_cache and cache_dir is None:
-        cache_dir = user_cache_folder()
+    queries = whole.train.queries
     with runs.timed(timing, "encode"):
         encoder = Encoder(
             args.model_path,
@@ -184,7 +182,7 @@ def run(args: argparse.Namespace, split, whole, profiles, device, history: dict)
             pooling=args.pooling,
             max_length=args.max_length,
             tokens_per_batch=args.encode_tokens,
-            cache_dir=cache_dir,
+            cache_dir=cache_folder(args.cache_dir, args.no_cache),
         )
         embeddings, num_encoded = encoder.embed(queries)  # (Q, H)
         facts = encoder.facts

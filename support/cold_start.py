@@ -8,28 +8,12 @@ import torch
 import metrics
 from support.baselines import best, bradley_terry, rankings
 from support.files import UserError, one_line
+from support.new_models import battles_of, in_view_of, vector_from_battles
 from support.profiles import standardise
 
 CALIBRATION = (10, 50, 200)  # battles of the new model that are known
 DRAWS = 20  # of them, over which metrics are means
 METRICS = ("auc", "accuracy", "log_loss_calibrated")
-
-
-def battles_of(battles, name: str, known: list[str]):
-    """The battles of a model against those of `known`; none where it has no battle."""
-    number = battles.model_names.index(name) if name in battles.model_names else -1
-    opponents = [place for place, other in enumerate(battles.model_names) if other in set(known) - {name}]
-    a, b = battles.model_a_idx, battles.model_b_idx  # (N,) each
-    return battles.select((a == number) & np.isin(b, opponents) | (b == number) & np.isin(a, opponents))
-
-
-def in_view_of(name: str, battles, router) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, opponents and P(it is better) of a model's battles, (n,) each: for `RankRouter.vector_from_battles`."""
-    is_a = battles.model_a_idx == battles.model_names.index(name)  # (n,)
-    opponent_idx = np.where(is_a, battles.model_b_idx, battles.model_a_idx)  # (n,)
-    opponents = router.indices([battles.model_names[i] for i in opponent_idx])  # (n,)
-    outcome = np.where(is_a, battles.outcome, 1 - battles.outcome)  # (n,)
-    return tuple(torch.from_numpy(column) for column in (battles.query_idx, opponents, outcome.astype(np.float64)))
 
 
 def held_out_battles(name: str, split, whole) -> tuple:
@@ -47,8 +31,9 @@ def held_out_battles(name: str, split, whole) -> tuple:
 
 
 def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles, seed: int) -> dict:
-    """AUC, accuracy and calibrated log loss on the test battles of a model that was held out, RankRouter's and
-    Bradley-Terry's on the same battles, with paired intervals over the test queries.
+    """RankRouter and Bradley-Terry on the test battles of a model that was held out, given the same battles of it.
+
+    AUC, accuracy and calibrated log loss, with paired intervals over the test queries.
 
     Args:
         split, whole: without the model's battles, and with them; `whole` gives calibration battles from its training
@@ -82,25 +67,27 @@ def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles
 
     chosen, strengths, _ = best(rankings(split), split)
     temperature = metrics.fit_temperature(split.val.margins(strengths), split.val.outcome)
+    _, with_all, _ = best(rankings(whole), whole)
+    temperature_with_all = metrics.fit_temperature(whole.val.margins(with_all), whole.val.outcome)
 
     def judge_ranking(battles) -> np.ndarray:
         return judge(bradley_terry(battles, **chosen), 0.0, temperature)
 
-    rows, order = [], np.random.default_rng(seed)
+    rows, rng = [], np.random.default_rng(seed)
     for count in [0, *(count for count in CALIBRATION if count <= len(pool))]:
         routed, ranked = [], []
         for _ in range(DRAWS if count else 1):
-            drawn = pool.select(np.sort(order.permutation(len(pool))[:count]))
+            drawn = pool.select(np.sort(rng.permutation(len(pool))[:count]))
             query, opponents, outcome = in_view_of(name, drawn, router)  # (count,) each
             points, cluster_idx = (column[query.to(column.device)] for column in columns)
-            routed.append(judge_with(router.vector_from_battles(points, cluster_idx, opponents, outcome)))
+            routed.append(judge_with(vector_from_battles(router, points, cluster_idx, opponents, outcome)))
             ranked.append(judge_ranking(others.joined(drawn)))
         rows.append({"battles": count, "from": "battles"} | _compared(routed, ranked))
     if profiles is not None and name in profiles.rows:
         vector = torch.from_numpy(standardise(profiles.of([name], True), router.facts["profiles"])[0])  # (C,)
         rows.insert(1, {"battles": 0, "from": "profile"} | _compared([judge_with(vector)], [judge_ranking(others)]))
-    with_all = _compared([judge_router(*ceiling)], [judge_ranking(whole.train)])
-    rows.append({"battles": len(pool), "from": "training"} | with_all)
+    ends = _compared([judge_router(*ceiling)], [judge(with_all, 0.0, temperature_with_all)])
+    rows.append({"battles": len(pool), "from": "training"} | ends)
     size = {"test_battles": len(test), "test_queries": len(test.fought[0]), "calibration_battles": len(pool)}
     return {"model": name, **size, "draws": DRAWS, "rows": rows}
 

@@ -85,6 +85,13 @@ def user_cache_folder() -> Path:
         raise UserError(f"{error} Set HOME or XDG_CACHE_HOME, or give --cache_dir and --demo_dir") from error
 
 
+def cache_folder(cache_dir: str | None, no_cache: bool) -> str | Path | None:
+    """Where embeddings are kept, as the flags say; None where they are not."""
+    if no_cache:
+        return None
+    return user_cache_folder() if cache_dir is None else cache_dir
+
+
 def content_hash(files: Iterable[str | Path]) -> str:
     """SHA-256 (hex) of the files' contents in the order given; their names and places do not enter it."""
     whole = hashlib.sha256()

@@ -51,7 +51,7 @@ def find_layout(table: Table, score_columns: list[str] | None = None) -> Layout:
     """Tell a file's layout by its columns. Raises `UserError` where it has none that we know."""
     found = set(table.columns)
     prompt = next((name for name in ("prompt", "question") if name in found), None)
-    model = next((name for name in ("model_name", "model") if name in found), None)
+    model = model_column(table)
     score = next((name for name in ("label", "score") if name in found), None)
     winner = ("winner",) if "winner" in found else tuple(ONE_HOT)
     if score_columns:
@@ -74,6 +74,11 @@ def find_layout(table: Table, score_columns: list[str] | None = None) -> Layout:
         if models:
             return Layout("wide", prompt, tuple(models))
     raise UserError(f"{table.file} has the columns {listed(table.columns)}; expected {LAYOUTS}")
+
+
+def model_column(table: Table) -> str | None:
+    """The column of models' names, if there is one."""
+    return next((name for name in ("model_name", "model") if name in table.columns), None)
 
 
 def is_score_column(column: str) -> bool:

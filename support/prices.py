@@ -6,8 +6,8 @@ import numpy as np
 
 import metrics
 from data_loader import query_ids
-from support.files import UserError, one_line
-from support.layouts import listed
+from support.files import UserError, one_line, valid_unicode
+from support.layouts import listed, model_column
 from support.tables import as_number, open_table
 
 MOST = 1e15  # of a price per query and of a cost weight: their products are exact enough to rank by
@@ -21,7 +21,7 @@ def read_prices(path: str, tokens_per_query: float | None) -> dict[str, float]:
     `UserError` where the columns are others, a price is no number of at least 0, or a model stands twice.
     """
     table = open_table(Path(path))
-    name_column = next((name for name in ("model", "model_name") if name in table.columns), None)
+    name_column = model_column(table)
     found = [name for name in (PER_QUERY, PER_TOKENS) if name in table.columns]
     if name_column is None or len(found) != 1:
         raise UserError(
@@ -36,11 +36,12 @@ def read_prices(path: str, tokens_per_query: float | None) -> dict[str, float]:
         for name, cell in zip(chunk[name_column], chunk[found[0]], strict=True):
             price = as_number(cell)
             if price is None or not 0 <= price * unit <= MOST:
-                found = f"{path}: the price of {one_line(name)} is {cell!r}"
-                raise UserError(f"{found}; expected a number of at least 0, and at most {MOST:g} per query")
-            if str(name) in prices:
+                told = f"{path}: the price of {one_line(name)} is {cell!r}"
+                raise UserError(f"{told}; expected a number of at least 0, and at most {MOST:g} per query")
+            name = valid_unicode(str(name))
+            if name in prices:
                 raise UserError(f"{path} has two prices of {one_line(name)}; expected one")
-            prices[str(name)] = price * unit
+            prices[name] = price * unit
     return prices
 
 
@@ -148,7 +149,8 @@ def curve(
         scores: (n, m), -inf where a model is not to be had.
         prices: (n, m), of the same models.
         worth: (n, m), what each is worth there: 1 for the winner of a battle and 0 for its loser, or a table's scores.
-        query_idx: int (n,), which the bootstrap draws.
+        query_idx: int (n,), which the bootstrap draws, by `seed`.
+        steps: between the two ends, in mean price.
 
     Each point has `cost_weight`, `mean_price`, `worth` with its 95 % `interval`, and `random_mix`, the worth of the
     same money spent by chance: a share of queries at the dear end of the curve, the rest at its cheap end.

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import UserError, one_line, valid_unicode
-from support.layouts import as_score, is_score_column, listed
+from support.layouts import as_score, is_score_column, listed, model_column
 from support.tables import NO_NUMBER, as_number, open_table
 
 
@@ -40,7 +40,7 @@ class Profiles:
         mean = np.where(known, scores, 0).sum(0) / count  # (C,)
         scale = np.sqrt(np.square(np.where(known, scores - mean, 0)).sum(0) / count)  # (C,)
         highest, lowest = np.where(known, scores, -np.inf).max(0), np.where(known, scores, np.inf).min(0)  # (C,) each
-        scale[highest == lowest] = 1.0  # not what rounding makes of 0
+        scale[highest == lowest] = np.inf  # on which all are equal: it says nothing, of a new model neither
         return {"kind": "file", "columns": self.columns, "mean": mean.tolist(), "scale": scale.tolist()}
 
 
@@ -51,7 +51,7 @@ def read_profiles(path: str) -> Profiles:
     columns are others, one holds both numbers and texts, or a model has two rows.
     """
     table = open_table(Path(path))
-    name_column = next((name for name in ("model", "model_name") if name in table.columns), None)
+    name_column = model_column(table)
     columns = [name for name in table.columns if name != name_column and is_score_column(name)]
     if name_column is None:
         raise UserError(f"{path} has the columns {listed(table.columns)}; expected `model` (or `model_name`)")

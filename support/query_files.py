@@ -33,7 +33,7 @@ def read_queries(path: str) -> Iterator[Chunk]:
         return _lines(sys.stdin.buffer, "standard input", "")
     suffixes = path.lower().removesuffix(".gz")
     try:
-        stream = open(path, "rb")  # noqa: SIM115, closed by those who read it
+        stream = open(path, "rb")  # noqa: SIM115, read below, chunk by chunk
         magic = stream.peek(4)[:4]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; expected a file of queries, or -") from error
@@ -60,15 +60,16 @@ def _lines(stream: BinaryIO, name: str, suffixes: str) -> Iterator[Chunk]:
         with stream:
             while data := stream.read1(READ_AT_ONCE):
                 *lines, rest = (rest + data).split(b"\n")
-                if is_json is None:
-                    is_json = suffixes.endswith(JSON_LINES) or any(map(_is_record, lines or [rest]))
+                if lines and is_json is None:  # half a line says nothing
+                    is_json = suffixes.endswith(JSON_LINES) or any(map(_is_record, lines))
                 if lines:
                     yield [(i, *_parsed(line, i, name, is_json)) for i, line in enumerate(lines, start=number + 1)]
                 number += len(lines)
             if rest:
+                is_json = suffixes.endswith(JSON_LINES) or _is_record(rest) if is_json is None else is_json
                 yield [(number + 1, *_parsed(rest, number + 1, name, is_json))]
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"cannot read {name}: {error}; expected a whole gzip file") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {name}: {error}; expected whole lines of text, also gzipped") from error
 
 
 def _is_record(line: bytes) -> bool:

@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     encoder.add_argument("--no_cache", action="store_true", help="neither read nor keep embeddings")
     args = parser.parse_args(argv)
 
-    given = {name for name, value in vars(args).items() if value not in (None, False, [])}
+    given = {name for name, value in vars(args).items() if not (value is None or value is False or value == [])}
     tasks = [name for name in FLAGS_OF_TASK if name in given]
     if len(tasks) != 1:
         found = " and ".join(map(_shown, tasks)) or "none"
@@ -107,6 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, output in (("--output", args.output), ("--save", args.save)):
         if output is not None and os.path.realpath(output) in [os.path.realpath(path) for path in inputs if path]:
             parser.error(f"{flag} {output} would replace what is read; expected another file")
+        if output is not None and not os.path.isdir(os.path.dirname(os.path.realpath(output))):
+            parser.error(f"{flag} {output}: there is no such folder; expected a file in one that is there")
     return args
 
 

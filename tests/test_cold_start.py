@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 import metrics
 from data_loader import load_battles, split_battles
 from rankrouter import RankRouter
-from support.cold_start import battles_of
+from support.new_models import battles_of
 
 HELD = "demo-model-j"  # the weakest
 FLAGS = (

@@ -41,7 +41,7 @@ def test_a_model_without_a_row_is_an_error_that_names_it_or_is_missing_throughou
 def test_a_benchmark_on_which_all_are_equal_says_nothing(write):
     profiles = read_profiles(write("model_name,x,y\na,3,0.1\nb,3,0.1\nc,3,0.1\n"))  # three times 0.1 is not 0.3
     facts = profiles.facts(["a", "b", "c"])
-    assert facts["scale"] == [1.0, 1.0]
+    assert facts["scale"] == [np.inf, np.inf]
     np.testing.assert_allclose(facts["mean"], [3.0, 0.1])
 
 

@@ -11,6 +11,7 @@ from metrics import log_win_probability
 from model_profiling import ModelTower
 from rankrouter import RankRouter
 from support.files import UserError
+from support.new_models import vector_from_battles
 
 ARGS = {
     "embedding_dim": 16,
@@ -153,9 +154,9 @@ def test_a_vector_fitted_to_battles_is_the_likeliest_under_its_prior(changes):
         off = (vector - vectors.mean(0)).numpy()
         return -log_p.sum() + off @ np.linalg.pinv(spread**2 * torch.cov(vectors.T).numpy(), rcond=1e-6) @ off / 2
 
-    found = router.vector_from_battles(*battles)
+    found = vector_from_battles(router, *battles)
     with torch.no_grad():
-        q, tower = router.query_tower(points, cluster_idx), router.model_tower
+        q, tower = router.query_tower(router.query_tower.centroids, torch.arange(4)), router.model_tower
         known, unknown = tower(), tower.mlp(tower.unknown_features(vectors.float()))  # (M, D) each
         spread = float(router.similarity(q, known).mean(0).std() / router.similarity(q, unknown).mean(0).std())
     best, directions = loss(found, spread), vectors - vectors.mean(0)  # the prior allows these alone
@@ -164,7 +165,7 @@ def test_a_vector_fitted_to_battles_is_the_likeliest_under_its_prior(changes):
             assert loss(found + step * direction, spread) > best
     assert all(torch.equal(tensor, router.state_dict()[name]) for name, tensor in state.items())
     none = [column[:0] for column in battles]
-    torch.testing.assert_close(router.vector_from_battles(*none), vectors.mean(0))
+    torch.testing.assert_close(vector_from_battles(router, *none), vectors.mean(0))
 
 
 def test_a_checkpoint_holds_plain_tensors_and_types(tmp_path):
