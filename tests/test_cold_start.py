@@ -92,6 +92,8 @@ def test_the_ceiling_is_a_run_that_had_the_model(held_out, run_demo, whole, demo
     d = test.margins(router.scores_of([test.queries[i] for i in test.fought[0]]))
     (ceiling,) = (row for row in history["cold_start"]["rows"] if row["from"] == "training")
     assert ceiling["rank_router"]["auc"] == pytest.approx(metrics.auc(d, test.outcome), abs=1e-3)
+    loss = metrics.log_loss(d, test.outcome, *router.link)
+    assert ceiling["rank_router"]["log_loss_calibrated"] == pytest.approx(loss, abs=1e-3)
     assert ceiling["rank_router"]["accuracy"] == pytest.approx(metrics.accuracy(d, test.outcome), abs=0.01)
 
 
@@ -111,6 +113,9 @@ def test_bradley_terry_has_the_same_battles(held_out, whole):
     without = train.select((train.model_a_idx != number) & (train.model_b_idx != number))
     found = rows(history)
     assert found[0, "battles"]["bradley_terry"]["auc"] == pytest.approx(auc(without), abs=0.01)
+    few = found[200, "battles"]["bradley_terry"]["auc"]
+    assert found[0, "battles"]["bradley_terry"]["auc"] + 0.1 < few
+    assert few == pytest.approx(auc(train), abs=0.02)  # one strength is soon known
     last = list(found.values())[-1]
     assert last["bradley_terry"]["auc"] == pytest.approx(auc(train), abs=0.01)
 

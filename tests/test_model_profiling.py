@@ -81,6 +81,12 @@ def test_a_new_model_without_battles_has_the_mean_of_the_known_and_with_battles_
     torch.testing.assert_close(new, known.mean(0) + overall + deviation, atol=1e-5, rtol=0)
 
 
+def test_known_models_of_one_strength_leave_a_prior():
+    models = torch.tensor([[2, 0], [2, 1]])
+    new = win_rate_profiles(torch.zeros(2).long(), models, torch.ones(2), 3, 1, torch.ones(2, 1))[2]
+    assert 1 < new.item() < 1.3
+
+
 def test_a_fitted_vector_is_the_mean_without_evidence_and_the_posterior_mean_with_it():
     torch.manual_seed(0)
     vectors, target, weight = torch.randn(4, 3).double(), torch.tensor([1.0, -2.0, 0.5]).double(), 7.0
@@ -137,4 +143,5 @@ def test_a_new_model_has_its_vector_and_the_unknown_id():
         tower.add_model(torch.tensor([0.5, float("nan")]))
         assert torch.equal(tower.features()[:3], before)
         assert torch.equal(tower.features()[3], torch.cat([torch.tensor([0.5, 0.0]), expected]))
+        assert tower.capability_mask[3].tolist() == [1, 0]
         torch.testing.assert_close(tower.unknown_features(torch.tensor([[0.5, 0.0]]))[0], tower.features()[3])

@@ -56,6 +56,21 @@ def test_the_curve_by_hand():
     assert points[0]["interval"] == [0.0, 1.0]
 
 
+def test_the_mix_of_the_ends_lies_between_them_and_battles_of_a_query_are_drawn_together():
+    # The dear model wins both battles of one query, each at a score that turns at a weight of its own.
+    scores, prices = np.array([[0.0, 1.0], [0.0, 3.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])
+    points = curve(scores, prices, np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([0, 1]), seed=0, steps=2)
+    assert [point["worth"] for point in points] == [1.0, 0.5, 0.0]
+    assert [point["random_mix"] for point in points] == [1.0, 0.5, 0.0]
+    (point,) = curve(np.ones((2, 2)), np.ones((2, 2)), np.eye(2), np.array([7, 7]), seed=0)
+    assert point["interval"] == [0.5, 0.5]
+
+
+def test_of_equal_scores_the_curve_takes_the_cheaper():
+    (point,) = curve(np.ones((3, 2)), np.tile([2.0, 1.0], (3, 1)), np.ones((3, 2)), np.arange(3), seed=0)
+    assert (point["mean_price"], point["cost_weight"]) == (1.0, 0.0)
+
+
 def test_a_model_that_is_not_to_be_had_is_neither_chosen_nor_the_cheapest():
     scores, prices = np.array([[-np.inf, 1.0, 2.0]] * 3), np.tile([0.1, 1.0, 5.0], (3, 1))
     points = curve(scores, prices, np.array([[0.0, 0.2, 0.9]] * 3), np.arange(3), seed=0, steps=4)

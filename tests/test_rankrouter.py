@@ -132,6 +132,9 @@ def test_a_new_model_needs_a_name_of_its_own_and_capability_vectors():
     router, _, _ = make(no_capability=True)
     with pytest.raises(UserError, match="--no_capability"):
         router.add_model("new", torch.zeros(5))
+    router, _, _ = make()
+    with pytest.raises(UserError, match="nothing is known of new"):
+        router.add_model("new", torch.full((5,), torch.nan))
 
 
 @pytest.mark.parametrize("changes", [{}, {"similarity_metric": "cosine"}, {"no_model_id": True}, {"id_dropout": 0}])
@@ -166,6 +169,55 @@ def test_a_vector_fitted_to_battles_is_the_likeliest_under_its_prior(changes):
     assert all(torch.equal(tensor, router.state_dict()[name]) for name, tensor in state.items())
     none = [column[:0] for column in battles]
     torch.testing.assert_close(vector_from_battles(router, *none), vectors.mean(0))
+
+
+@pytest.mark.parametrize(("loss_type", "margin"), [("bpr", 0.7), ("bce", 0.0), ("hinge", 0.0)])
+def test_the_margin_is_in_the_link_of_bpr_alone(loss_type, margin):
+    router, _, _ = make()
+    router.facts = FACTS | {"args": ARGS | {"margin": 0.7, "loss_type": loss_type}}
+    assert router.link == (margin, 1.5)
+
+
+def test_a_win_rate_profile_rises_with_wins_over_the_known():
+    router, points, cluster_idx = make(capability_dim=4)
+    known = torch.tensor([[1.0] * 4, [0.0] * 4, [-1.0] * 4]).double()
+    router.facts = {"profiles": {"kind": "win_rate", "known": known}}
+    opponents = torch.arange(60) % 3
+    won, lost = (
+        vector_from_battles(router, points, cluster_idx, opponents, torch.full((60,), y).double()) for y in (1.0, 0.0)
+    )
+    assert (won > 0.5).all()
+    assert (lost < -0.5).all()
+    router.add_model("new", won)
+    torch.testing.assert_close(router.facts["profiles"]["known"], torch.cat([known, won[None]]))
+
+
+def test_vectors_that_tell_no_model_apart_leave_a_finite_fit():
+    router, points, cluster_idx = make(no_model_id=True)
+    router.facts = FACTS
+    with torch.no_grad():
+        router.model_tower.capability.weight.fill_(0.5)
+    vector = vector_from_battles(router, points, cluster_idx, torch.arange(60) % 3, torch.ones(60).double())
+    torch.testing.assert_close(vector, torch.full((5,), 0.5).double())
+
+
+@pytest.mark.parametrize("change", ["trained", "loaded", "added"])
+def test_a_ranking_sees_the_weights_as_they_are(change):
+    router, points, cluster_idx = make()
+    router.facts = FACTS
+    router.embed = lambda queries: (points, cluster_idx)
+    before = router.scores_of([])
+    if change == "trained":
+        optimiser = torch.optim.AdamW(router.train().parameters(), lr=0.01, fused=True)
+        router(points, cluster_idx).square().sum().backward()
+        optimiser.step()
+    elif change == "loaded":
+        router.load_state_dict({name: 2 * tensor for name, tensor in router.state_dict().items()})
+    else:
+        router.add_model("new", torch.ones(5))
+    after = router.scores_of([])
+    assert np.array_equal(after, router.score(points, cluster_idx, np.arange(60)))
+    assert after.shape != before.shape or not np.allclose(after, before, atol=1e-3)
 
 
 def test_a_checkpoint_holds_plain_tensors_and_types(tmp_path):
