@@ -120,7 +120,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
     battles, best_single = to_tensors(split.train, device), baselines.best_single_model(split)
     seen = query_ids([split.train.queries[i] for i in np.union1d(split.train.query_idx, split.val.query_idx)])  # (Q,)
     optimiser = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    best_auc, best_state, best_facts = -1.0, None, None
+    best_auc, best_state = -1.0, None
     for epoch in range(args.epochs):
         try:
             with runs.timed(timing, "train"):
@@ -136,7 +136,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
         if improved:
             best_auc, history["best_epoch"] = val["auc"], epoch
             best_state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
-            best_facts = {
+            router.facts = {
                 "args": vars(args),
                 "encoder": encoder,
                 "content_hash": history["data"]["content_hash"],
@@ -147,7 +147,6 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
                 "temperature": metrics.fit_temperature(d, split.val.outcome, margin),
                 "best_single_model": best_single,
             }
-            router.facts = best_facts
         keep(router, improved)
         print(
             f"epoch {epoch:<3}  loss {mean_loss:.4f}   val  auc {val['auc']:.4f}  accuracy {val['accuracy']:.4f}  "
