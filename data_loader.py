@@ -11,6 +11,7 @@ from support.files import UserError, content_hash
 from support.layouts import Rows, find_layout, listed
 from support.tables import SUFFIXES, find_files, open_table
 
+COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, (N,) each
 DOWNLOAD = (
     "for Chatbot Arena 33K accept its terms at https://huggingface.co/datasets/lmsys/chatbot_arena_conversations, "
     "log in with `hf auth login`, and run `hf download lmsys/chatbot_arena_conversations --repo-type dataset "
@@ -57,13 +58,11 @@ class Battles:
 
     def select(self, keep: np.ndarray) -> "Battles":
         """The battles of a boolean mask (N,) or of indices; queries, models and the table stay as they are."""
-        columns = ("query_idx", "model_a_idx", "model_b_idx", "outcome")
-        return replace(self, **{name: getattr(self, name)[keep] for name in columns})
+        return replace(self, **{name: getattr(self, name)[keep] for name in COLUMNS})
 
     def joined(self, other: "Battles") -> "Battles":
         """These battles and those of another selection of the same ones."""
-        columns = ("query_idx", "model_a_idx", "model_b_idx", "outcome")
-        return replace(self, **{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in columns})
+        return replace(self, **{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in COLUMNS})
 
 
 @dataclass(frozen=True)

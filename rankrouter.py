@@ -15,9 +15,7 @@ from query_representation import ROWS_AT_ONCE, Encoder, QueryTower
 from support.files import UserError, atomic_write, one_line, valid_unicode
 
 FORMAT_VERSION = 2
-MODELS_AT_ONCE = (
-    32  # products of a fixed size: a model's score is the same to the last bit, however many others there are
-)
+MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on how many others there are
 
 
 class RankRouter(nn.Module):
@@ -259,14 +257,9 @@ class RankRouter(nn.Module):
         yield "a weight", all(tensor.isfinite().all() for tensor in self.state_dict().values())
         yield "the temperature", 0 < temperature < np.inf
         yield "the margin", 0 <= margin < np.inf
-        yield (
-            "a fact of the encoder",
-            all(isinstance(facts["encoder"][key], str) for key in ("path", "fingerprint", "dtype")),
-        )
-        yield (
-            "a flag",
-            isinstance(args["pooling"], str) and all(type(args[key]) is int for key in ("max_length", "seed")),
-        )
+        texts = [args["pooling"], *(facts["encoder"][key] for key in ("path", "fingerprint", "dtype"))]
+        yield "a fact of the encoder", all(isinstance(text, str) for text in texts)
+        yield "a flag", all(type(args[key]) is int for key in ("max_length", "seed"))
         yield "the list of seen queries", facts["seen_queries"].dtype == torch.int64 and facts["seen_queries"].ndim == 1
         if profiles["kind"] == "win_rate":
             yield "a profile", profiles["known"].shape == self.model_tower.capability.weight.shape

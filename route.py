@@ -62,8 +62,10 @@ def rank(args: argparse.Namespace, router) -> bool:
 
     from support.prices import weight_for_budget
 
+    if args.output is None and sys.stdout is None:
+        raise UserError("standard output is closed; give --output")
     names, prices = candidates(args, router)  # (m,) each
-    columns, malformed = router.indices(names), []  # (m,)
+    columns, malformed, priced = router.indices(names), [], args.prices is not None  # (m,)
     scored = ((queries, router.scores_of(queries)) for queries in read(args, malformed))  # (Q,), (Q, M)
     weight, spent, count = args.cost_weight or 0.0, 0.0, 0
     if args.budget is not None:  # it is of the whole batch
@@ -71,24 +73,22 @@ def rank(args: argparse.Namespace, router) -> bool:
         every = [scores[:, columns] for queries, scores in scored if queries]  # (Q, m) each
         weight = weight_for_budget(np.concatenate(every), prices, args.budget) if every else 0.0
     in_text = args.input is None and args.output is None
-    if args.output is None and sys.stdout is None:
-        raise UserError("standard output is closed; give --output")
     with nullcontext(sys.stdout.buffer) if args.output is None else atomic_file(args.output) as file:
         for queries, scores in scored:
             order = np.argsort(weight * prices - scores[:, columns], axis=1, kind="stable")  # (Q, m)
             spent, count = spent + prices[order[:, 0]].sum(), count + len(queries)
             for query, row, best in zip(queries, scores, order, strict=True):  # (M,), (m,)
                 if in_text:
-                    print_ranking(query, row, columns[best], router, prices[best] if args.prices else None, args.top_k)
+                    print_ranking(query, row, columns[best], router, prices[best] if priced else None, args.top_k)
                     continue
                 best = best[: args.top_k]  # (K,)
                 scores_of_best = row[columns[best]].round(6).tolist()
                 told = {"query": query, "ranking": [names[i] for i in best], "scores": scores_of_best}
-                if args.prices:
+                if priced:
                     told["prices"] = prices[best].tolist()
                 file.write(json.dumps(told, ensure_ascii=False).encode() + b"\n")
             file.flush()
-    if args.prices is not None and count:
+    if priced and count:
         of_budget = "" if args.budget is None else f" of at most {args.budget:.6g}"
         print(f"prices   mean {spent / count:.6g}{of_budget} per query, at cost weight {weight:.6g}", file=sys.stderr)
     return not malformed

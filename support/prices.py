@@ -55,11 +55,9 @@ def cheapest_first(
     lacking = [name for name in names if name not in prices]
     unknown = [name for name in prices if name not in known]
     if lacking or unknown:
-        problem = (
-            f"has no price of {listed(map(one_line, lacking))}"
-            if lacking
-            else (f"has prices of {listed(map(one_line, unknown))}, which the router does not know")
-        )
+        problem = f"has prices of {listed(map(one_line, unknown))}, which the router does not know"
+        if lacking:
+            problem = f"has no price of {listed(map(one_line, lacking))}"
         raise UserError(f"{path} {problem}; it knows {listed(map(one_line, known))}, of which --models can choose")
     names = sorted(names, key=prices.get)
     return names, np.array([prices[name] for name in names])

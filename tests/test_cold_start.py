@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 import metrics
 from data_loader import load_battles, split_battles
 from rankrouter import RankRouter
+from support.baselines import best, bradley_terry, rankings
 from support.new_models import battles_of
 
 HELD = "demo-model-j"  # the weakest
@@ -118,6 +119,26 @@ def test_bradley_terry_has_the_same_battles(held_out, whole):
     assert few == pytest.approx(auc(train), abs=0.02)  # one strength is soon known
     last = list(found.values())[-1]
     assert last["bradley_terry"]["auc"] == pytest.approx(auc(train), abs=0.01)
+
+
+def test_bradley_terry_is_judged_at_its_temperature_and_its_intervals_are_over_queries(held_out, whole, demo):
+    history, _ = held_out
+    train, test = whole.train, battles_of(whole.test, HELD, whole.test.model_names)
+    weights = metrics.bootstrap_weights(test.query_idx, 42)
+    number = train.model_names.index(HELD)
+    split = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42, hold_out=HELD)[0]
+    none, *_, every = rows(history).values()
+    for row, side in ((none, split), (every, whole)):
+        chosen, strengths, _ = best(rankings(side), side)
+        temperature = metrics.fit_temperature(side.val.margins(strengths), side.val.outcome)
+        if side is split:  # in the order of all models, and of one that has no battle
+            without = train.select((train.model_a_idx != number) & (train.model_b_idx != number))
+            strengths = bradley_terry(without, **chosen)
+        d, columns = test.margins(strengths), (test.outcome, test.model_a_idx, test.model_b_idx)
+        loss = metrics.log_loss(d, test.outcome, temperature=temperature)
+        assert row["bradley_terry"]["log_loss_calibrated"] == pytest.approx(loss, abs=1e-9)
+        samples = metrics.evaluate_resamples(d, *columns, weights, temperature=temperature)
+        assert row["bradley_terry"]["intervals"]["auc"] == pytest.approx(metrics.interval(samples["auc"]), abs=1e-9)
 
 
 def test_shuffled_outcomes_of_the_model_leave_nothing_to_find(run_demo, demo, tmp_path):
