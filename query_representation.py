@@ -210,6 +210,10 @@ class Encoder:
         """Tokenizer and network."""
         return load_encoder(self.folder, self.device, getattr(torch, self.usage["dtype"]))
 
+    def release(self) -> None:
+        """Free the network's memory; `loaded` loads it again."""
+        self.__dict__.pop("loaded", None)
+
     @cached_property
     def _tokens_read(self) -> int:
         return min(self.usage["max_length"], longest_input(*self.loaded))

@@ -1,7 +1,5 @@
 """The router: scores of all models for a batch of queries, their ranking, a model more, and the checkpoint."""
 
-import io
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,7 +10,8 @@ from torch import nn
 
 from model_profiling import ModelTower
 from query_representation import ROWS_AT_ONCE, Encoder, QueryTower
-from support.files import UserError, atomic_write, one_line, valid_unicode
+from support.checkpoints import not_ours, read_checkpoint, write_checkpoint
+from support.files import UserError, one_line, valid_unicode
 
 FORMAT_VERSION = 2
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on how many others there are
@@ -214,10 +213,8 @@ class RankRouter(nn.Module):
         builds the router again.
         """
         state = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
-        checkpoint = {"format_version": FORMAT_VERSION, "model_state_dict": state, "model_names": self.model_names}
-        buffer = io.BytesIO()
-        torch.save(checkpoint | facts, buffer)
-        atomic_write(path, buffer.getvalue())
+        held = {"format_version": FORMAT_VERSION, "model_state_dict": state, "model_names": self.model_names}
+        write_checkpoint(path, held | facts)
 
     @classmethod
     def load(cls, path: str | Path) -> "RankRouter":
@@ -225,51 +222,49 @@ class RankRouter(nn.Module):
 
         Nothing in the file is executed. Raises `UserError` where it is no checkpoint of ours.
         """
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
-        try:
-            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            version = checkpoint.pop("format_version")
-        except Exception as error:  # whatever a foreign or damaged file raises in torch's reader, or lacks
-            raise _not_ours(path, error) from error
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path} has checkpoint format {version!r}, expected {FORMAT_VERSION}; train it again")
+        checkpoint = read_checkpoint(path, FORMAT_VERSION)
         try:
             state, model_names = checkpoint.pop("model_state_dict"), checkpoint.pop("model_names")
-            router = cls(model_names, checkpoint["encoder"]["width"], checkpoint["args"])
-            router.load_state_dict(state)
+            with torch.device("meta"):  # takes no memory, whatever widths the file claims
+                router = cls(model_names, checkpoint["encoder"]["width"], checkpoint["args"])
+            dtypes = {name: tensor.dtype for name, tensor in router.state_dict().items()}
+            router.load_state_dict(state, assign=True)
             router.facts = checkpoint
-            wrong = [what for what, holds in router._promises() if not holds]
-        except Exception as error:  # as above
-            raise _not_ours(path, error) from error
+            wrong = [what for what, holds in router._promises(dtypes) if not holds]
+        except Exception as error:  # whatever a file raises that is whole, and not what training writes
+            raise not_ours(path, error) from error
         if wrong:
             raise UserError(f"{path} is a damaged RankRouter checkpoint: {wrong[0]} is not what training writes")
         return router.eval()
 
-    def _promises(self) -> Iterator[tuple[str, bool]]:
-        """What routing relies on in a checkpoint, and whether it holds; raises whatever it may where one lacks."""
+    def _promises(self, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str, bool]]:
+        """What routing relies on in a checkpoint, and whether it holds; raises whatever it may where one lacks.
+
+        `dtypes` are those of the weights as training has them.
+        """
         facts, profiles, names = self.facts, self.facts["profiles"], self.model_names
         args, (margin, temperature) = facts["args"], self.link
+        weights = self.state_dict()
         yield "a model's name", all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
         yield "the best single model", facts["best_single_model"] in names
-        yield "a weight", all(tensor.isfinite().all() for tensor in self.state_dict().values())
+        yield "a weight's layout", all(_is_plain(tensor) for tensor in weights.values())
+        yield "a weight's dtype", all(tensor.dtype == dtypes[name] for name, tensor in weights.items())
+        yield "a weight", all(tensor.isfinite().all() for tensor in weights.values())
         yield "the temperature", 0 < temperature < np.inf
         yield "the margin", 0 <= margin < np.inf
         texts = [args["pooling"], *(facts["encoder"][key] for key in ("path", "fingerprint", "dtype"))]
         yield "a fact of the encoder", all(isinstance(text, str) for text in texts)
-        yield "a flag", all(type(args[key]) is int for key in ("max_length", "seed"))
-        yield "the list of seen queries", facts["seen_queries"].dtype == torch.int64 and facts["seen_queries"].ndim == 1
+        yield "a flag", all(type(args[key]) is int and 0 <= args[key] < 2**32 for key in ("max_length", "seed"))
+        seen = facts["seen_queries"]
+        yield "the list of seen queries", _is_plain(seen) and seen.dtype == torch.int64 and seen.ndim == 1
         if profiles["kind"] == "win_rate":
+            yield "a profile", _is_plain(profiles["known"])
             yield "a profile", profiles["known"].shape == self.model_tower.capability.weight.shape
         elif profiles["kind"] == "file":
             width = self.model_tower.capability.weight.shape[1]
             yield "a profile", all(len(profiles[key]) == width for key in ("columns", "mean", "scale"))
 
 
-def _not_ours(path: str | Path, error: Exception) -> UserError:
-    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to open it all the same
-        return UserError(f"{path} is no RankRouter checkpoint: it is damaged, or holds objects that are no tensors")
-    reason = one_line(str(error))[:200]
-    return UserError(f"{path} is no RankRouter checkpoint ({type(error).__name__}: {reason})")
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is all there, number by number, and takes no more memory than its file."""
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()

@@ -13,7 +13,7 @@ from pathlib import Path
 from support.command_line import OneLineParser, run_command
 from support.files import UserError, make_folder, one_line
 from support.history import Run, read_runs
-from support.runs import LABELS, verdict
+from support.printing import LABELS, verdict
 
 SHOWN = {"auc": "AUC", "accuracy": "accuracy", "log_loss": "log loss", "mean_score": "mean score"}
 ONE_RUN = "[ ] is a 95 % interval: of one run over the drawing of the test queries, not the training"

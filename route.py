@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 
-from support import runs
+from support import printing, runs
 from support.command_line import run_command
 from support.files import UserError, atomic_file, cache_folder, one_line
 from support.route_flags import parse_args
@@ -126,7 +126,7 @@ def draw_curve(args: argparse.Namespace, router) -> None:
 
     names, prices = candidates(args, router)  # (m,) each
     battles, counts = load_battles(args.curve)
-    runs.print_rows(counts)
+    printing.print_rows(counts)
     if battles.table is not None and {"conversations", "prompts"}.intersection(counts["layouts"]):
         raise UserError(f"{args.curve} holds both battles and score tables; a curve is of one kind")
     (query_idx, *choices), left_out = options(battles, names, prices, router)  # (n,), (n, m) each
@@ -198,7 +198,7 @@ def vector_of_battles(args: argparse.Namespace, router) -> tuple:
     from support.new_models import battles_of, in_view_of, vector_from_battles
 
     battles, counts = load_battles(args.battles)
-    runs.print_rows(counts)
+    printing.print_rows(counts)
     name = args.add_model
     own = battles_of(battles, name, router.model_names)
     if not len(own):

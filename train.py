@@ -2,12 +2,14 @@
 
 import argparse
 import hashlib
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from support import runs
+from support import printing, runs, signals
 from support.command_line import run_command
-from support.files import UserError, cache_folder, content_hash, make_folder, one_line
+from support.files import UserError, cache_folder, locked, make_folder, one_line
 from support.train_flags import parse_args
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
@@ -23,15 +25,22 @@ def to_tensors(battles, device) -> tuple:
     return tuple(torch.from_numpy(column).to(device) for column in columns)
 
 
-def train_epoch(router, optimiser, loss_of, points, cluster_idx, battles: tuple, batch_size: int) -> float:
-    """One pass over the training battles in random order; returns the mean loss of a battle."""
+def train_epoch(
+    router, optimiser, loss_of, points, cluster_idx, battles: tuple, batch_size: int, begun=None, after_step=None
+) -> float:
+    """One pass over the training battles in random order; returns the mean loss of a battle.
+
+    `begun`, of a pass that was cut short, is its order (N,) and the summed losses of each step taken (n,); both are
+    what `after_step` is called with.
+    """
     import torch
 
     router.train()
-    order = torch.randperm(len(battles[0])).to(points.device)  # (N,)
-    batches = zip(*(column[order].split(batch_size) for column in battles), strict=True)
+    order, taken = begun or (torch.randperm(len(battles[0])), torch.empty(0))  # (N,), (n,)
+    batches = zip(*(column[order.to(points.device)].split(batch_size) for column in battles), strict=True)
     losses = torch.empty(-(-len(order) // batch_size), device=points.device)  # (steps,)
-    for step, (query, models, outcome) in enumerate(batches):  # (B,), (B, 2), (B,)
+    losses[: len(taken)] = taken
+    for step, (query, models, outcome) in islice(enumerate(batches), len(taken), None):  # (B,), (B, 2), (B,)
         scores = router(points[query], cluster_idx[query])  # (B, M)
         score_a, score_b = scores.gather(1, models).unbind(1)  # (B,) each
         loss = loss_of(score_a, score_b, outcome)
@@ -39,6 +48,8 @@ def train_epoch(router, optimiser, loss_of, points, cluster_idx, battles: tuple,
         loss.backward()
         optimiser.step()
         losses[step] = loss.detach() * len(outcome)
+        if after_step:
+            after_step(order, losses[: step + 1])
     losses = losses.cpu()  # looked at here and not at each step, for which a GPU would wait
     bad = (~losses.isfinite()).nonzero()[:, 0]  # (steps that failed,)
     if len(bad):
@@ -75,11 +86,11 @@ def capability_profiles(args: argparse.Namespace, split, cluster_idx, profiles) 
     return known, {"kind": "win_rate", "known": known}
 
 
-def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, device, history: dict, keep) -> tuple:
+def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, device, history: dict, last, keep):
     """Train a router on the embeddings (Q, H) of the split's queries; the epoch of the best validation AUC counts.
 
-    Fills `history`, and calls `keep(router, improved)` after each epoch. Returns the router with its facts, the
-    standardised embeddings (Q, H) and clusters (Q,).
+    Fills `history`, calls `keep(router, improved)` after each epoch, and goes on from `last.saved`, where there is
+    such. Returns the router with its facts, the standardised embeddings (Q, H) and clusters (Q,).
     """
     import numpy as np
     import torch
@@ -91,12 +102,15 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
     from support import baselines
 
     # Towers; standardisation, clusters and profiles see training queries only
-    timing = history["timing"]
+    timing, saved = history["timing"], last.saved
     torch.manual_seed(args.seed)
     router = RankRouter(split.train.model_names, encoder["width"], vars(args))
     train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
     with runs.timed(timing, "cluster"):
-        router.query_tower.fit(embeddings[train_queries], args.seed)
+        if saved:
+            router.load_state_dict(saved["router"])  # statistics and clusters are in it
+        else:
+            router.query_tower.fit(embeddings[train_queries], args.seed)
         points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
         cluster_idx = router.query_tower.to(device).assign(points)  # (Q,)
         vectors, profile_facts = capability_profiles(args, split, cluster_idx, profiles)  # (M, C)
@@ -120,88 +134,94 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
     battles, best_single = to_tensors(split.train, device), baselines.best_single_model(split)
     seen = query_ids([split.train.queries[i] for i in np.union1d(split.train.query_idx, split.val.query_idx)])  # (Q,)
     optimiser = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    best_auc, best_state = -1.0, None
-    for epoch in range(args.epochs):
-        try:
-            with runs.timed(timing, "train"):
-                mean_loss = train_epoch(router, optimiser, loss_of, points, cluster_idx, battles, args.batch_size)
-            with runs.timed(timing, "evaluate"):
-                d, val = evaluate(router, points, cluster_idx, split.val, margin)  # (N,)
-        except UserError as error:
-            saved = f"; the checkpoint of epoch {history['best_epoch']} is kept" if epoch else ""
-            raise UserError(f"epoch {epoch}: {error}{saved}") from error
-        history["train_losses"].append(mean_loss)
-        history["val_metrics"].append(val)
-        improved = val["auc"] > best_auc
-        if improved:
-            best_auc, history["best_epoch"] = val["auc"], epoch
-            best_state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
-            router.facts = {
-                "args": vars(args),
-                "encoder": encoder,
-                "content_hash": history["data"]["content_hash"],
-                "seen_queries": torch.from_numpy(seen),
-                "profiles": profile_facts,
-                "epoch": epoch,
-                "val_metrics": val,
-                "temperature": metrics.fit_temperature(d, split.val.outcome, margin),
-                "best_single_model": best_single,
-            }
-        keep(router, improved)
-        print(
-            f"epoch {epoch:<3}  loss {mean_loss:.4f}   val  auc {val['auc']:.4f}  accuracy {val['accuracy']:.4f}  "
-            f"log loss {val['log_loss']:.4f}{'  best' if improved else ''}"
-        )
-    router.load_state_dict(best_state)
+    best, begun = {"weights": None, "facts": None}, None
+    if saved:
+        best, begun = saved["best"], saved["begun"]
+        if best["weights"]:  # the file may be of the epoch after it, or lost
+            router.load_state_dict(best["weights"])
+            router.facts = best["facts"]
+            keep(router, True)
+        last.restore(router, optimiser, timing)
+    best_auc = best["facts"]["val_metrics"]["auc"] if best["facts"] else -1.0
+    with signals.between_steps() as asked:
+        for epoch in range(len(history["train_losses"]), args.epochs):
+
+            def after_step(*begun, best=best) -> None:
+                signal = asked()
+                if signal or last.is_due():
+                    lap()
+                    last.write(router, optimiser, history, best, begun)
+                if signal:
+                    raise signals.Stopped(signal)
+
+            try:
+                with runs.timed(timing, "train") as lap:
+                    data = points, cluster_idx, battles, args.batch_size
+                    mean_loss = train_epoch(router, optimiser, loss_of, *data, begun, after_step)
+                with runs.timed(timing, "evaluate"):
+                    d, val = evaluate(router, points, cluster_idx, split.val, margin)  # (N,)
+            except UserError as error:
+                raise UserError(f"epoch {epoch}: {error}") from error
+            history["train_losses"].append(mean_loss)
+            history["val_metrics"].append(val)
+            begun, improved = None, val["auc"] > best_auc
+            if improved:
+                best_auc, history["best_epoch"] = val["auc"], epoch
+                router.facts = {
+                    "args": vars(args),
+                    "encoder": encoder,
+                    "content_hash": history["data"]["content_hash"],
+                    "seen_queries": torch.from_numpy(seen),
+                    "profiles": profile_facts,
+                    "epoch": epoch,
+                    "val_metrics": val,
+                    "temperature": metrics.fit_temperature(d, split.val.outcome, margin),
+                    "best_single_model": best_single,
+                }
+                weights = {name: tensor.clone() for name, tensor in router.state_dict().items()}
+                best = {"weights": weights, "facts": router.facts}
+            keep(router, improved)
+            last.write(router, optimiser, history, best)
+            print(
+                f"epoch {epoch:<3}  loss {mean_loss:.4f}   val  auc {val['auc']:.4f}  accuracy {val['accuracy']:.4f}  "
+                f"log loss {val['log_loss']:.4f}{'  best' if improved else ''}"
+            )
+    router.load_state_dict(best["weights"])
     return router, points, cluster_idx
 
 
-def run(args: argparse.Namespace, split, whole, profiles, device, history: dict) -> None:
-    """Encode, train, and test once; fills `history`, and writes it and the checkpoint as it goes.
-
-    `whole` is the split with the model that `split` holds out, or is `split`.
-    """
-    from query_representation import Encoder
+def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) -> None:
+    """Encode, train, and test once; fills `history`, and writes it and the checkpoints as it goes."""
     from support import baselines
     from support.comparison import Judge, describe_clusters
 
     runs.tune_cpu()
-    checkpoint, timing = Path(args.output_dir) / "best_model.pt", history["timing"]
-    earlier = checkpoint.with_name("best_model.earlier.pt")  # of another run, and so of another history
-    if checkpoint.is_file():
-        checkpoint.replace(earlier)
+    split, whole, profiles, timing = inputs.split, inputs.whole, inputs.profiles, history["timing"]
+    if last.saved is None:
+        runs.set_aside(args.output_dir)
     runs.write_history(args.output_dir, history)
 
     queries = whole.train.queries
     with runs.timed(timing, "encode"):
-        encoder = Encoder(
-            args.model_path,
-            device,
-            dtype=args.dtype,
-            pooling=args.pooling,
-            max_length=args.max_length,
-            tokens_per_batch=args.encode_tokens,
-            cache_dir=cache_folder(args.cache_dir, args.no_cache),
-        )
         embeddings, num_encoded = encoder.embed(queries)  # (Q, H)
-        facts = encoder.facts
-        del encoder  # its network takes memory that training may need
+        encoder.release()  # its network takes memory that training may need
     timing |= {"queries_encoded": num_encoded, "queries_from_cache": len(queries) - num_encoded}
-    history["encoder"], history["environment"] = facts, runs.environment(device, facts["dtype"])
+    history["encoder"], history["environment"] = encoder.facts, runs.environment(device, encoder.facts["dtype"])
     history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
-    runs.print_encoding(facts, timing, args.max_length)
+    last.compare(history["data"]["embeddings_hash"])
+    printing.print_encoding(encoder.facts, timing, args.max_length)
 
     def keep(router, improved: bool) -> None:
         if improved:
-            router.save(checkpoint, **router.facts)
-            earlier.unlink(missing_ok=True)
+            router.save(Path(args.output_dir) / "best_model.pt", **router.facts)
+            runs.forget_earlier(args.output_dir)
         runs.write_history(args.output_dir, history)
 
     place = {query: i for i, query in enumerate(queries)}
     trained = embeddings if whole is split else embeddings[[place[query] for query in split.train.queries]]  # (Q, H)
-    router, points, cluster_idx = fit(args, split, trained, facts, profiles, device, history, keep)
+    router, points, cluster_idx = fit(args, split, trained, encoder.facts, profiles, device, history, last, keep)
 
-    # Test, once, with the weights that were kept: from memory, as another run may share the folder
+    # Test, once, with the weights that were kept
     margin, temperature = router.link
     with runs.timed(timing, "evaluate"):
         test_scores = router.score(points, cluster_idx, split.test.fought[0])  # (Q, M)
@@ -219,93 +239,82 @@ def run(args: argparse.Namespace, split, whole, profiles, device, history: dict)
         from support.cold_start import cold_start
 
         print(f"\nceiling  the same with the battles of {one_line(args.hold_out_model)}")
-        beside = {"train_losses": [], "val_metrics": [], "timing": {}, "data": history["data"]}
         with runs.timed(timing, "cold_start"):
-            ceiling = fit(args, whole, embeddings, facts, profiles, device, beside, lambda *_: None)
+            last = last.of("ceiling")
+            beside = last.history | {"timing": {}, "data": history["data"]}
+            ceiling = fit(args, whole, embeddings, encoder.facts, profiles, device, beside, last, lambda *_: None)
             points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
             trained = router, points, router.query_tower.assign(points)
             history["cold_start"] = cold_start(args.hold_out_model, split, whole, trained, ceiling, profiles, args.seed)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train as the flags say. Raises `UserError` on anything the user can mend."""
-    args = parse_args(argv)
-    args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
+def train(args: argparse.Namespace) -> None:
+    """Train in an output folder that is this process's alone, and go on there where a run was stopped."""
+    from support.inputs import find_inputs, read_inputs
 
-    from data_loader import data_files, load_battles, split_battles
+    if args.deterministic:
+        runs.make_deterministic()
+    truth, timing = find_inputs(args), {}
+    device, resume = runs.pick_device(args.device), vars(args).pop("resume")  # `args` are as if it had never stopped
+    inputs = read_inputs(args, timing)
 
-    if args.data_path is not None:
-        data_files(args.data_path)  # missing data is told before anything slow
-    device = runs.pick_device(args.device)
-    demo, truth_known = None, args.data_path is None
-    if None in (args.data_path, args.model_path):
-        from support.demo import demo_folder
+    from query_representation import Encoder
+    from support.resume import LastCheckpoint, experiment
 
-        demo = demo_folder(args.demo_dir)
-        args.data_path = str(demo / "battles.parquet") if args.data_path is None else args.data_path
-        args.model_path = str(demo / "encoder") if args.model_path is None else args.model_path
-
-    from support.encoder import find_encoder, is_hub_id
-
-    if not is_hub_id(args.model_path):
-        find_encoder(args.model_path)  # as is a missing model; a download can wait until the data are read
-    timing = {}
-    with runs.timed(timing, "load"):
-        battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed)
-        how = args.split_seed, args.split_by, args.ties, args.pairs_per_query
-        split, split_counts = split_battles(battles, *how, args.hold_out_model)
-        whole = split if args.hold_out_model is None else split_battles(battles, *how)[0]
-    data = counts | split_counts
-    runs.print_data(data, args.split_by)
-    if args.hold_out_model is not None:
-        from support.cold_start import held_out_battles
-
-        held_out_battles(args.hold_out_model, split, whole)  # that there are any is known before encoding
-    train_queries = data["split"]["train"]["queries"]
-    if args.num_clusters > train_queries:
-        raise UserError(
-            f"--num_clusters {args.num_clusters} is more than the {train_queries} distinct training queries; "
-            f"choose at most {train_queries}, or 0 for no cluster features"
+    encoder = Encoder(
+        args.model_path,
+        device,
+        dtype=args.dtype,
+        pooling=args.pooling,
+        max_length=args.max_length,
+        tokens_per_batch=args.encode_tokens,
+        cache_dir=cache_folder(args.cache_dir, args.no_cache),
+    )
+    path, same = Path(args.output_dir) / "last_checkpoint.pt", experiment(vars(args), inputs.counts, encoder.usage)
+    last = LastCheckpoint(path, same, args.epochs, args.checkpoint_minutes, resume)
+    history = {"status": "running", "args": vars(args)} | last.history
+    history |= {"test_metrics": None, "test_intervals": None, "baselines": {}, "data": inputs.counts, "timing": timing}
+    earlier = runs.read_history(args.output_dir)
+    if resume:
+        print(f"resume   {last.told}")
+        if last.saved and earlier.get("status") == "finished" and earlier["args"] == vars(args):
+            printing.print_test(earlier)
+            return
+    elif path.is_file() and earlier.get("status") != "finished":
+        print(
+            "anew     an unfinished run is set aside until this one's first epoch has ended; --resume would go on with it"
         )
-
-    profiles = None
-    if args.capability_file is not None:
-        from support.profiles import read_profiles
-
-        profiles = read_profiles(args.capability_file)
-        profiles.of(whole.train.model_names, args.allow_missing_profiles)  # a missing row is told before encoding
-        data["capability_file_hash"] = content_hash([profiles.path])
-        runs.print_profiles(profiles, whole.train.model_names)
-    if args.capability_dim is None:
-        args.capability_dim = args.num_clusters if profiles is None else len(profiles.columns)
-
-    history = {
-        "status": "running",
-        "args": vars(args),
-        "train_losses": [],
-        "val_metrics": [],
-        "best_epoch": None,
-        "test_metrics": None,
-        "test_intervals": None,
-        "baselines": {},
-        "data": data,
-        "timing": timing,
-    }
     try:
-        run(args, split, whole, profiles, device, history)
-        if truth_known:
+        run(args, inputs, encoder, device, last, history)
+        if truth is not None:
             from support.comparison import compare_with_truth
             from support.demo import true_skills
 
-            truth = true_skills(demo, split.test.queries, split.test.model_names)  # (Q, M), (M,)
-            history["demo"] = compare_with_truth(split.test, *truth, history["test_metrics"]["auc"])
-    except BaseException:
-        history["status"] = "failed"
+            test = inputs.split.test
+            skills = true_skills(truth, test.queries, test.model_names)  # (Q, M), (M,)
+            history["demo"] = compare_with_truth(test, *skills, history["test_metrics"]["auc"])
+        history["status"] = "finished"
         runs.write_history(args.output_dir, history)
+    except BaseException as error:
+        history["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        with suppress(UserError):  # the disk may be full, which is told already
+            runs.write_history(args.output_dir, history)
+        if isinstance(error, signals.Stopped):
+            done = f"{len(history['train_losses'])} of {args.epochs} epochs"
+            told = f"interrupted after {done}; the same command with --resume goes on from there"
+            raise signals.Stopped(error.number, told) from error
+        if isinstance(error, UserError) and history["best_epoch"] is not None:
+            raise UserError(f"{error}; the checkpoint of epoch {history['best_epoch']} is kept") from error
         raise
-    history["status"] = "finished"
-    runs.write_history(args.output_dir, history)
-    runs.print_test(history)
+    printing.print_test(history)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train as the flags say. Raises `UserError` on anything the user can mend, `Stopped` on a signal."""
+    args = parse_args(argv)
+    args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
+    with locked(Path(args.output_dir), "--output_dir"):
+        train(args)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import argparse
 import csv
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 
-from support.files import UserError, one_line
+from support import signals
+from support.files import UserError, is_out_of_memory, one_line
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -84,18 +86,26 @@ def some_text(text: str) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a command's `main`: a `UserError` is a line on stderr and exit code 2, a signal to stop 128 + its number."""
     if hasattr(sys.stdout, "reconfigure"):  # a log file shows each epoch as it ends, and takes any model's name
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        main()
-        print(end="", flush=True)
+        with signals.heard():
+            main()
+            print(end="", flush=True)
     except UserError as error:
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, signals.Stopped) else signals.Stopped(signal.SIGINT)
+        print(stopped.told, file=sys.stderr)
+        sys.exit(128 + stopped.number)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = one_line(error)[:200] or type(error).__name__
+        print(f"error: out of memory ({found}); smaller batches, or fewer queries, need less", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if sys.stdout is not None:  # it may be gone or full, and Python's own last flush of it would complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

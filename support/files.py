@@ -1,12 +1,17 @@
-"""Files that survive a crash, content hashes, and the error that a user can act on."""
+"""Files that survive a crash, locks that do not, content hashes, and the error that a user can act on."""
 
+import fcntl
+import glob
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 
 class UserError(Exception):
@@ -27,6 +32,13 @@ def valid_unicode(text: str) -> str:
     return text
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory, of the machine or of a device, is used up."""
+    told = ("out of memory", "can't allocate memory", "not enough memory")  # MPS and torch's CPU have no type for it
+    is_known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_known or (isinstance(error, RuntimeError) and any(words in str(error) for words in told))
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` in one step when the block ends without an error.
@@ -40,19 +52,82 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
                 yield file
             return
         place = Path(os.path.realpath(path))
-        beside = place.with_name(f".{place.name}.{os.getpid()}.{os.urandom(4).hex()}")  # two containers may share a pid
+        remove_leftovers(place.parent, place.name)
+        file = _lock_anew(lambda: place.with_name(f".{place.name}.{os.getpid()}.{os.urandom(4).hex()}.partial"), "xb")
         try:
-            with open(beside, "wb") as file:
+            with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if place.is_file():
-                shutil.copymode(place, beside)
-            os.replace(beside, place)
-        finally:
-            beside.unlink(missing_ok=True)
+                if place.is_file():
+                    shutil.copymode(place, file.name)
+                os.replace(file.name, place)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete what writers of a file, or of any, left beside it when they were killed; those that live hold a lock."""
+    pattern = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.partial", re.DOTALL)
+    for path in folder.glob(f".{'*' if name is None else glob.escape(name)}.*.partial"):
+        if pattern.fullmatch(path.name):
+            with suppress(OSError), open(path, "rb+") as file:  # locked, gone meanwhile, or not ours to delete
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+
+@contextmanager
+def locked(folder: Path, flag: str) -> Iterator[None]:
+    """Hold a folder, named by `flag`, for this process alone; the lock ends with the process, however that ends.
+
+    Raises `UserError` where another process holds it.
+    """
+    path = folder / ".lock"
+    try:
+        file = _lock_anew(lambda: path, "a+")
+    except BlockingIOError as error:
+        raise UserError(
+            f"{folder} is in use by another run{_holder(path)}; wait for its end, or choose another folder with {flag}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot lock {folder}: {error.strerror or error}; choose another with {flag}") from error
+    with file:
+        with suppress(OSError):  # the disk may be full: it is only told to whom the folder belongs
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _holder(lock: Path) -> str:
+    try:
+        return f", {lock.read_text()}"
+    except (OSError, ValueError):  # it has just ended
+        return ""
+
+
+def _lock_anew(name: Callable[[], Path], mode: str) -> IO:
+    """An opened file under a lock of this process alone. Raises `BlockingIOError` where another process holds it."""
+    while True:
+        file = open(path := name(), mode)  # noqa: SIM115, the caller closes it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # a file system without locks
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                return file
+        file.close()  # another process deleted it between opening and locking
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
@@ -66,11 +141,10 @@ def make_folder(path: str | Path, flag: str) -> Path:
     if not str(path):
         raise UserError(f"{flag} is empty; expected a folder")
     folder = Path(os.path.expanduser(path))
-    probe = folder / f".probe.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to the folder {path}: {reason}; choose another with {flag}") from error

@@ -9,8 +9,9 @@ from pathlib import Path
 # Flags that do not make a result: where things lie, seeds, and how fast it goes. Data and encoder count by content.
 NO_EXPERIMENT = {
     *("output_dir", "data_path", "model_path", "demo", "demo_dir", "cache_dir", "no_cache", "seed", "split_seed"),
-    *("device", "dtype", "encode_tokens", "baselines"),
+    *("device", "dtype", "encode_tokens", "baselines", "deterministic", "checkpoint_minutes"),
 }
+NO_HISTORY = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # of `parse`
 TEST_SET = ("split_by", "limit", "score_columns", "hold_out_model")  # flags that say which battles are in the test
 
 
@@ -74,7 +75,7 @@ def read_runs(paths: list[str]) -> tuple[list[Run], list[str]]:
             problems.append(f"{path}: no history ({error.strerror or error}); left out")
         except KeyError as error:
             problems.append(f"{file}: it lacks {error}, which a history of this version has; left out")
-        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        except NO_HISTORY as error:
             problems.append(f"{file}: not a history of ours ({error}); left out")
     return runs, problems
 

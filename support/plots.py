@@ -17,7 +17,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 
 from support.files import atomic_write
 from support.history import Run
-from support.runs import LABELS
+from support.printing import LABELS
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 STYLES = ("-", "--", ":", "-.")

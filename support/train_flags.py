@@ -107,12 +107,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--seed", type=seed, default=42, help="of clusters, initial weights and batches")
     training.add_argument("--split_seed", type=seed, help="of the split and of --limit; without it, --seed")
     training.add_argument(
+        "--deterministic", action="store_true", help="on a GPU too: only algorithms that give the same bits each time"
+    )
+    training.add_argument(
+        "--resume", action="store_true", help="go on where a run in --output_dir was stopped; else from the beginning"
+    )
+    training.add_argument(
+        "--checkpoint_minutes",
+        metavar="N",
+        type=not_negative,
+        default=1.0,
+        help="between two checkpoints to go on from, in an epoch that is longer; 0: after each step",
+    )
+    training.add_argument(
         "--baselines",
         choices=["all", "fast", "none"],
         default="fast",
         help="what the test compares with; all: also a linear head and a factorisation, which take longer",
     )
-
     training.add_argument(
         "--hold_out_model",
         metavar="NAME",

@@ -11,7 +11,7 @@ import metrics
 from data_loader import Battles, ScoreTable, Split, load_battles, split_battles
 from support import baselines
 from support.comparison import Judge
-from support.runs import verdict
+from support.printing import verdict
 
 NAMES = [f"m{i}" for i in range(5)]
 

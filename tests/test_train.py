@@ -121,7 +121,7 @@ def test_the_history_is_complete_and_consistent(demo, default_run):
     assert data["test_queries_in_train"] == 0
     assert sum(cluster["size"] for cluster in history["clusters"]) == data["split"]["train"]["queries"]
     assert history["args"]["split_seed"] == history["args"]["seed"] == 42
-    assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt"}
+    assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt", "last_checkpoint.pt"}
     assert set(history) == {
         *("status", "args", "train_losses", "val_metrics", "best_epoch", "test_metrics", "data", "clusters"),
         *("calibration", "environment", "timing", "demo", "test_intervals", "baselines", "encoder"),
@@ -767,7 +767,7 @@ def test_a_run_that_fails_does_not_pass_off_an_earlier_checkpoint_as_its_own(fai
     assert not (output / "best_model.pt").exists()
     RankRouter.load(output / "best_model.earlier.pt")
     train.main([*flags, "--lr", "1e-4", "--model_path", str(demo / "encoder")])
-    assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt"}
+    assert {path.name for path in output.iterdir()} == {"training_history.json", "best_model.pt", "last_checkpoint.pt"}
 
 
 @pytest.mark.parametrize("batch_size", ["32", "100000"])  # of one step an epoch, the loss itself is finite

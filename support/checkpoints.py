@@ -1,0 +1,67 @@
+"""Checkpoints as files: plain tensors and Python types, whole or refused, and nothing in them is run."""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+from support.files import UserError, atomic_write, one_line
+
+
+def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Replace the file `path` by a checkpoint. Raises `UserError` where it cannot be written."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def read_checkpoint(path: str | Path, version: int) -> dict:
+    """A checkpoint of that `format_version`, its tensors on the CPU.
+
+    Every record's checksum is looked at, which torch's own reader leaves to others, and no record may be more than
+    is in the file. Raises `UserError` where it is no checkpoint of ours, is damaged, or would run something.
+    """
+    import torch
+
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a device, say, that never ends
+            raise UserError(f"{path} is no file; expected a checkpoint")
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    try:
+        problem = _damage(content)
+        if problem is None:
+            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            found = checkpoint.pop("format_version")
+    except Exception as error:  # whatever a foreign or damaged file raises in the readers, or lacks
+        raise not_ours(path, error) from error
+    if problem is not None:
+        raise UserError(f"{path} is no RankRouter checkpoint: {problem}")
+    if found != version:
+        raise UserError(f"{path} has checkpoint format {found!r}, expected {version}; train it again")
+    return checkpoint
+
+
+def not_ours(path: str | Path, error: Exception) -> UserError:
+    """What to tell of a file that has failed with `error` where a checkpoint was expected."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to open it all the same
+        return UserError(f"{path} is no RankRouter checkpoint: it is damaged, or holds objects that are no tensors")
+    return UserError(f"{path} is no RankRouter checkpoint ({type(error).__name__}: {one_line(str(error))[:200]})")
+
+
+def _damage(content: bytes) -> str | None:
+    """What is wrong with the zip archive that torch writes a checkpoint as; None where nothing is."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            return "it is compressed, which training does not write"
+        if sum(record.file_size for record in records) > len(content):
+            return "its records overlap"
+        if any(record.filename.startswith("/") or ".." in record.filename.split("/") for record in records):
+            return "a record's name leads out of it"
+        damaged = archive.testzip()
+    return None if damaged is None else f"it is damaged, in {one_line(damaged)}"
