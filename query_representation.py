@@ -12,51 +12,23 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from support.embedding_cache import EmbeddingCache, query_keys
-from support.encoder import encoder_fingerprint, find_encoder, load_encoder, longest_input
-from support.files import UserError
+from support.encoder import (
+    encoder_fingerprint,
+    find_encoder,
+    hidden_states,
+    load_encoder,
+    longest_input,
+    pick_dtype,
+    plan_batches,
+    tokenize,
+    vocabulary_size,
+)
+from support.files import UserError, is_out_of_memory, one_line
 
 # Tokens per batch: enough to keep the device busy, few enough that long queries still fit.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768, "mps": 8192}
 ROWS_AT_ONCE = 8192  # embeddings standardised, assigned or scored at a time, for the sake of memory
 LLOYD_QUERIES = 100_000  # with more of them, K-means goes by mini-batches
-
-
-def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Hidden states (B, T, H) of token ids (B, T). Raises `UserError` where the encoder cannot take them."""
-    try:
-        return network(input_ids=ids, attention_mask=mask).last_hidden_state
-    except Exception as error:  # whatever a model for images, or one without memory left, makes of it
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{type(network).__name__} cannot encode {ids.shape[0]} texts of {ids.shape[1]} tokens "
-            f"({type(error).__name__}: {reason}); expected a text encoder, and memory for it, of which a lower "
-            "--encode_tokens needs less"
-        ) from error
-
-
-def tokenize(queries: list[str], tokenizer, max_length: int) -> list[torch.Tensor]:
-    """Token ids of each query, cut to `max_length` tokens, without padding: Q int64 tensors (T,), T >= 1."""
-    special = tokenizer.num_special_tokens_to_add()
-    if max_length <= special:  # the tokenizer would then not cut at all
-        raise UserError(f"--max_length {max_length} leaves no room beside {special} special tokens; give more")
-    ids = tokenizer(queries, truncation=True, max_length=max_length)["input_ids"]
-    # A text may leave no token at all (control characters, say); the pad token stands for it.
-    return [torch.tensor(query_ids or [tokenizer.pad_token_id]) for query_ids in ids]
-
-
-def plan_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Batches of indices into `lengths` (Q,), longest first, each of at most `tokens_per_batch` tokens once padded.
-
-    Queries of like length share a batch, so that little of it is padding; the longest first shows at once
-    whether they fit. A query longer than the budget has a batch of its own.
-    """
-    order = np.argsort(-lengths, kind="stable")  # (Q,)
-    batches, start = [], 0
-    while start < len(order):
-        rows = max(1, tokens_per_batch // int(lengths[order[start]]))
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -71,11 +43,44 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     return (hidden * mask[:, :, None]).sum(1) / lengths[:, None]  # (B, H)
 
 
-def _vocabulary(network) -> int:
-    try:
-        return network.get_input_embeddings().weight.shape[0]
-    except (AttributeError, NotImplementedError):  # an encoder without a table of tokens, of characters say
-        return sys.maxsize
+def embed_batch(ids: list[torch.Tensor], network, pooling: str, budget: int) -> tuple[torch.Tensor, int]:
+    """Embeddings (B, H), on the CPU, of queries' token ids, in one batch; in smaller ones where memory runs out.
+
+    Returns also the tokens per batch that fit: `budget`, or less. Raises `UserError` where not even one query fits.
+    """
+    lengths = np.array([len(query_ids) for query_ids in ids])  # (B,)
+    device, first = network.device, budget
+    while True:
+        pieces, found = plan_batches(lengths, budget), []  # (b,) each
+        try:
+            for piece in pieces:
+                # Padding is masked, so any token does; a pad token may lie outside the encoder's vocabulary.
+                padded = pad_sequence([ids[i] for i in piece], batch_first=True).to(device)  # (b, T)
+                ends = torch.from_numpy(lengths[piece]).to(device)  # (b,)
+                mask = (torch.arange(padded.shape[1], device=device) < ends[:, None]).long()  # (b, T)
+                hidden = hidden_states(network, padded, mask)  # (b, T, H)
+                found.append(pool(hidden, mask, pooling).cpu())  # (b, H)
+            break
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(pieces) == len(ids):
+                raise UserError(
+                    f"out of memory with one query of {lengths.max()} tokens ({one_line(error)[:200]}); a lower "
+                    "--max_length needs less, or --device cpu"
+                ) from error
+        hidden = None  # what it holds is needed now
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        budget = max(1, min(budget, len(ids) * int(lengths.max())) // 2)
+    if budget < first:
+        print(
+            f"warning: out of memory with {first} tokens per batch; going on with --encode_tokens {budget}",
+            file=sys.stderr,
+        )
+    embeddings = torch.empty(len(ids), found[0].shape[1])  # (B, H)
+    embeddings[np.concatenate(pieces)] = torch.cat(found)
+    return embeddings, budget
 
 
 @torch.inference_mode()
@@ -101,14 +106,14 @@ def encode_batches(
     order = np.array(sorted(range(len(queries)), key=queries.__getitem__))  # (Q,)
     ids = tokenize([queries[i] for i in order], tokenizer, min(max_length, longest_input(tokenizer, network)))
     lengths = np.array([len(query_ids) for query_ids in ids])  # (Q,)
-    vocabulary = _vocabulary(network)
+    vocabulary = vocabulary_size(network)
     highest = max(int(query_ids.max()) for query_ids in ids)
     if highest >= vocabulary:
         raise UserError(
             f"the tokenizer gives token {highest}, the encoder knows {vocabulary}: they are not of one model"
         )
-    device = network.device
-    batches = plan_batches(lengths, tokens_per_batch or TOKENS_PER_BATCH[device.type])
+    budget = tokens_per_batch or TOKENS_PER_BATCH[network.device.type]
+    batches = plan_batches(lengths, budget)  # (B,) each
     batches = [batch for batch in batches if not stored[order[batch]].all()]
     # The longest first, which shows at once whether they fit. The rest in any order: the time left is then right from
     # the start, and runs side by side work on different batches.
@@ -119,12 +124,7 @@ def encode_batches(
     with tqdm(total=total, desc="encode", disable=not (progress and sys.stderr), **look) as bar:
         for batch in batches:
             if not stored[order[batch]].all():
-                # Padding is masked, so any token does; a pad token may lie outside the encoder's vocabulary.
-                padded = pad_sequence([ids[i] for i in batch], batch_first=True).to(device)  # (B, T)
-                ends = torch.from_numpy(lengths[batch]).to(device)  # (B,)
-                mask = (torch.arange(padded.shape[1], device=device) < ends[:, None]).long()  # (B, T)
-                hidden = hidden_states(network, padded, mask)  # (B, T, H)
-                embeddings = pool(hidden, mask, pooling).cpu()  # (B, H)
+                embeddings, budget = embed_batch([ids[i] for i in batch], network, pooling, budget)  # (B, H)
                 if not embeddings.isfinite().all():
                     one = queries[order[batch[0]]][:40]
                     raise UserError(
@@ -152,16 +152,6 @@ def encode(
             embeddings = torch.empty(len(queries), vectors.shape[1])  # (Q, H)
         embeddings[batch] = vectors
     return embeddings
-
-
-def pick_dtype(name: str, device: torch.device) -> str:
-    """What `--dtype` names; "auto" is bfloat16 where the device multiplies it faster than float32."""
-    if name != "auto":
-        return name
-    if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
 
 
 class Encoder:

@@ -281,9 +281,7 @@ def train(args: argparse.Namespace) -> None:
             printing.print_test(earlier)
             return
     elif path.is_file() and earlier.get("status") != "finished":
-        print(
-            "anew     an unfinished run is set aside until this one's first epoch has ended; --resume would go on with it"
-        )
+        print("aside    an unfinished run, until this one's first epoch has ended; --resume would go on with it")
     try:
         run(args, inputs, encoder, device, last, history)
         if truth is not None:

@@ -1,13 +1,14 @@
-"""Encoders as Hugging Face folders: found, fingerprinted and loaded whole, or refused in one line."""
+"""Encoders as Hugging Face folders: found, fingerprinted, loaded whole or refused, and fed with batches of tokens."""
 
 import os
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from support.files import UserError, content_hash
+from support.files import UserError, content_hash, is_out_of_memory, one_line
 
 
 def is_hub_id(model_path: str) -> bool:
@@ -96,3 +97,68 @@ def longest_input(tokenizer, network) -> int:
             positions -= module.padding_idx + 1  # RoBERTa and its kin number positions from there
     stated = [limit for limit in (tokenizer.model_max_length, positions) if isinstance(limit, int) and limit > 0]
     return min(stated, default=sys.maxsize)
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """What `--dtype` names; "auto" is bfloat16 where the device multiplies it faster than float32."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+
+
+def vocabulary_size(network) -> int:
+    """How many tokens an encoder knows; a very large number where it states none."""
+    try:
+        return network.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):  # an encoder without a table of tokens, of characters say
+        return sys.maxsize
+
+
+def tokenize(queries: list[str], tokenizer, max_length: int) -> list[torch.Tensor]:
+    """Token ids of each query, cut to `max_length` tokens, without padding: Q int64 tensors (T,), T >= 1.
+
+    Raises `UserError` where the tokenizer cannot take them, or `max_length` leaves no room for a word.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:  # the tokenizer would then not cut at all
+        raise UserError(f"--max_length {max_length} leaves no room beside {special} special tokens; give more")
+    try:
+        ids = tokenizer(queries, truncation=True, max_length=max_length)["input_ids"]
+        # A text may leave no token at all (control characters, say); the pad token stands for it.
+        return [torch.tensor(query_ids or [tokenizer.pad_token_id]) for query_ids in ids]
+    except Exception as error:  # whatever a damaged one makes of a text
+        if is_out_of_memory(error):
+            raise
+        reason = one_line(error)[:200] or type(error).__name__
+        raise UserError(f"the tokenizer cannot take the queries: {reason}; get its files again") from error
+
+
+def plan_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Batches of indices into `lengths` (Q,), longest first, each of at most `tokens_per_batch` tokens once padded.
+
+    Queries of like length share a batch, so that little of it is padding; the longest first shows at once
+    whether they fit. A query longer than the budget has a batch of its own.
+    """
+    order = np.argsort(-lengths, kind="stable")  # (Q,)
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, tokens_per_batch // int(lengths[order[start]]))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Hidden states (B, T, H) of token ids (B, T). Raises `UserError` where the encoder cannot take them."""
+    try:
+        return network(input_ids=ids, attention_mask=mask).last_hidden_state
+    except Exception as error:  # whatever a model for images makes of it
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{type(network).__name__} cannot encode {ids.shape[0]} texts of {ids.shape[1]} tokens "
+            f"({type(error).__name__}: {one_line(error)[:200]}); expected a text encoder"
+        ) from error

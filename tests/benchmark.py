@@ -114,8 +114,8 @@ def bench_encode(args) -> None:
     import numpy as np
     import torch
 
-    from query_representation import Encoder, encode, tokenize
-    from support.encoder import load_encoder
+    from query_representation import Encoder, encode
+    from support.encoder import load_encoder, tokenize
 
     tune_cpu()
     queries = corpus(args.files, args.sizes)

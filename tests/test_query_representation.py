@@ -26,8 +26,16 @@ from transformers import (
 )
 
 import query_representation
-from query_representation import QueryTower, encode, fit_centroids, pick_dtype, plan_batches, pool, tokenize
-from support.encoder import encoder_fingerprint, find_encoder, load_encoder, longest_input
+from query_representation import QueryTower, encode, fit_centroids, pool
+from support.encoder import (
+    encoder_fingerprint,
+    find_encoder,
+    load_encoder,
+    longest_input,
+    pick_dtype,
+    plan_batches,
+    tokenize,
+)
 from support.files import UserError
 
 CPU = torch.device("cpu")
