@@ -164,6 +164,7 @@ class Encoder:
         tokens_per_batch: without it, `TOKENS_PER_BATCH` of the device.
         cache_dir: where embeddings are kept; None neither reads nor keeps any.
         progress: whether a bar on stderr counts the tokens.
+        download: whether a hub id may be fetched from the hub.
 
     Raises `UserError` where there is no encoder at `model_path`, or the cache cannot be written.
     """
@@ -178,8 +179,9 @@ class Encoder:
         tokens_per_batch: int | None = None,
         cache_dir: str | Path | None = None,
         progress: bool = True,
+        download: bool = True,
     ):
-        self.path, self.folder, self.device = str(model_path), find_encoder(model_path), device
+        self.path, self.folder, self.device = str(model_path), find_encoder(model_path, download), device
         self.usage = {
             "fingerprint": encoder_fingerprint(self.folder),
             "pooling": pooling,

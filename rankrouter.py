@@ -110,7 +110,7 @@ class RankRouter(nn.Module):
         """
         args, trained = self.facts["args"], self.facts["encoder"]
         how = {"progress": False} | how | {name: args[name] for name in ("pooling", "max_length")}
-        how["dtype"] = trained["dtype"]
+        how |= {"dtype": trained["dtype"], "download": model_path is not None}  # a file may not make us fetch anything
         encoder = Encoder(trained["path"] if model_path is None else model_path, torch.device(device), **how)
         found, expected = encoder.usage["fingerprint"], trained["fingerprint"]
         if found != expected:

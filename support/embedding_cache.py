@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from support.command_line import OneLineParser, run_command
-from support.files import UserError, atomic_write, make_folder, user_cache_folder
+from support.files import UserError, atomic_write, make_folder, remove_leftovers, user_cache_folder
 
 FORMAT_VERSION = 2  # of the shards, and of the arithmetic from text to embedding that they hold
 
@@ -59,6 +59,7 @@ class EmbeddingCache:
         self.folder = encoders_folder(cache_dir) / hashlib.sha256(content.encode()).hexdigest()[:32]
         if not self.folder.is_dir():  # one that is only read need not be writable
             make_folder(self.folder, "--cache_dir")
+        remove_leftovers(self.folder)
         self.names = set()  # of the shards looked at
         self.shards = []  # their embeddings (n, H), memory-mapped
         self.starts = [0]  # rows in the shards before each, and in all

@@ -16,12 +16,12 @@ def is_hub_id(model_path: str) -> bool:
     return not os.path.exists(os.path.expanduser(model_path)) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", model_path))
 
 
-def find_encoder(model_path: str) -> Path:
-    """The folder of an encoder, given as a folder or as a hub id, which is downloaded on first use.
+def find_encoder(model_path: str, download: bool = True) -> Path:
+    """The folder of an encoder, given as a folder or as a hub id, which with `download` is fetched on first use.
 
     Raises `UserError` where there is no such folder, or no model in it.
     """
-    folder = _download(model_path) if is_hub_id(model_path) else Path(os.path.expanduser(model_path))
+    folder = _from_hub(model_path, download) if is_hub_id(model_path) else Path(os.path.expanduser(model_path))
     if not model_path or not os.path.isdir(folder):
         raise UserError(
             f"no model folder at {model_path}; get Qwen2-0.5B with `hf download Qwen/Qwen2-0.5B --local-dir "
@@ -42,13 +42,16 @@ def find_encoder(model_path: str) -> Path:
     return folder
 
 
-def _download(hub_id: str) -> Path:
+def _from_hub(hub_id: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     elsewhere = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.gguf"]  # formats we do not read
     try:
-        return Path(snapshot_download(hub_id, ignore_patterns=elsewhere))
+        return Path(snapshot_download(hub_id, ignore_patterns=elsewhere, local_files_only=not download))
     except Exception as error:  # the hub's client has no common base for what it raises
+        if not download:
+            told = f"the encoder {hub_id} has not been downloaded here; --model_path {hub_id} does it"
+            raise UserError(told) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{hub_id} is no folder here and could not be downloaded as a hub id: {reason}") from error
 

@@ -125,10 +125,11 @@ class LastCheckpoint:
 
 
 def _random_states() -> dict:
-    kind, keys, *rest = np.random.get_state()
+    version, keys, gauss = random.getstate()
+    kind, numpy_keys, *rest = np.random.get_state()
     return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "python": (version, torch.tensor(keys), gauss),
+        "numpy": (kind, torch.from_numpy(numpy_keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all(),
         "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
@@ -136,8 +137,9 @@ def _random_states() -> dict:
 
 
 def _set_random_states(states: dict) -> None:
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys.tolist()), gauss))
     kind, keys, *rest = states["numpy"]
-    random.setstate(states["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count():  # else it goes on another machine

@@ -1,10 +1,15 @@
 """What the tests share: a demo in a temporary folder, and commands run in this process."""
 
 import json
+import os
+import sys
+import traceback
 
 import pytest
 import torch
 
+import query_representation
+import support.embedding_cache
 import train
 from support.command_line import run_command
 from support.demo import demo_folder
@@ -71,3 +76,74 @@ def fails(capsys):
         return lines[0]
 
     return run
+
+
+class Killed:
+    """A command run in a forked process that is stopped at a moment counted in events, not in seconds.
+
+    Events are steps of the optimiser, passes of the encoder, K-means, and each call that makes, replaces or deletes a
+    file, before and after it. `act` is called in the child at event number `moment` (from 0).
+    """
+
+    def __init__(self, folder):
+        self.folder, self.count = folder, 0
+
+    def __call__(self, command, flags, moment=None, act=None, patch=None):
+        """Returns the exit code (minus a signal's number), the events' names, and the lines on stdout and stderr."""
+        self.count += 1
+        out, err, seen = (self.folder / f"{self.count}.{name}" for name in ("out", "err", "events"))
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._child(command, flags, moment, act, patch, (out, err, seen))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return code, seen.read_text().split(), out.read_text().splitlines(), err.read_text().splitlines()
+
+    def _child(self, command, flags, moment, act, patch, files):
+        code = 99
+        try:
+            for descriptor, path in zip((1, 2), files, strict=False):
+                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
+            sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns of the fork
+            events, number = os.open(files[2], os.O_CREAT | os.O_WRONLY), 0
+
+            def event(name):
+                nonlocal number
+                os.write(events, f"{name}\n".encode())
+                number += 1
+                if number - 1 == moment:
+                    act()
+
+            def watch(owner, name, called):
+                real = getattr(owner, name)
+
+                def watched(*args, **kwargs):
+                    event(f"before-{called}")
+                    result = real(*args, **kwargs)
+                    event(f"after-{called}")
+                    return result
+
+                setattr(owner, name, watched)
+
+            watch(torch.optim.AdamW, "step", "step")
+            watch(query_representation, "hidden_states", "pass")
+            watch(query_representation, "fit_centroids", "clusters")
+            for name in ("fsync", "replace", "unlink"):
+                watch(os, name, name)
+            support.embedding_cache.SECONDS_PER_SHARD = 0  # a shard per batch
+            if patch:
+                patch()
+            run_command(lambda: command(flags))
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+
+@pytest.fixture
+def forked(tmp_path_factory):
+    return Killed(tmp_path_factory.mktemp("forked"))
