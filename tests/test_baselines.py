@@ -343,7 +343,7 @@ def test_shuffled_outcomes_show_no_difference(demo, run_demo, monkeypatch):
         battles.outcome[:] = np.random.default_rng(0).permutation(battles.outcome)
         return battles, counts
 
-    monkeypatch.setattr("data_loader.load_battles", shuffled)
+    monkeypatch.setattr("support.inputs.load_battles", shuffled)
     flags = ("--limit", "2000", "--epochs", "3", "--num_clusters", "10", "--embedding_dim", "48", "--baselines", "all")
     history, _ = run_demo(*flags)
     assert len(history["baselines"]) == 6
