@@ -5,12 +5,14 @@ import os
 import sys
 import traceback
 
+import pandas as pd
 import pytest
 import torch
 
 import query_representation
 import support.embedding_cache
 import train
+from rankrouter import RankRouter
 from support.command_line import run_command
 from support.demo import demo_folder
 
@@ -147,3 +149,31 @@ class Killed:
 @pytest.fixture
 def forked(tmp_path_factory):
     return Killed(tmp_path_factory.mktemp("forked"))
+
+
+@pytest.fixture(scope="session")
+def small(demo, tmp_path_factory):
+    """Flags of a run of a second, on the first battles of the demo."""
+    data = tmp_path_factory.mktemp("small") / "battles.parquet"
+    pd.read_parquet(demo / "battles.parquet")[:320].to_parquet(data)
+    tiny = "--epochs 2 --num_clusters 3 --embedding_dim 8 --capability_dim 4 --batch_size 40 --encode_tokens 512"
+    flags = ["--data_path", str(data), "--model_path", str(demo / "encoder"), "--dtype", "float32", *tiny.split()]
+    flags += ["--baselines", "none"]
+    folder = str(tmp_path_factory.mktemp("warm"))
+    train.main([*flags, "--output_dir", folder, "--cache_dir", folder])  # imports what the forked ones need
+    return flags
+
+
+def result(output):
+    """The history but for its timing and place, and the tensors of the best checkpoint."""
+    history = json.loads((output / "training_history.json").read_text())
+    del history["timing"], history["args"]["output_dir"], history["args"]["cache_dir"]
+    return history, RankRouter.load(output / "best_model.pt").state_dict()
+
+
+def assert_same(output, expected):
+    history, weights = result(output)
+    assert history == expected[0]
+    assert history["status"] == "finished"
+    assert weights.keys() == expected[1].keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected[1].items())

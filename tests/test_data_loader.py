@@ -9,8 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_loader import load_battles, query_ids, split_battles
 from support.command_line import comma_separated
@@ -638,37 +636,6 @@ def test_a_split_with_an_empty_side_is_an_error(tmp_path):
     battles, _ = load_battles(write_parquet(tmp_path / "a.parquet", ties))
     with pytest.raises(UserError, match="no battle for test, train, val: found 30 battles, 30 of them ties"):
         split_battles(battles, 0)
-
-
-cells = st.one_of(
-    st.none(),
-    st.text(max_size=4),
-    st.sampled_from(["x", "y", "model_a", "tie"]),
-    st.integers(),
-    st.floats(),
-    st.booleans(),
-    st.lists(
-        st.sampled_from(["x", None, {"role": "user", "content": "q"}, {"role": "user", "content": 3}]), max_size=2
-    ),
-)
-rows = st.fixed_dictionaries(
-    {"model_a": cells, "model_b": cells, "winner": cells},
-    optional={"conversation_a": cells, "prompt": cells},
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(rows=st.lists(rows, min_size=1, max_size=8))
-def test_every_row_is_kept_or_counted(tmp_path_factory, rows):
-    path = write_lines(tmp_path_factory.mktemp("any") / "a.jsonl", rows)
-    try:
-        battles, counts = load_battles(path)
-    except UserError as error:
-        assert "\n" not in str(error).replace(path, "")
-    else:
-        assert len(battles) + sum(counts["rows_dropped"].values()) == counts["rows_read"] == len(rows)
-        assert all(query.strip() for query in battles.queries)
-        assert (battles.model_a_idx != battles.model_b_idx).all()
 
 
 @pytest.mark.parametrize("pairs_per_query", [None, 1])

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import assert_same, result
 
 import query_representation
 import train
@@ -21,34 +22,6 @@ MOMENTS = 20
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def small(demo, tmp_path_factory):
-    """Flags of a run of a second, on the first battles of the demo."""
-    data = tmp_path_factory.mktemp("small") / "battles.parquet"
-    pd.read_parquet(demo / "battles.parquet")[:320].to_parquet(data)
-    tiny = "--epochs 2 --num_clusters 3 --embedding_dim 8 --capability_dim 4 --batch_size 40 --encode_tokens 512"
-    flags = ["--data_path", str(data), "--model_path", str(demo / "encoder"), "--dtype", "float32", *tiny.split()]
-    flags += ["--baselines", "none"]
-    folder = str(tmp_path_factory.mktemp("warm"))
-    train.main([*flags, "--output_dir", folder, "--cache_dir", folder])  # imports what the forked ones need
-    return flags
-
-
-def result(output):
-    """The history but for its timing and place, and the tensors of the best checkpoint."""
-    history = json.loads((output / "training_history.json").read_text())
-    del history["timing"], history["args"]["output_dir"], history["args"]["cache_dir"]
-    return history, RankRouter.load(output / "best_model.pt").state_dict()
-
-
-def assert_same(output, expected):
-    history, weights = result(output)
-    assert history == expected[0]
-    assert history["status"] == "finished"
-    assert weights.keys() == expected[1].keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected[1].items())
 
 
 def folders(tmp_path, name):
