@@ -38,6 +38,13 @@ def test_the_file_map_is_complete():
     assert listed == {str(path.relative_to(ROOT)) for path in files}
 
 
+def test_the_tests_that_are_named_exist():
+    named = set(re.findall(r"`(test_\w+)`", section("What happens when...")))
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 25
+    assert not named - set(re.findall(r"^def (test_\w+)\(", tests, re.MULTILINE))
+
+
 def test_every_key_of_the_outputs_is_explained(default_run):
     history, _ = default_run
     explained = set(re.findall(r"`(\w+)`", section("Outputs")))
