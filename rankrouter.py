@@ -10,10 +10,11 @@ from torch import nn
 
 from model_profiling import ModelTower
 from query_representation import ROWS_AT_ONCE, Encoder, QueryTower
-from support.checkpoints import not_ours, read_checkpoint, write_checkpoint
+from support.checkpoints import is_plain, not_ours, read_checkpoint, write_checkpoint
 from support.files import UserError, one_line, valid_unicode
 
 FORMAT_VERSION = 2
+CHOICES = {"pooling": ("mean", "last"), "similarity_metric": ("dot", "cosine"), "loss_type": ("bpr", "bce", "hinge")}
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on how many others there are
 
 
@@ -225,6 +226,8 @@ class RankRouter(nn.Module):
         checkpoint = read_checkpoint(path, FORMAT_VERSION)
         try:
             state, model_names = checkpoint.pop("model_state_dict"), checkpoint.pop("model_names")
+            if not checkpoint["args"]["embedding_dim"] >= 1:  # torch would only warn
+                raise ValueError("its shared space has no dimension")
             with torch.device("meta"):  # takes no memory, whatever widths the file claims
                 router = cls(model_names, checkpoint["encoder"]["width"], checkpoint["args"])
             dtypes = {name: tensor.dtype for name, tensor in router.state_dict().items()}
@@ -247,24 +250,24 @@ class RankRouter(nn.Module):
         weights = self.state_dict()
         yield "a model's name", all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
         yield "the best single model", facts["best_single_model"] in names
-        yield "a weight's layout", all(_is_plain(tensor) for tensor in weights.values())
+        yield "a weight's layout", all(is_plain(tensor) for tensor in weights.values())
         yield "a weight's dtype", all(tensor.dtype == dtypes[name] for name, tensor in weights.items())
         yield "a weight", all(tensor.isfinite().all() for tensor in weights.values())
         yield "the temperature", 0 < temperature < np.inf
         yield "the margin", 0 <= margin < np.inf
-        texts = [args["pooling"], *(facts["encoder"][key] for key in ("path", "fingerprint", "dtype"))]
-        yield "a fact of the encoder", all(isinstance(text, str) for text in texts)
-        yield "a flag", all(type(args[key]) is int and 0 <= args[key] < 2**32 for key in ("max_length", "seed"))
+        encoder = facts["encoder"]
+        yield "a fact of the encoder", all(isinstance(encoder[key], str) for key in ("path", "fingerprint"))
+        yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
+        for name, choices in CHOICES.items():
+            yield f"--{name}", args[name] in choices
+        yield "--max_length", type(args["max_length"]) is int and 1 <= args["max_length"] <= 2**20
+        yield "--seed", type(args["seed"]) is int and 0 <= args["seed"] < 2**32
+        yield "--dropout", 0 <= args["dropout"] < 1
         seen = facts["seen_queries"]
-        yield "the list of seen queries", _is_plain(seen) and seen.dtype == torch.int64 and seen.ndim == 1
+        yield "the list of seen queries", is_plain(seen) and seen.dtype == torch.int64 and seen.ndim == 1
         if profiles["kind"] == "win_rate":
-            yield "a profile", _is_plain(profiles["known"])
+            yield "a profile", is_plain(profiles["known"])
             yield "a profile", profiles["known"].shape == self.model_tower.capability.weight.shape
         elif profiles["kind"] == "file":
             width = self.model_tower.capability.weight.shape[1]
             yield "a profile", all(len(profiles[key]) == width for key in ("columns", "mean", "scale"))
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is all there, number by number, and takes no more memory than its file."""
-    return tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()

@@ -108,6 +108,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
     train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
     with runs.timed(timing, "cluster"):
         if saved:
+            last.verify(router, len(split.train), history["data"]["embeddings_hash"])
             router.load_state_dict(saved["router"])  # statistics and clusters are in it
         else:
             router.query_tower.fit(embeddings[train_queries], args.seed)
@@ -137,11 +138,12 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
     best, begun = {"weights": None, "facts": None}, None
     if saved:
         best, begun = saved["best"], saved["begun"]
+        last.restore(optimiser, timing)
         if best["weights"]:  # the file may be of the epoch after it, or lost
             router.load_state_dict(best["weights"])
             router.facts = best["facts"]
             keep(router, True)
-        last.restore(router, optimiser, timing)
+            router.load_state_dict(saved["router"])
     best_auc = best["facts"]["val_metrics"]["auc"] if best["facts"] else -1.0
     with signals.between_steps() as asked:
         for epoch in range(len(history["train_losses"]), args.epochs):
@@ -166,7 +168,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
             history["val_metrics"].append(val)
             begun, improved = None, val["auc"] > best_auc
             if improved:
-                best_auc, history["best_epoch"] = val["auc"], epoch
+                best_auc = val["auc"]
                 router.facts = {
                     "args": vars(args),
                     "encoder": encoder,
@@ -197,6 +199,7 @@ def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) 
 
     runs.tune_cpu()
     split, whole, profiles, timing = inputs.split, inputs.whole, inputs.profiles, history["timing"]
+    checkpoint = Path(args.output_dir) / "best_model.pt"
     if last.saved is None:
         runs.set_aside(args.output_dir)
     runs.write_history(args.output_dir, history)
@@ -208,13 +211,13 @@ def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) 
     timing |= {"queries_encoded": num_encoded, "queries_from_cache": len(queries) - num_encoded}
     history["encoder"], history["environment"] = encoder.facts, runs.environment(device, encoder.facts["dtype"])
     history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
-    last.compare(history["data"]["embeddings_hash"])
     printing.print_encoding(encoder.facts, timing, args.max_length)
 
     def keep(router, improved: bool) -> None:
         if improved:
-            router.save(Path(args.output_dir) / "best_model.pt", **router.facts)
-            runs.forget_earlier(args.output_dir)
+            router.save(checkpoint, **router.facts)
+            checkpoint.with_name("best_model.earlier.pt").unlink(missing_ok=True)
+            history["best_epoch"] = router.facts["epoch"]
         runs.write_history(args.output_dir, history)
 
     place = {query: i for i, query in enumerate(queries)}
@@ -254,6 +257,7 @@ def train(args: argparse.Namespace) -> None:
 
     if args.deterministic:
         runs.make_deterministic()
+    runs.check_outputs(args.output_dir)
     truth, timing = find_inputs(args), {}
     device, resume = runs.pick_device(args.device), vars(args).pop("resume")  # `args` are as if it had never stopped
     inputs = read_inputs(args, timing)
@@ -270,18 +274,18 @@ def train(args: argparse.Namespace) -> None:
         tokens_per_batch=args.encode_tokens,
         cache_dir=cache_folder(args.cache_dir, args.no_cache),
     )
-    path, same = Path(args.output_dir) / "last_checkpoint.pt", experiment(vars(args), inputs.counts, encoder.usage)
-    last = LastCheckpoint(path, same, args.epochs, args.checkpoint_minutes, resume)
+    path, what = Path(args.output_dir) / "last_checkpoint.pt", experiment(vars(args), inputs.counts, encoder.usage)
+    last = LastCheckpoint(path, what, args.epochs, args.checkpoint_minutes, resume)
     history = {"status": "running", "args": vars(args)} | last.history
     history |= {"test_metrics": None, "test_intervals": None, "baselines": {}, "data": inputs.counts, "timing": timing}
     earlier = runs.read_history(args.output_dir)
     if resume:
         print(f"resume   {last.told}")
-        if last.saved and earlier.get("status") == "finished" and earlier["args"] == vars(args):
-            printing.print_test(earlier)
+        if earlier.get("status") == "finished" and earlier["args"] == vars(args) and last.is_kept():
+            print(f"finished already, with a test AUC of {earlier['test_metrics']['auc']:.4f}: {args.output_dir}")
             return
     elif path.is_file() and earlier.get("status") != "finished":
-        print("aside    an unfinished run, until this one's first epoch has ended; --resume would go on with it")
+        print("aside    an unfinished run, until this one has a checkpoint; until then --resume goes on with it")
     try:
         run(args, inputs, encoder, device, last, history)
         if truth is not None:

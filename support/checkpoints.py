@@ -46,6 +46,13 @@ def read_checkpoint(path: str | Path, version: int) -> dict:
     return checkpoint
 
 
+def is_plain(tensor) -> bool:
+    """Whether a tensor on the CPU is all there, number by number, and takes no more memory than its file."""
+    import torch
+
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
 def not_ours(path: str | Path, error: Exception) -> UserError:
     """What to tell of a file that has failed with `error` where a checkpoint was expected."""
     if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to open it all the same

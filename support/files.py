@@ -86,7 +86,7 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
 
     Raises `UserError` where another process holds it.
     """
-    path = folder / ".lock"
+    path = folder / ".rankrouter.lock"
     try:
         file = _lock_anew(lambda: path, "a+")
     except BlockingIOError as error:
@@ -113,10 +113,14 @@ def _holder(lock: Path) -> str:
         return ""
 
 
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _lock_anew(name: Callable[[], Path], mode: str) -> IO:
     """An opened file under a lock of this process alone. Raises `BlockingIOError` where another process holds it."""
     while True:
-        file = open(path := name(), mode)  # noqa: SIM115, the caller closes it
+        file = open(path := name(), mode, opener=_no_link)  # noqa: SIM115, the caller closes it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

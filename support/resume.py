@@ -1,14 +1,18 @@
 """Where a run goes on after it was stopped: `last_checkpoint.pt`, with all that the rest of the run depends on."""
 
+import json
+import math
 import random
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from support.checkpoints import not_ours, read_checkpoint, write_checkpoint
+from rankrouter import RankRouter
+from support.checkpoints import is_plain, not_ours, read_checkpoint, write_checkpoint
 from support.files import UserError
 from support.history import NO_EXPERIMENT
 
@@ -48,45 +52,91 @@ class LastCheckpoint:
 
     def __init__(self, path: Path, experiment: dict, epochs: int, minutes: float, resume: bool):
         self.path, self.how = path, (experiment, epochs, minutes, resume)
-        self.saved = read_checkpoint(path, FORMAT_VERSION) if resume and path.is_file() else None
+        self.saved = read_checkpoint(path, FORMAT_VERSION) if resume and path.exists() else None
         self.history, self.told = {"train_losses": [], "val_metrics": [], "best_epoch": None}, "nothing to go on from"
         if self.saved:
             try:
                 self._check()
-                self.history = {name: self.saved["history"][name] for name in self.history}
-            except (LookupError, TypeError, AttributeError) as error:
+                facts = self.saved["best"]["facts"]
+                self.history = self.saved["history"] | {"best_epoch": facts["epoch"] if facts else None}
+            except UserError:
+                raise
+            except Exception as error:  # whatever a file raises that is whole, and not what training writes
                 raise not_ours(path, error) from error
         self.since = time.monotonic()
 
     def _check(self) -> None:
         then, (now, epochs, *_), begun = self.saved["experiment"], self.how, self.saved["begun"]
         changed = [
-            f"{name} was {then.get(name)}, is {now.get(name)}" for name in then | now if then.get(name) != now.get(name)
+            f"{name} was {str(then.get(name))[:80]}, is {str(now.get(name))[:80]}"
+            for name in now | then
+            if then.get(name) != now.get(name)
         ]
         if changed:
             raise UserError(
                 f"--resume: {self.path} is of another experiment: {'; '.join(changed)}; restore that, choose another "
                 "--output_dir, or leave out --resume to train anew"
             )
-        done = len(self.saved["history"]["train_losses"])
+        losses, vals = (self.saved["history"][name] for name in ("train_losses", "val_metrics"))
+        if not all(type(loss) is float and 0 <= val["auc"] <= 1 for loss, val in zip(losses, vals, strict=True)):
+            raise ValueError("its history is none")
+        json.dumps([losses, vals], allow_nan=False)  # is to be written
+        done = len(losses)
         if epochs < done + (begun is not None):
             more = " and a part of the next" if begun else ""
             raise UserError(f"--resume: {self.path} has {done} epochs{more} behind it; --epochs {epochs} is too few")
         steps = f" and {len(begun[1])} steps of the next" if begun else ""
         self.told = f"after {done} epochs{steps}"
 
-    def of(self, training: str) -> "LastCheckpoint":
-        """That of another training of the same run."""
-        return LastCheckpoint(self.path.with_name(f"last_checkpoint.{training}.pt"), *self.how)
+    def is_kept(self) -> bool:
+        """Whether `best_model.pt` is there, whole, and of the epoch that is the best."""
+        try:
+            router = RankRouter.load(self.path.with_name("best_model.pt"))
+        except UserError:
+            return False
+        return self.saved is not None and router.facts["epoch"] == self.history["best_epoch"]
 
-    def compare(self, embeddings_hash: str) -> None:
-        """Warn on stderr where the run goes on with other embeddings, in their last bits, than it began with."""
-        if self.saved and self.saved["embeddings_hash"] != embeddings_hash:
+    def of(self, training: str) -> "LastCheckpoint":
+        """That of another training of the same run; where it is of another run, or damaged, from the beginning."""
+        path, (*how, resume) = self.path.with_name(f"last_checkpoint.{training}.pt"), self.how
+        try:
+            return LastCheckpoint(path, *how, resume)
+        except UserError:
+            return LastCheckpoint(path, *how, False)
+
+    def verify(self, router, num_battles: int, embeddings_hash: str) -> None:
+        """Raise `UserError` where `saved` is not what `write` has written for such a router and so many battles.
+
+        Warns on stderr where the embeddings are others, in their last bits, than those that the run began with.
+        """
+        try:
+            wrong = [what for what, holds in self._promises(router.state_dict(), num_battles) if not holds]
+        except Exception as error:  # as above
+            raise not_ours(self.path, error) from error
+        if wrong:
+            raise UserError(f"{self.path} is no RankRouter checkpoint: {wrong[0]} is not what training writes")
+        if self.saved["embeddings_hash"] != embeddings_hash:
             print(
                 "warning: the embeddings are not bit for bit those that the run began with: they were made on another "
                 "machine or in other batches; the result may differ in its last digits from one never stopped",
                 file=sys.stderr,
             )
+
+    def _promises(self, weights: dict, num_battles: int) -> Iterator[tuple[str, bool]]:
+        saved, vals = self.saved, self.history["val_metrics"]
+        best, begun = saved["best"], saved["begun"]
+        yield "a weight", _is_like(saved["router"], weights)
+        if vals:
+            yield "the best epoch", best["facts"]["val_metrics"] == vals[best["facts"]["epoch"]]
+            yield "a best weight", _is_like(best["weights"], weights)
+        else:
+            yield "the best epoch", best == {"weights": None, "facts": None}
+        if begun is not None:
+            order, taken = begun  # (N,), (n,)
+            yield "the order of the battles", torch.equal(order.sort().values, torch.arange(num_battles))
+            yield "a step's loss", taken.dtype == torch.float32 and taken.ndim == 1 and len(taken) <= num_battles
+        yield "the embeddings' hash", type(saved["embeddings_hash"]) is str
+        yield "a time", all(name in TIMED and 0 <= seconds < math.inf for name, seconds in saved["seconds"].items())
 
     def is_due(self) -> bool:
         """Whether so many minutes have gone by since the last write."""
@@ -103,7 +153,7 @@ class LastCheckpoint:
             "router": router.state_dict(),
             "optimiser": optimiser.state_dict(),
             "random": _random_states(),
-            "history": {name: history[name] for name in self.history},
+            "history": {name: history[name] for name in ("train_losses", "val_metrics")},
             "embeddings_hash": history["data"]["embeddings_hash"],
             "seconds": {name: seconds for name, seconds in history["timing"].items() if name in TIMED},
             "best": best,
@@ -112,16 +162,34 @@ class LastCheckpoint:
         write_checkpoint(self.path, state)
         self.since = time.monotonic()
 
-    def restore(self, router, optimiser, timing: dict) -> None:
-        """Bring router, optimiser, random states and the seconds spent to where `saved` was written."""
+    def restore(self, optimiser, timing: dict) -> None:
+        """Bring optimiser, random states and the seconds spent to where `saved` was written, as its router is."""
         try:
-            router.load_state_dict(self.saved["router"])
+            moments, groups = (self.saved["optimiser"][part] for part in ("state", "param_groups"))
+            expected = [weight for group in optimiser.param_groups for weight in group["params"]]
+            kept = [
+                _is_like(moment, {"step": torch.tensor(0.0), "exp_avg": expected[i], "exp_avg_sq": expected[i]})
+                for i, moment in moments.items()
+            ]
+            if groups != optimiser.state_dict()["param_groups"] or not all(kept):
+                raise ValueError("the optimiser's state is not that of this run")
             optimiser.load_state_dict(self.saved["optimiser"])
             _set_random_states(self.saved["random"])
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # as above
             raise not_ours(self.path, error) from error
         for name, seconds in self.saved["seconds"].items():
             timing[name] = timing.get(name, 0.0) + seconds
+
+
+def _is_like(found: dict, expected: dict) -> bool:
+    """Whether tensors have the names, shapes and dtypes of others, and are finite."""
+    return found.keys() == expected.keys() and all(
+        is_plain(tensor)
+        and tensor.shape == expected[name].shape
+        and tensor.dtype == expected[name].dtype
+        and bool(tensor.isfinite().all())
+        for name, tensor in found.items()
+    )
 
 
 def _random_states() -> dict:

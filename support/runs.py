@@ -15,12 +15,20 @@ from pathlib import Path
 from support.files import UserError, atomic_write
 from support.history import NO_HISTORY, parse
 
-CHECKPOINTS = ("best_model", "last_checkpoint", "last_checkpoint.ceiling")
+OUTPUTS = ("training_history.json", "best_model.pt", "last_checkpoint.pt", "last_checkpoint.ceiling.pt")
 
 
 def write_history(output_dir: str, history: dict) -> None:
     """Replace `training_history.json` in the output folder, so that a running or killed run can be read."""
     atomic_write(Path(output_dir) / "training_history.json", json.dumps(history, indent=1, allow_nan=False).encode())
+
+
+def check_outputs(output_dir: str) -> None:
+    """Raise `UserError` where one of a run's files cannot be one: a folder or a pipe stands there, say."""
+    for name in OUTPUTS:
+        path = Path(output_dir) / name
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path} is no file; move it away, or choose another --output_dir")
 
 
 def read_history(output_dir: str) -> dict:
@@ -35,17 +43,13 @@ def read_history(output_dir: str) -> dict:
 
 
 def set_aside(output_dir: str) -> None:
-    """Take an earlier run's checkpoints out of the way of a new one; see `forget_earlier`."""
-    for name in CHECKPOINTS:
-        path = Path(output_dir) / f"{name}.pt"
+    """Take an earlier run's `best_model.pt` out of the way of a new one, until that has its own."""
+    path = Path(output_dir) / "best_model.pt"
+    try:
         if path.is_file():
-            path.replace(path.with_name(f"{name}.earlier.pt"))
-
-
-def forget_earlier(output_dir: str) -> None:
-    """Delete what `set_aside` took out of the way."""
-    for name in CHECKPOINTS:
-        (Path(output_dir) / f"{name}.earlier.pt").unlink(missing_ok=True)
+            path.replace(path.with_name("best_model.earlier.pt"))
+    except OSError as error:
+        raise UserError(f"cannot rename {path}: {error.strerror or error}; choose another --output_dir") from error
 
 
 def tune_cpu() -> None:

@@ -259,6 +259,113 @@ def test_a_checkpoint_that_claims_more_than_it_holds_is_refused_without_the_memo
         RankRouter.load(tmp_path / "c.pt")
 
 
+def put(*path, value):
+    """A change of one place in a checkpoint."""
+
+    def change(checkpoint):
+        *way, last = path
+        for key in way:
+            checkpoint = checkpoint[key]
+        if value is None:
+            del checkpoint[last]
+        else:
+            checkpoint[last] = value
+
+    return change
+
+
+def shorter(checkpoint):
+    order, losses = checkpoint["begun"]
+    checkpoint["begun"] = (order[:-1], losses)
+
+
+def swapped(checkpoint):
+    moment = checkpoint["optimiser"]["state"][0]
+    moment["exp_avg"] = torch.zeros(1).expand(10**6, 10**6)
+
+
+NAN = float("nan")
+LAST_DAMAGES = [
+    *(put(name, value=None) for name in ("router", "best", "seconds", "history", "random", "begun", "optimiser")),
+    *(put("router", value=value) for value in ([], "x", {})),
+    *(put("router", "query_tower.mean", value=value) for value in (torch.zeros(3), torch.full((128,), NAN), 5)),
+    put("router", "query_tower.mean", value=torch.zeros(128, dtype=torch.complex64)),
+    *(put("best", value=value) for value in ("x", {}, {"weights": {}, "facts": {}})),
+    *(put("best", "facts", "epoch", value=value) for value in (7, "x")),
+    *(put("best", "facts", "val_metrics", "auc", value=value) for value in (NAN, "x")),
+    *(put("history", name, value=[value]) for name in ("train_losses", "val_metrics") for value in (NAN, 5, {})),
+    *(put("seconds", "train", value=value) for value in (NAN, "x", torch.zeros(2))),
+    *(put("optimiser", "state", 0, "exp_avg", value=value) for value in (torch.zeros(3), "x")),
+    *(put("optimiser", "param_groups", value=value) for value in ([], "x")),
+    *(
+        put("begun", value=value)
+        for value in ([], {}, (1, 2, 3), (torch.zeros(236, dtype=torch.int64), torch.zeros(2)))
+    ),
+    *(put("random", "python", value=value) for value in ("x", (3, -torch.ones(625).long(), None))),
+    *(put("experiment", "--lr", value=value) for value in (torch.ones(2), "x" * 10**6)),
+    put("embeddings_hash", value=3),
+    shorter,
+    swapped,
+]
+
+
+@pytest.fixture(scope="module")
+def stopped(small, tmp_path_factory):
+    """The folder of a run that was stopped in its second epoch."""
+    output = tmp_path_factory.mktemp("stopped")
+    evaluate, calls = train.evaluate, []
+
+    def stops(*args):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", stops)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*small, "--output_dir", str(output), "--checkpoint_minutes", "0"])
+    return output
+
+
+def test_a_last_checkpoint_of_odd_values_is_refused_before_anything_follows_from_it(small, stopped, tmp_path, fails):
+    path = tmp_path / "last_checkpoint.pt"
+    flags = [*small, "--output_dir", str(tmp_path), "--checkpoint_minutes", "0"]
+    for number, change in enumerate(LAST_DAMAGES):
+        checkpoint = torch.load(stopped / "last_checkpoint.pt", weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, path)
+        shutil.copy(stopped / "best_model.pt", tmp_path)
+        message = fails(*flags, "--resume")
+        assert len(message) < 1500, number
+        assert "is no RankRouter checkpoint" in message or "of another experiment" in message, number
+        assert (tmp_path / "best_model.pt").read_bytes() == (stopped / "best_model.pt").read_bytes(), number
+    shutil.copy(stopped / "last_checkpoint.pt", path)
+    train.main([*flags, "--resume"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("encoder", "dtype", value="load"),
+        put("args", "dropout", value=NAN),
+        put("args", "embedding_dim", value=0),
+        put("args", "pooling", value="zzz"),
+        put("args", "similarity_metric", value="zz"),
+        put("args", "loss_type", value=5),
+        put("args", "max_length", value=0),
+    ],
+)
+def test_a_best_checkpoint_of_odd_values_is_refused(trained, tmp_path, capfd, change):
+    facts = torch.load(trained / "best_model.pt", weights_only=True)
+    change(facts)
+    torch.save(facts, tmp_path / "c.pt")
+    capfd.readouterr()
+    with pytest.raises(UserError, match="RankRouter checkpoint"):
+        RankRouter.load(tmp_path / "c.pt")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_checkpoint_is_a_file(tmp_path):
     for path in ("/dev/zero", tmp_path):
         with pytest.raises(UserError, match="is no file"):

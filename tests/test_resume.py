@@ -246,7 +246,8 @@ def test_a_finished_run_has_nothing_to_do(done, monkeypatch, capsys):
         train.main([*flags, "--resume"])
     printed = capsys.readouterr().out
     assert "resume   after 2 epochs" in printed
-    assert "RankRouter" in printed.split("test  ")[1]
+    auc = json.loads(before["training_history.json"])["test_metrics"]["auc"]
+    assert f"finished already, with a test AUC of {auc:.4f}" in printed
     assert contents(output) == before
 
 
@@ -281,8 +282,6 @@ def test_an_unfinished_run_that_is_not_resumed_is_kept_until_the_new_one_has_a_c
     assert code == -signal.SIGKILL
     assert [line for line in printed if line.startswith("aside ")]
     assert not (tmp_path / "out" / "best_model.pt").exists()
-    kept = tmp_path / "out" / "last_checkpoint.earlier.pt"
-    kept.rename(tmp_path / "out" / "last_checkpoint.pt")
     assert forked(train.main, [*small, *here, "--resume"])[0] == 0
     assert_same(tmp_path / "out", result(tmp_path / "outwhole"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -290,11 +289,31 @@ def test_an_unfinished_run_that_is_not_resumed_is_kept_until_the_new_one_has_a_c
     }
 
 
-def test_a_lost_best_checkpoint_comes_back(done):
+@pytest.mark.parametrize("name", ["training_history.json", "best_model.pt", "last_checkpoint.pt"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path)])
+def test_what_is_no_file_is_not_waited_for_nor_replaced(small, fails, tmp_path, name, make):
+    make(tmp_path / name)
+    for flags in ([], ["--resume"]):
+        assert f"{tmp_path / name} is no file" in fails(*small, "--output_dir", str(tmp_path), *flags)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_lock_is_not_written_through_a_link(small, fails, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".rankrouter.lock").symlink_to(tmp_path / "precious")
+    assert "cannot lock" in fails(*small, "--output_dir", str(tmp_path / "out"))
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("lost", ["best_model.pt", "training_history.json", "damaged"])
+def test_a_lost_best_checkpoint_comes_back(done, lost):
     flags, output = done
     expected = RankRouter.load(output / "best_model.pt").state_dict()
-    (output / "best_model.pt").unlink()
-    (output / "training_history.json").unlink()
+    if lost == "damaged":
+        (output / "best_model.pt").write_bytes(b"x")
+    else:
+        (output / lost).unlink()
     train.main([*flags, "--resume"])
     found = RankRouter.load(output / "best_model.pt").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -319,9 +338,9 @@ def test_two_runs_in_one_folder_are_refused_and_a_dead_one_holds_nothing(small, 
     with locked(tmp_path, "--output_dir"):
         message = fails(*small, "--output_dir", str(tmp_path))
         assert f"{tmp_path} is in use by another run, process {os.getpid()} on " in message
-    assert not (tmp_path / ".lock").exists()
+    assert not (tmp_path / ".rankrouter.lock").exists()
     assert not (tmp_path / "training_history.json").exists()
     assert forked(train.main, [*small, *here], 9, kill)[0] == -signal.SIGKILL
-    assert (tmp_path / "out" / ".lock").exists()
+    assert (tmp_path / "out" / ".rankrouter.lock").exists()
     assert forked(train.main, [*small, *here])[0] == 0
-    assert not (tmp_path / "out" / ".lock").exists()
+    assert not (tmp_path / "out" / ".rankrouter.lock").exists()
