@@ -201,7 +201,8 @@ def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) 
     split, whole, profiles, timing = inputs.split, inputs.whole, inputs.profiles, history["timing"]
     checkpoint = Path(args.output_dir) / "best_model.pt"
     if last.saved is None:
-        runs.set_aside(args.output_dir)
+        runs.set_aside(checkpoint)
+        last.make_room()
     runs.write_history(args.output_dir, history)
 
     queries = whole.train.queries
@@ -265,15 +266,8 @@ def train(args: argparse.Namespace) -> None:
     from query_representation import Encoder
     from support.resume import LastCheckpoint, experiment
 
-    encoder = Encoder(
-        args.model_path,
-        device,
-        dtype=args.dtype,
-        pooling=args.pooling,
-        max_length=args.max_length,
-        tokens_per_batch=args.encode_tokens,
-        cache_dir=cache_folder(args.cache_dir, args.no_cache),
-    )
+    how = args.dtype, args.pooling, args.max_length, args.encode_tokens, cache_folder(args.cache_dir, args.no_cache)
+    encoder = Encoder(args.model_path, device, *how)
     path, what = Path(args.output_dir) / "last_checkpoint.pt", experiment(vars(args), inputs.counts, encoder.usage)
     last = LastCheckpoint(path, what, args.epochs, args.checkpoint_minutes, resume)
     history = {"status": "running", "args": vars(args)} | last.history
@@ -285,7 +279,7 @@ def train(args: argparse.Namespace) -> None:
             print(f"finished already, with a test AUC of {earlier['test_metrics']['auc']:.4f}: {args.output_dir}")
             return
     elif path.is_file() and earlier.get("status") != "finished":
-        print("aside    an unfinished run, until this one has a checkpoint; until then --resume goes on with it")
+        print("aside    an unfinished run, until this one writes its first checkpoint; --resume would go on with it")
     try:
         run(args, inputs, encoder, device, last, history)
         if truth is not None:

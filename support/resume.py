@@ -15,6 +15,7 @@ from rankrouter import RankRouter
 from support.checkpoints import is_plain, not_ours, read_checkpoint, write_checkpoint
 from support.files import UserError
 from support.history import NO_EXPERIMENT
+from support.runs import set_aside
 
 FORMAT_VERSION = 1
 
@@ -88,6 +89,13 @@ class LastCheckpoint:
         steps = f" and {len(begun[1])} steps of the next" if begun else ""
         self.told = f"after {done} epochs{steps}"
 
+    def make_room(self) -> None:
+        """Set aside what an earlier run left, until the first `write`; unless `--resume` could go on from it."""
+        try:
+            LastCheckpoint(self.path, *self.how[:3], True)
+        except UserError:
+            set_aside(self.path)
+
     def is_kept(self) -> bool:
         """Whether `best_model.pt` is there, whole, and of the epoch that is the best."""
         try:
@@ -160,6 +168,7 @@ class LastCheckpoint:
             "begun": begun,
         }
         write_checkpoint(self.path, state)
+        self.path.with_suffix(".earlier.pt").unlink(missing_ok=True)
         self.since = time.monotonic()
 
     def restore(self, optimiser, timing: dict) -> None:

@@ -42,12 +42,11 @@ def read_history(output_dir: str) -> dict:
     return history
 
 
-def set_aside(output_dir: str) -> None:
-    """Take an earlier run's `best_model.pt` out of the way of a new one, until that has its own."""
-    path = Path(output_dir) / "best_model.pt"
+def set_aside(path: Path) -> None:
+    """Take an earlier run's file, `name.pt`, out of the way of a new one, as `name.earlier.pt`."""
     try:
         if path.is_file():
-            path.replace(path.with_name("best_model.earlier.pt"))
+            path.replace(path.with_suffix(".earlier.pt"))
     except OSError as error:
         raise UserError(f"cannot rename {path}: {error.strerror or error}; choose another --output_dir") from error
 

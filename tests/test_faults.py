@@ -101,6 +101,23 @@ def test_a_file_that_cannot_be_written_ends_in_one_line_and_costs_what_came_afte
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("name", [BEST, LAST])
+def test_a_new_run_that_cannot_write_costs_nothing_of_the_old_and_promises_nothing(small, forked, tmp_path, name):
+    here = ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
+    stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    whole = ["--output_dir", str(tmp_path / "whole"), "--cache_dir", str(tmp_path / "another")]
+    _, events, _, _ = forked(train.main, [*small, *whole])
+    last_step = len(events) - 1 - events[::-1].index("before-step")
+    assert forked(train.main, [*small, *here], last_step, stop)[0] == 143
+    left = (tmp_path / "out" / LAST).read_bytes()
+    code, _, _, errors = forked(train.main, [*small, *here], patch=fault_at(name, full_disk, 1))
+    assert (code, len(errors)) == (2, 1)
+    assert "is kept" not in errors[0] or (tmp_path / "out" / BEST).is_file()
+    assert (tmp_path / "out" / LAST).read_bytes() == left
+    assert forked(train.main, [*small, *here, "--resume"])[0] == 0
+    assert_same(tmp_path / "out", result(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_demo_that_does_not_fit_is_one_line_and_made_again(small, demo, forked, tmp_path, name):
     size = (demo / name).stat().st_size

@@ -269,24 +269,34 @@ def test_all_random_states_come_back(tmp_path):
     assert [random.random(), np.random.random(), torch.rand(1).item()] == drawn
 
 
-def test_an_unfinished_run_that_is_not_resumed_is_kept_until_the_new_one_has_a_checkpoint(small, forked, tmp_path):
+@pytest.mark.parametrize("changed", [[], ["--lr", "0.1"]])
+def test_an_unfinished_run_that_is_not_resumed_is_kept_until_the_new_one_has_a_checkpoint(
+    small, forked, tmp_path, changed
+):
     here = folders(tmp_path, "")
     _, events, _, _ = forked(train.main, [*small, *folders(tmp_path, "whole")])
     step = [i for i, event in enumerate(events) if event == "after-step"][-1]
     assert forked(train.main, [*small, *here], step, kill)[0] == -signal.SIGKILL
+    left = (tmp_path / "out" / "last_checkpoint.pt").read_bytes()
 
     def patch():
         query_representation.fit_centroids = lambda *_: kill()
 
-    code, _, printed, _ = forked(train.main, [*small, *here, "--lr", "0.1"], patch=patch)
+    code, _, printed, _ = forked(train.main, [*small, *here, *changed], patch=patch)
     assert code == -signal.SIGKILL
     assert [line for line in printed if line.startswith("aside ")]
     assert not (tmp_path / "out" / "best_model.pt").exists()
-    assert forked(train.main, [*small, *here, "--resume"])[0] == 0
-    assert_same(tmp_path / "out", result(tmp_path / "outwhole"))
+    kept = tmp_path / "out" / ("last_checkpoint.earlier.pt" if changed else "last_checkpoint.pt")
+    assert kept.read_bytes() == left
+    code, _, printed, _ = forked(train.main, [*small, *here, *changed, "--resume"])
+    assert code == 0
+    told = "nothing to go on from" if changed else "after 1 epochs"
+    assert f"resume   {told}" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("training_history.json", "best_model.pt", "last_checkpoint.pt"),
     }
+    if not changed:
+        assert_same(tmp_path / "out", result(tmp_path / "outwhole"))
 
 
 @pytest.mark.parametrize("name", ["training_history.json", "best_model.pt", "last_checkpoint.pt"])
