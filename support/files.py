@@ -8,10 +8,13 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
+
+SECONDS_TO_DIE = 5  # that a process which was killed may take to give its memory back, and then its lock
 
 
 class UserError(Exception):
@@ -86,15 +89,18 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
 
     Raises `UserError` where another process holds it.
     """
-    path = folder / ".rankrouter.lock"
-    try:
-        file = _lock_anew(lambda: path, "a+")
-    except BlockingIOError as error:
-        raise UserError(
-            f"{folder} is in use by another run{_holder(path)}; wait for its end, or choose another folder with {flag}"
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot lock {folder}: {error.strerror or error}; choose another with {flag}") from error
+    path, since = folder / ".rankrouter.lock", time.monotonic()
+    while True:
+        try:
+            file = _lock_anew(lambda: path, "a+")
+            break
+        except BlockingIOError as error:
+            if time.monotonic() - since >= SECONDS_TO_DIE:
+                told = f"{folder} is in use by another run{_holder(path)}"
+                raise UserError(f"{told}; wait for its end, or choose another folder with {flag}") from error
+            time.sleep(0.1)
+        except OSError as error:
+            raise UserError(f"cannot lock {folder}: {error.strerror or error}; choose another with {flag}") from error
     with file:
         with suppress(OSError):  # the disk may be full: it is only told to whom the folder belongs
             file.truncate(0)
@@ -125,6 +131,8 @@ def _lock_anew(name: Callable[[], Path], mode: str) -> IO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
+            if mode == "xb":  # a new file, which somebody takes for a leftover and deletes
+                continue
             raise
         except OSError:  # a file system without locks
             return file

@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--limit", metavar="N", type=whole_number(1), help="only N queries: a quick look")
     data.add_argument("--demo", action="store_true", help="synthetic battles, tiny Qwen2; a path given still holds")
     data.add_argument("--demo_dir", metavar="DIR", help="where the demo is kept, else the user's cache folder")
-    data.add_argument("--output_dir", default="./outputs", help="for training_history.json and best_model.pt")
+    data.add_argument("--output_dir", default="./outputs", help="for the history and checkpoints; one run at a time")
 
     encoder = parser.add_argument_group("encoder, frozen")
     encoder.add_argument("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")

@@ -153,6 +153,7 @@ def test_shuffled_outcomes_of_the_model_leave_nothing_to_find(run_demo, demo, tm
             assert row[name]["auc"] == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_profile_from_a_file_needs_no_battle(run_demo, demo, tmp_path):
     truth = json.loads((demo / "truth.json").read_text())
     skills = np.array(truth["skills"]).T  # (M, topics): what an honest benchmark of each topic would say

@@ -350,6 +350,7 @@ def test_a_later_shard_never_overrules_an_earlier_one(tmp_path):
         assert len(reader.shards) == len(shards(tmp_path)) == 20  # each mapped once
 
 
+@pytest.mark.slow
 def test_many_processes_fill_one_cache_together(demo, tmp_path):
     code = f"""
 import sys
@@ -488,6 +489,7 @@ def test_the_command_drops_nothing_that_is_not_named_well(run_embed, tmp_path, c
     assert run_embed(QUERIES)[2] == 0
 
 
+@pytest.mark.slow
 def test_a_cached_run_imports_no_transformers(demo, demo_dir, tmp_path):
     flags = ["--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path / "out"), "--limit", "300"]
     flags += ["--epochs", "1", "--num_clusters", "4", "--cache_dir", str(tmp_path / "cache")]

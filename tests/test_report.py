@@ -558,6 +558,7 @@ def test_the_pngs_are_written_by_name_and_can_be_read(write, capsys):
         assert f"drawn    {path}" in told
 
 
+@pytest.mark.slow
 def test_pictures_of_many_lines_and_of_long_paths(write, capsys):
     names = [write("/".join([*["x" * 60] * 4, f"{i:02d}"]), seed=1, flags={"lr": 1 / (1 + i)}) for i in range(14)]
     report.main([*names, "--plots", "pictures"])

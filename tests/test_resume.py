@@ -15,6 +15,7 @@ from conftest import assert_same, result
 import query_representation
 import train
 from rankrouter import RankRouter
+from support import files
 from support.files import locked
 
 MOMENTS = 20
@@ -36,6 +37,7 @@ def moments_of(events, rng):
     return sorted(chosen[:MOMENTS] + rng.choice(others, MOMENTS - len(chosen), replace=False).tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minutes", ["0", "1"])
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(small, forked, tmp_path, minutes):
     flags = [*small, "--checkpoint_minutes", minutes]
@@ -308,6 +310,21 @@ def test_what_is_no_file_is_not_waited_for_nor_replaced(small, fails, tmp_path, 
     assert os.listdir(tmp_path) == [name]
 
 
+def test_a_run_waits_for_the_lock_of_one_that_is_dying(tmp_path, monkeypatch):
+    dying = locked(tmp_path, "--output_dir")
+    dying.__enter__()
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            dying.__exit__(None, None, None)
+
+    monkeypatch.setattr(files.time, "sleep", sleep)
+    with locked(tmp_path, "--output_dir"):
+        assert len(waits) == 3
+
+
 def test_a_lock_is_not_written_through_a_link(small, fails, tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "out").mkdir()
@@ -343,8 +360,9 @@ def test_other_embeddings_are_told(done, capsys, monkeypatch):
     assert "warning: the embeddings are not bit for bit" in capsys.readouterr().err
 
 
-def test_two_runs_in_one_folder_are_refused_and_a_dead_one_holds_nothing(small, fails, forked, tmp_path):
+def test_two_runs_in_one_folder_are_refused_and_a_dead_one_holds_nothing(small, fails, forked, tmp_path, monkeypatch):
     here = folders(tmp_path, "")
+    monkeypatch.setattr(files, "SECONDS_TO_DIE", 0)
     with locked(tmp_path, "--output_dir"):
         message = fails(*small, "--output_dir", str(tmp_path))
         assert f"{tmp_path} is in use by another run, process {os.getpid()} on " in message
