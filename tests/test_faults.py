@@ -101,6 +101,18 @@ def test_a_file_that_cannot_be_written_ends_in_one_line_and_costs_what_came_afte
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_what_went_wrong_first_is_told_where_the_history_cannot_be_written_either(small, fails, tmp_path, monkeypatch):
+    def first(*_):
+        monkeypatch.setattr(train.runs, "write_history", second)
+        raise UserError("the first")
+
+    def second(*_):
+        raise UserError("the second")
+
+    monkeypatch.setattr(train, "train_epoch", first)
+    assert "the first" in fails(*small, "--output_dir", str(tmp_path))
+
+
 @pytest.mark.parametrize("name", [BEST, LAST])
 def test_a_new_run_that_cannot_write_costs_nothing_of_the_old_and_promises_nothing(small, forked, tmp_path, name):
     here = ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
