@@ -97,9 +97,9 @@ def encode_batches(
     """Encode distinct queries batch by batch: indices into them (B,) and their embeddings, float32 (B, H) on the CPU.
 
     The batches follow from the set of queries alone, not from their order or from what is stored: the same set
-    gives the same bits, however often it was interrupted. `stored` (Q,), bool, is looked at before each batch: one
-    whose queries are all stored is passed over. Queries longer than `max_length` tokens, or than the encoder takes,
-    are cut. With `progress`, a bar on stderr counts tokens. Raises `UserError` where an embedding is not finite.
+    gives the same bits, however often it was interrupted, unless memory ran out. `stored` (Q,), bool, is looked at
+    before each batch: one whose queries are all stored is passed over. Queries longer than `max_length` tokens, or
+    than the encoder takes, are cut. With `progress`, a bar on stderr counts tokens. Raises `UserError` where an embedding is not finite.
     """
     from tqdm import tqdm
 

@@ -108,14 +108,14 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
     train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
     with runs.timed(timing, "cluster"):
         if saved:
-            last.verify(router, len(split.train), history["data"]["embeddings_hash"])
+            last.verify(router, -(-len(split.train) // args.batch_size), history["data"]["embeddings_hash"])
             router.load_state_dict(saved["router"])  # statistics and clusters are in it
         else:
             router.query_tower.fit(embeddings[train_queries], args.seed)
         points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
         cluster_idx = router.query_tower.to(device).assign(points)  # (Q,)
         vectors, profile_facts = capability_profiles(args, split, cluster_idx, profiles)  # (M, C)
-    if vectors is not None:
+    if vectors is not None and not saved:
         router.model_tower.set_capabilities(vectors)
     if args.freeze_capabilities:
         router.model_tower.capability.weight.requires_grad_(False)
@@ -141,18 +141,20 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
         last.restore(optimiser, timing)
         if best["weights"]:  # the file may be of the epoch after it, or lost
             router.load_state_dict(best["weights"])
-            router.facts = best["facts"]
+            router.facts = best["facts"] = best["facts"] | {"args": vars(args), "encoder": encoder}
             keep(router, True)
             router.load_state_dict(saved["router"])
     best_auc = best["facts"]["val_metrics"]["auc"] if best["facts"] else -1.0
     with signals.between_steps() as asked:
         for epoch in range(len(history["train_losses"]), args.epochs):
 
-            def after_step(*begun, best=best) -> None:
+            def after_step(order, losses, best=best) -> None:
                 signal = asked()
-                if signal or last.is_due():
+                if (
+                    signal or last.is_due()
+                ) and losses.isfinite().all():  # else the epoch fails, and is not gone on with
                     lap()
-                    last.write(router, optimiser, history, best, begun)
+                    last.write(router, optimiser, history, best, (order, losses))
                 if signal:
                     raise signals.Stopped(signal)
 
@@ -259,8 +261,8 @@ def train(args: argparse.Namespace) -> None:
     if args.deterministic:
         runs.make_deterministic()
     runs.check_outputs(args.output_dir)
-    truth, timing = find_inputs(args), {}
-    device, resume = runs.pick_device(args.device), vars(args).pop("resume")  # `args` are as if it had never stopped
+    truth, resume = find_inputs(args), vars(args).pop("resume")  # `args` are as if it had never stopped
+    device, timing = runs.pick_device(args.device), {}
     inputs = read_inputs(args, timing)
 
     from query_representation import Encoder
@@ -275,7 +277,8 @@ def train(args: argparse.Namespace) -> None:
     earlier = runs.read_history(args.output_dir)
     if resume:
         print(f"resume   {last.told}")
-        if earlier.get("status") == "finished" and earlier["args"] == vars(args) and last.is_kept():
+        same = earlier.get("args") == vars(args) and earlier["data"]["content_hash"] == inputs.counts["content_hash"]
+        if same and earlier["status"] == "finished" and last.is_kept(earlier["best_epoch"]):
             print(f"finished already, with a test AUC of {earlier['test_metrics']['auc']:.4f}: {args.output_dir}")
             return
     elif path.is_file() and earlier.get("status") != "finished":
@@ -296,9 +299,10 @@ def train(args: argparse.Namespace) -> None:
         with suppress(UserError):  # the disk may be full, which is told already
             runs.write_history(args.output_dir, history)
         if isinstance(error, signals.Stopped):
-            done = f"{len(history['train_losses'])} of {args.epochs} epochs"
-            told = f"interrupted after {done}; the same command with --resume goes on from there"
-            raise signals.Stopped(error.number, told) from error
+            told = f"interrupted after {len(history['train_losses'])} of {args.epochs} epochs"
+            raise signals.Stopped(error.number, f"{told}; the same command with --resume goes on from there") from error
+        if args.deterministic and isinstance(error, RuntimeError) and "deterministic" in str(error):
+            raise UserError(f"--deterministic cannot be kept: {one_line(error)[:200]}; leave it out") from error
         if isinstance(error, UserError) and history["best_epoch"] is not None:
             raise UserError(f"{error}; the checkpoint of epoch {history['best_epoch']} is kept") from error
         raise

@@ -6,7 +6,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
-from support.files import UserError, atomic_write, one_line
+from support.files import UserError, atomic_write, is_out_of_memory, one_line
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -41,8 +41,8 @@ def read_checkpoint(path: str | Path, version: int) -> dict:
         raise not_ours(path, error) from error
     if problem is not None:
         raise UserError(f"{path} is no RankRouter checkpoint: {problem}")
-    if found != version:
-        raise UserError(f"{path} has checkpoint format {found!r}, expected {version}; train it again")
+    if type(found) is not int or found != version:
+        raise UserError(f"{path} has checkpoint format {one_line(found)[:40]}, expected {version}; train it again")
     return checkpoint
 
 
@@ -54,7 +54,9 @@ def is_plain(tensor) -> bool:
 
 
 def not_ours(path: str | Path, error: Exception) -> UserError:
-    """What to tell of a file that has failed with `error` where a checkpoint was expected."""
+    """What to tell of a file that failed with `error` where a checkpoint was expected; raises it if memory ended."""
+    if is_out_of_memory(error):  # which says nothing of the file
+        raise error
     if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to open it all the same
         return UserError(f"{path} is no RankRouter checkpoint: it is damaged, or holds objects that are no tensors")
     return UserError(f"{path} is no RankRouter checkpoint ({type(error).__name__}: {one_line(str(error))[:200]})")

@@ -37,7 +37,7 @@ def valid_unicode(text: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory, of the machine or of a device, is used up."""
-    told = ("out of memory", "can't allocate memory", "not enough memory")  # MPS and torch's CPU have no type for it
+    told = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # what has no type for it
     is_known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_known or (isinstance(error, RuntimeError) and any(words in str(error) for words in told))
 
@@ -104,12 +104,12 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
     with file:
         with suppress(OSError):  # the disk may be full: it is only told to whom the folder belongs
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder may be read-only by now; the lock ends all the same
+                path.unlink()
 
 
 def _holder(lock: Path) -> str:

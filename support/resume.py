@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from support.runs import set_aside
 FORMAT_VERSION = 1
 
 # Flags that may change when a run goes on: where things lie, how fast it goes, what is compared in the end. Data,
-# encoder and its dtype are compared by what they are.
-FREE = NO_EXPERIMENT - {"seed", "split_seed"} | {"epochs"}
+# profiles, encoder and its dtype are compared by what they are.
+FREE = NO_EXPERIMENT - {"seed", "split_seed"} | {"epochs", "capability_file"}
 TIMED = ("cluster", "train", "evaluate")  # of a training, in the `timing` of its history
 
 
@@ -53,6 +54,8 @@ class LastCheckpoint:
 
     def __init__(self, path: Path, experiment: dict, epochs: int, minutes: float, resume: bool):
         self.path, self.how = path, (experiment, epochs, minutes, resume)
+        if resume and not path.exists():
+            self._bring_back()
         self.saved = read_checkpoint(path, FORMAT_VERSION) if resume and path.exists() else None
         self.history, self.told = {"train_losses": [], "val_metrics": [], "best_epoch": None}, "nothing to go on from"
         if self.saved:
@@ -65,6 +68,13 @@ class LastCheckpoint:
             except Exception as error:  # whatever a file raises that is whole, and not what training writes
                 raise not_ours(path, error) from error
         self.since = time.monotonic()
+
+    def _bring_back(self) -> None:
+        """What a run of other flags has set aside, if it is of this experiment after all."""
+        earlier = self.path.with_suffix(".earlier.pt")
+        with suppress(UserError, OSError):
+            if LastCheckpoint(earlier, *self.how).saved:
+                earlier.replace(self.path)
 
     def _check(self) -> None:
         then, (now, epochs, *_), begun = self.saved["experiment"], self.how, self.saved["begun"]
@@ -90,19 +100,18 @@ class LastCheckpoint:
         self.told = f"after {done} epochs{steps}"
 
     def make_room(self) -> None:
-        """Set aside what an earlier run left, until the first `write`; unless `--resume` could go on from it."""
+        """Set aside what an earlier run left, unless `--resume` could go on from it; the first `write` deletes it."""
         try:
             LastCheckpoint(self.path, *self.how[:3], True)
         except UserError:
             set_aside(self.path)
 
-    def is_kept(self) -> bool:
-        """Whether `best_model.pt` is there, whole, and of the epoch that is the best."""
+    def is_kept(self, epoch: int) -> bool:
+        """Whether `best_model.pt` is there, whole, and of that epoch."""
         try:
-            router = RankRouter.load(self.path.with_name("best_model.pt"))
+            return RankRouter.load(self.path.with_name("best_model.pt")).facts.get("epoch") == epoch
         except UserError:
             return False
-        return self.saved is not None and router.facts["epoch"] == self.history["best_epoch"]
 
     def of(self, training: str) -> "LastCheckpoint":
         """That of another training of the same run; where it is of another run, or damaged, from the beginning."""
@@ -112,13 +121,13 @@ class LastCheckpoint:
         except UserError:
             return LastCheckpoint(path, *how, False)
 
-    def verify(self, router, num_battles: int, embeddings_hash: str) -> None:
-        """Raise `UserError` where `saved` is not what `write` has written for such a router and so many battles.
+    def verify(self, router, num_steps: int, embeddings_hash: str) -> None:
+        """Raise `UserError` where `saved` is not what `write` has written for such a router and so many steps an epoch.
 
         Warns on stderr where the embeddings are others, in their last bits, than those that the run began with.
         """
         try:
-            wrong = [what for what, holds in self._promises(router.state_dict(), num_battles) if not holds]
+            wrong = [what for what, holds in self._promises(router.state_dict(), num_steps) if not holds]
         except Exception as error:  # as above
             raise not_ours(self.path, error) from error
         if wrong:
@@ -130,19 +139,22 @@ class LastCheckpoint:
                 file=sys.stderr,
             )
 
-    def _promises(self, weights: dict, num_battles: int) -> Iterator[tuple[str, bool]]:
+    def _promises(self, weights: dict, num_steps: int) -> Iterator[tuple[str, bool]]:
         saved, vals = self.saved, self.history["val_metrics"]
         best, begun = saved["best"], saved["begun"]
         yield "a weight", _is_like(saved["router"], weights)
         if vals:
-            yield "the best epoch", best["facts"]["val_metrics"] == vals[best["facts"]["epoch"]]
+            epoch = best["facts"]["epoch"]
+            yield "the best epoch", type(epoch) is int and epoch >= 0 and best["facts"]["val_metrics"] == vals[epoch]
             yield "a best weight", _is_like(best["weights"], weights)
         else:
             yield "the best epoch", best == {"weights": None, "facts": None}
         if begun is not None:
             order, taken = begun  # (N,), (n,)
-            yield "the order of the battles", torch.equal(order.sort().values, torch.arange(num_battles))
-            yield "a step's loss", taken.dtype == torch.float32 and taken.ndim == 1 and len(taken) <= num_battles
+            size = saved["experiment"]["--batch_size"]
+            yield "the order of the battles", torch.equal(order.sort().values, torch.arange(len(order)))
+            yield "the number of battles", -(-len(order) // size) == num_steps
+            yield "a step's loss", taken.dtype == torch.float32 and taken.ndim == 1 and len(taken) <= num_steps
         yield "the embeddings' hash", type(saved["embeddings_hash"]) is str
         yield "a time", all(name in TIMED and 0 <= seconds < math.inf for name, seconds in saved["seconds"].items())
 
@@ -208,7 +220,7 @@ def _random_states() -> dict:
         "python": (version, torch.tensor(keys), gauss),
         "numpy": (kind, torch.from_numpy(numpy_keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
@@ -219,7 +231,7 @@ def _set_random_states(states: dict) -> None:
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():  # else it goes on another machine
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():  # else it goes on another machine
         torch.cuda.set_rng_state_all(states["cuda"])
     if states["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(states["mps"])

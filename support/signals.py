@@ -29,7 +29,7 @@ def _take(number: int, _) -> None:
 def heard() -> Iterator[None]:
     """Within the block, each signal raises `Stopped`; one that is ignored, as under `nohup`, still is."""
     global _asked
-    _asked, before = None, {}
+    before = {}
     for number in NUMBERS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, _take)
@@ -38,6 +38,7 @@ def heard() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _asked = None
 
 
 @contextmanager

@@ -266,7 +266,10 @@ def test_out_of_memory_for_a_single_query_is_one_line(small, fails, tmp_path, mo
     assert "--max_length" in message
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+ALLOCATION = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), ALLOCATION])
 def test_out_of_memory_elsewhere_is_one_line(small, fails, tmp_path, monkeypatch, error):
     def grows(*_):
         raise error

@@ -16,6 +16,7 @@ import query_representation
 import train
 from rankrouter import RankRouter
 from support import files
+from support.command_line import run_command
 from support.files import locked
 
 MOMENTS = 20
@@ -97,6 +98,78 @@ def test_killed_in_the_training_of_the_ceiling_a_run_goes_on_there(small, forked
     assert code == 0
     assert after.count("after-step") == 2  # the one that was killed before it was kept, and the last
     assert_same(tmp_path / "outkilled", result(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("vectors", ["win_rate", "file"])
+def test_killed_in_the_first_epoch_a_run_keeps_what_its_capability_vectors_learned(small, forked, tmp_path, vectors):
+    flags, width = list(small), small.index("--capability_dim")
+    table = pd.DataFrame({"model": [f"demo-model-{letter}" for letter in "abcdefghijkl"], "x": range(12)})
+    table.to_csv(tmp_path / "profiles.csv", index=False)
+    flags[width : width + 2] = {
+        "win_rate": ["--capability_init", "win_rate"],
+        "file": ["--capability_file", str(tmp_path / "profiles.csv")],
+    }[vectors]
+    flags += ["--checkpoint_minutes", "0"]
+    code, events, _, _ = forked(train.main, [*flags, *folders(tmp_path, "")])
+    assert code == 0
+    third = [i for i, event in enumerate(events) if event == "after-step"][2]
+    assert forked(train.main, [*flags, *folders(tmp_path, "killed")], third, kill)[0] == -signal.SIGKILL
+    assert forked(train.main, [*flags, *folders(tmp_path, "killed"), "--resume"])[0] == 0
+    assert_same(tmp_path / "outkilled", result(tmp_path / "out"))
+
+
+def test_a_run_begun_by_mistake_does_not_hide_what_can_be_resumed(small, forked, tmp_path):
+    here = folders(tmp_path, "")
+    _, events, _, _ = forked(train.main, [*small, *folders(tmp_path, "whole")])
+    step = [i for i, event in enumerate(events) if event == "after-step"][-1]
+    assert forked(train.main, [*small, *here], step, kill)[0] == -signal.SIGKILL
+
+    def patch():
+        query_representation.fit_centroids = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+
+    assert forked(train.main, [*small, *here, "--lr", "0.1"], patch=patch)[0] == 130
+    code, _, printed, _ = forked(train.main, [*small, *here, "--resume"])
+    assert code == 0
+    assert "resume   after 1 epochs" in printed
+    assert_same(tmp_path / "out", result(tmp_path / "outwhole"))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_state(small, fails, tmp_path, monkeypatch):
+    import loss
+
+    bpr_loss, calls = loss.bpr_loss, []
+
+    def breaks(*args, margin):
+        calls.append(None)
+        return bpr_loss(*args, margin) * (float("nan") if len(calls) == 4 else 1)
+
+    flags = [*small, "--output_dir", str(tmp_path), "--checkpoint_minutes", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "bpr_loss", breaks)
+        assert "the loss is nan at step 3" in fails(*flags)
+    _, losses = torch.load(tmp_path / "last_checkpoint.pt", weights_only=True)["begun"]
+    assert len(losses) == 3
+    train.main([*flags, "--resume"])
+
+
+def test_a_signal_is_forgotten_when_its_run_has_ended(small, forked, tmp_path):
+    def patch():
+        run, calls = train.run, []
+
+        def twice(*args):
+            calls.append(None)
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            run(*args)
+
+        train.run = twice
+
+    def both(flags):
+        with pytest.raises(SystemExit):
+            run_command(lambda: train.main(flags))
+        train.main(flags)
+
+    assert forked(both, [*small, *folders(tmp_path, "")], patch=patch)[0] == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -199,7 +272,9 @@ def test_what_does_not_make_the_result_may_change(done, tmp_path):
     train.main([*flags, *fresh, "--data_path", str(data), "--baselines", "fast", "--resume"])
     history = json.loads((moved / "training_history.json").read_text())
     assert "bradley_terry" in history["baselines"]
-    after = RankRouter.load(moved / "best_model.pt").state_dict()
+    router = RankRouter.load(moved / "best_model.pt")
+    assert router.facts["args"] == history["args"]
+    after = router.state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
@@ -239,15 +314,18 @@ def test_more_epochs_go_on_as_if_there_had_been_so_many(done, small, tmp_path):
     assert len(histories[0]["train_losses"]) == 4
 
 
-def test_a_finished_run_has_nothing_to_do(done, monkeypatch, capsys):
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_finished_run_has_nothing_to_do(done, monkeypatch, capsys, kept):
     flags, output = done
+    if not kept:
+        (output / "last_checkpoint.pt").unlink()
     before = contents(output)
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(train, "run", None)
         train.main([*flags, "--resume"])
     printed = capsys.readouterr().out
-    assert "resume   after 2 epochs" in printed
+    assert not kept or "resume   after 2 epochs" in printed
     auc = json.loads(before["training_history.json"])["test_metrics"]["auc"]
     assert f"finished already, with a test AUC of {auc:.4f}" in printed
     assert contents(output) == before
