@@ -99,7 +99,8 @@ def encode_batches(
     The batches follow from the set of queries alone, not from their order or from what is stored: the same set
     gives the same bits, however often it was interrupted, unless memory ran out. `stored` (Q,), bool, is looked at
     before each batch: one whose queries are all stored is passed over. Queries longer than `max_length` tokens, or
-    than the encoder takes, are cut. With `progress`, a bar on stderr counts tokens. Raises `UserError` where an embedding is not finite.
+    than the encoder takes, are cut. With `progress`, a bar on stderr counts tokens. Raises `UserError` where an
+    embedding is not finite, or not one query fits into memory.
     """
     from tqdm import tqdm
 

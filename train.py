@@ -224,8 +224,8 @@ def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) 
         runs.write_history(args.output_dir, history)
 
     place = {query: i for i, query in enumerate(queries)}
-    trained = embeddings if whole is split else embeddings[[place[query] for query in split.train.queries]]  # (Q, H)
-    router, points, cluster_idx = fit(args, split, trained, encoder.facts, profiles, device, history, last, keep)
+    own = embeddings if whole is split else embeddings[[place[query] for query in split.train.queries]]  # (Q, H)
+    router, points, cluster_idx = fit(args, split, own, encoder.facts, profiles, device, history, last, keep)
 
     # Test, once, with the weights that were kept
     margin, temperature = router.link
