@@ -23,7 +23,7 @@ from support.encoder import (
     tokenize,
     vocabulary_size,
 )
-from support.files import UserError, is_out_of_memory, one_line
+from support.files import UserError, is_out_of_memory, reason
 
 # Tokens per batch: enough to keep the device busy, few enough that long queries still fit.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768, "mps": 8192}
@@ -66,7 +66,7 @@ def embed_batch(ids: list[torch.Tensor], network, pooling: str, budget: int) -> 
                 raise
             if len(pieces) == len(ids):
                 raise UserError(
-                    f"out of memory with one query of {lengths.max()} tokens ({one_line(error)[:200]}); a lower "
+                    f"out of memory with one query of {lengths.max()} tokens ({reason(error)}); a lower "
                     "--max_length needs less, or --device cpu"
                 ) from error
         hidden = None  # what it holds is needed now

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support import printing, runs, signals
 from support.command_line import run_command
-from support.files import UserError, cache_folder, locked, make_folder, one_line
+from support.files import UserError, cache_folder, locked, make_folder, one_line, reason
 from support.train_flags import parse_args
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
@@ -302,7 +302,7 @@ def train(args: argparse.Namespace) -> None:
             told = f"interrupted after {len(history['train_losses'])} of {args.epochs} epochs"
             raise signals.Stopped(error.number, f"{told}; the same command with --resume goes on from there") from error
         if args.deterministic and isinstance(error, RuntimeError) and "deterministic" in str(error):
-            raise UserError(f"--deterministic cannot be kept: {one_line(error)[:200]}; leave it out") from error
+            raise UserError(f"--deterministic cannot be kept: {reason(error)}; leave it out") from error
         if isinstance(error, UserError) and history["best_epoch"] is not None:
             raise UserError(f"{error}; the checkpoint of epoch {history['best_epoch']} is kept") from error
         raise

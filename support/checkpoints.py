@@ -6,7 +6,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
-from support.files import UserError, atomic_write, is_out_of_memory, one_line
+from support.files import UserError, atomic_write, is_out_of_memory, one_line, reason
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -59,7 +59,7 @@ def not_ours(path: str | Path, error: Exception) -> UserError:
         raise error
     if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to open it all the same
         return UserError(f"{path} is no RankRouter checkpoint: it is damaged, or holds objects that are no tensors")
-    return UserError(f"{path} is no RankRouter checkpoint ({type(error).__name__}: {one_line(str(error))[:200]})")
+    return UserError(f"{path} is no RankRouter checkpoint ({type(error).__name__}: {reason(error)})")
 
 
 def _damage(content: bytes) -> str | None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from support import signals
-from support.files import UserError, is_out_of_memory, one_line
+from support.files import UserError, is_out_of_memory, one_line, reason
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -103,8 +103,7 @@ def run_command(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        found = one_line(error)[:200] or type(error).__name__
-        print(f"error: out of memory ({found}); smaller batches, or fewer queries, need less", file=sys.stderr)
+        print(f"error: out of memory ({reason(error)}); smaller batches, or fewer queries, need less", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if sys.stdout is not None:  # it may be gone or full, and Python's own last flush of it would complain

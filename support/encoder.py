@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.files import UserError, content_hash, is_out_of_memory, one_line
+from support.files import UserError, content_hash, is_out_of_memory, reason
 
 
 def is_hub_id(model_path: str) -> bool:
@@ -52,8 +52,9 @@ def _from_hub(hub_id: str, download: bool) -> Path:
         if not download:
             told = f"the encoder {hub_id} has not been downloaded here; --model_path {hub_id} does it"
             raise UserError(told) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{hub_id} is no folder here and could not be downloaded as a hub id: {reason}") from error
+        raise UserError(
+            f"{hub_id} is no folder here and could not be downloaded as a hub id: {reason(error)}"
+        ) from error
 
 
 def encoder_fingerprint(folder: Path) -> str:
@@ -73,8 +74,7 @@ def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         network, info = transformers.AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **local)
     except Exception as error:  # a broken folder raises whatever its parsers raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder} could not be loaded as a Hugging Face encoder: {reason}") from error
+        raise UserError(f"{folder} could not be loaded as a Hugging Face encoder: {reason(error)}") from error
     # A pooler's output is never used, so a checkpoint may lack it; anything else would stay random.
     lacking = sorted(name for name in info["missing_keys"] if "pooler" not in name)
     if lacking or info["mismatched_keys"]:
@@ -135,8 +135,7 @@ def tokenize(queries: list[str], tokenizer, max_length: int) -> list[torch.Tenso
     except Exception as error:  # whatever a damaged one makes of a text
         if is_out_of_memory(error):
             raise
-        reason = one_line(error)[:200] or type(error).__name__
-        raise UserError(f"the tokenizer cannot take the queries: {reason}; get its files again") from error
+        raise UserError(f"the tokenizer cannot take the queries: {reason(error)}; get its files again") from error
 
 
 def plan_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
@@ -163,5 +162,5 @@ def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
             raise
         raise UserError(
             f"{type(network).__name__} cannot encode {ids.shape[0]} texts of {ids.shape[1]} tokens "
-            f"({type(error).__name__}: {one_line(error)[:200]}); expected a text encoder"
+            f"({type(error).__name__}: {reason(error)}); expected a text encoder"
         ) from error

@@ -26,6 +26,11 @@ def one_line(text: object) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, in one line of some words; its type where it says nothing."""
+    return one_line(error)[:200] or type(error).__name__
+
+
 def valid_unicode(text: str) -> str:
     """The text, with U+FFFD for each lone surrogate, which no tokenizer and no file takes."""
     try:

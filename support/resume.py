@@ -53,7 +53,8 @@ class LastCheckpoint:
     """
 
     def __init__(self, path: Path, experiment: dict, epochs: int, minutes: float, resume: bool):
-        self.path, self.how = path, (experiment, epochs, minutes, resume)
+        self.path, self.experiment, self.epochs, self.minutes = path, experiment, epochs, minutes
+        self.how = experiment, epochs, minutes, resume
         if resume and not path.exists():
             self._bring_back()
         self.saved = read_checkpoint(path, FORMAT_VERSION) if resume and path.exists() else None
@@ -77,7 +78,7 @@ class LastCheckpoint:
                 earlier.replace(self.path)
 
     def _check(self) -> None:
-        then, (now, epochs, *_), begun = self.saved["experiment"], self.how, self.saved["begun"]
+        then, now, begun = self.saved["experiment"], self.experiment, self.saved["begun"]
         changed = [
             f"{name} was {str(then.get(name))[:80]}, is {str(now.get(name))[:80]}"
             for name in now | then
@@ -93,9 +94,11 @@ class LastCheckpoint:
             raise ValueError("its history is none")
         json.dumps([losses, vals], allow_nan=False)  # is to be written
         done = len(losses)
-        if epochs < done + (begun is not None):
+        if self.epochs < done + (begun is not None):
             more = " and a part of the next" if begun else ""
-            raise UserError(f"--resume: {self.path} has {done} epochs{more} behind it; --epochs {epochs} is too few")
+            raise UserError(
+                f"--resume: {self.path} has {done} epochs{more} behind it; --epochs {self.epochs} is too few"
+            )
         steps = f" and {len(begun[1])} steps of the next" if begun else ""
         self.told = f"after {done} epochs{steps}"
 
@@ -160,7 +163,7 @@ class LastCheckpoint:
 
     def is_due(self) -> bool:
         """Whether so many minutes have gone by since the last write."""
-        return time.monotonic() - self.since >= 60 * self.how[2]
+        return time.monotonic() - self.since >= 60 * self.minutes
 
     def write(self, router, optimiser, history: dict, best: dict, begun: tuple | None = None) -> None:
         """Keep the state after an epoch; or in one: `begun` are its order (N,) and the losses of the steps taken (n,).
@@ -169,7 +172,7 @@ class LastCheckpoint:
         """
         state = {
             "format_version": FORMAT_VERSION,
-            "experiment": self.how[0],
+            "experiment": self.experiment,
             "router": router.state_dict(),
             "optimiser": optimiser.state_dict(),
             "random": _random_states(),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from support.files import UserError, atomic_write
+from support.files import UserError, atomic_write, reason
 from support.history import NO_HISTORY, parse
 
 OUTPUTS = ("training_history.json", "best_model.pt", "last_checkpoint.pt", "last_checkpoint.ceiling.pt")
@@ -106,8 +106,7 @@ def pick_device(name: str):
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try auto or cpu") from error
+        raise UserError(f"--device {name} cannot be used here ({reason(error)}); try auto or cpu") from error
     return device
 
 
