@@ -55,8 +55,9 @@ class LastCheckpoint:
     def __init__(self, path: Path, experiment: dict, epochs: int, minutes: float, resume: bool):
         self.path, self.experiment, self.epochs, self.minutes = path, experiment, epochs, minutes
         self.how = experiment, epochs, minutes, resume
-        if resume and not path.exists():
-            self._bring_back()
+        earlier = path.with_suffix(".earlier.pt")
+        if resume and earlier.exists() and not path.exists():
+            self._bring_back(earlier)
         self.saved = read_checkpoint(path, FORMAT_VERSION) if resume and path.exists() else None
         self.history, self.told = {"train_losses": [], "val_metrics": [], "best_epoch": None}, "nothing to go on from"
         if self.saved:
@@ -70,12 +71,11 @@ class LastCheckpoint:
                 raise not_ours(path, error) from error
         self.since = time.monotonic()
 
-    def _bring_back(self) -> None:
-        """What a run of other flags has set aside, if it is of this experiment after all."""
-        earlier = self.path.with_suffix(".earlier.pt")
+    def _bring_back(self, earlier: Path) -> None:
+        """Take what a run of other flags has set aside, if it is of this experiment."""
         with suppress(UserError, OSError):
-            if LastCheckpoint(earlier, *self.how).saved:
-                earlier.replace(self.path)
+            LastCheckpoint(earlier, *self.how)
+            earlier.replace(self.path)
 
     def _check(self) -> None:
         then, now, begun = self.saved["experiment"], self.experiment, self.saved["begun"]
