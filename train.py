@@ -277,8 +277,7 @@ def train(args: argparse.Namespace) -> None:
     earlier = runs.read_history(args.output_dir)
     if resume:
         print(f"resume   {last.told}")
-        same = earlier.get("args") == vars(args) and earlier["data"]["content_hash"] == inputs.counts["content_hash"]
-        if same and earlier["status"] == "finished" and last.is_kept(earlier["best_epoch"]):
+        if last.is_finished(earlier, vars(args)):
             print(f"finished already, with a test AUC of {earlier['test_metrics']['auc']:.4f}: {args.output_dir}")
             return
     elif path.is_file() and earlier.get("status") != "finished":

@@ -109,10 +109,14 @@ class LastCheckpoint:
         except UserError:
             set_aside(self.path)
 
-    def is_kept(self, epoch: int) -> bool:
-        """Whether `best_model.pt` is there, whole, and of that epoch."""
+    def is_finished(self, earlier: dict, args: dict) -> bool:
+        """Whether the history in the folder is of this run, to its end, and `best_model.pt` is the one it tells of."""
+        if earlier.get("status") != "finished" or earlier["args"] != args:
+            return False
+        if earlier["data"]["content_hash"] != self.experiment["the content of --data_path"]:
+            return False
         try:
-            return RankRouter.load(self.path.with_name("best_model.pt")).facts.get("epoch") == epoch
+            return RankRouter.load(self.path.with_name("best_model.pt")).facts.get("epoch") == earlier["best_epoch"]
         except UserError:
             return False
 

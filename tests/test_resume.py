@@ -331,6 +331,31 @@ def test_a_finished_run_has_nothing_to_do(done, monkeypatch, capsys, kept):
     assert contents(output) == before
 
 
+def test_a_finished_run_of_other_data_is_none(done):
+    flags, output = done
+    (output / "last_checkpoint.pt").unlink()
+    data = output.parent / "battles.parquet"
+    pd.read_parquet(flags[1])[:-20].to_parquet(data)
+    before = json.loads((output / "training_history.json").read_text())
+    history = before | {"args": before["args"] | {"data_path": str(data)}}
+    (output / "training_history.json").write_text(json.dumps(history))
+    train.main([flags[0], str(data), *flags[2:], "--resume"])
+    after = json.loads((output / "training_history.json").read_text())
+    assert after["data"]["content_hash"] != before["data"]["content_hash"]
+
+
+def test_a_history_that_lacks_its_data_is_no_finished_run(done):
+    flags, output = done
+    history = json.loads((output / "training_history.json").read_text())
+    bare = {"status": "running", "args": history["args"]}
+    (output / "training_history.json").write_text(json.dumps(bare))
+    train.main([*flags, "--resume"])
+    del history["timing"]
+    found = json.loads((output / "training_history.json").read_text())
+    del found["timing"]
+    assert found == history
+
+
 def test_without_anything_to_resume_a_run_begins(small, tmp_path, capsys):
     train.main([*small, "--output_dir", str(tmp_path), "--resume"])
     assert "resume   nothing to go on from" in capsys.readouterr().out
