@@ -1,28 +1,16 @@
-"""Query tower: a frozen Hugging Face encoder, K-means clusters of its embeddings, and an MLP over both."""
+"""Query tower: a Hugging Face encoder's embeddings, K-means clusters of them, and an MLP over both."""
 
 import sys
 import warnings
 from collections.abc import Iterator
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from support.embedding_cache import EmbeddingCache, query_keys
-from support.encoder import (
-    encoder_fingerprint,
-    find_encoder,
-    hidden_states,
-    load_encoder,
-    longest_input,
-    pick_dtype,
-    plan_batches,
-    tokenize,
-    vocabulary_size,
-)
+from support import processes
+from support.encoder import hidden_states, longest_input, plan_batches, tokenize, vocabulary_size
 from support.files import UserError, is_out_of_memory, reason
 
 # Tokens per batch: enough to keep the device busy, few enough that long queries still fit.
@@ -43,23 +31,27 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     return (hidden * mask[:, :, None]).sum(1) / lengths[:, None]  # (B, H)
 
 
+def embed_padded(ids: list[torch.Tensor], network, pooling: str) -> torch.Tensor:
+    """Embeddings (B, H) of queries' token ids, in one pass of the network and on its device."""
+    # Padding is masked, so any token does; a pad token may lie outside the encoder's vocabulary.
+    padded = pad_sequence(ids, batch_first=True).to(network.device)  # (B, T)
+    ends = torch.tensor([len(query_ids) for query_ids in ids], device=network.device)  # (B,)
+    mask = (torch.arange(padded.shape[1], device=network.device) < ends[:, None]).long()  # (B, T)
+    return pool(hidden_states(network, padded, mask), mask, pooling)  # (B, H)
+
+
 def embed_batch(ids: list[torch.Tensor], network, pooling: str, budget: int) -> tuple[torch.Tensor, int]:
     """Embeddings (B, H), on the CPU, of queries' token ids, in one batch; in smaller ones where memory runs out.
 
     Returns also the tokens per batch that fit: `budget`, or less. Raises `UserError` where not even one query fits.
     """
     lengths = np.array([len(query_ids) for query_ids in ids])  # (B,)
-    device, first = network.device, budget
+    first = budget
     while True:
         pieces, found = plan_batches(lengths, budget), []  # (b,) each
         try:
             for piece in pieces:
-                # Padding is masked, so any token does; a pad token may lie outside the encoder's vocabulary.
-                padded = pad_sequence([ids[i] for i in piece], batch_first=True).to(device)  # (b, T)
-                ends = torch.from_numpy(lengths[piece]).to(device)  # (b,)
-                mask = (torch.arange(padded.shape[1], device=device) < ends[:, None]).long()  # (b, T)
-                hidden = hidden_states(network, padded, mask)  # (b, T, H)
-                found.append(pool(hidden, mask, pooling).cpu())  # (b, H)
+                found.append(embed_padded([ids[i] for i in piece], network, pooling).cpu())  # (b, H)
             break
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -69,8 +61,7 @@ def embed_batch(ids: list[torch.Tensor], network, pooling: str, budget: int) -> 
                     f"out of memory with one query of {lengths.max()} tokens ({reason(error)}); a lower "
                     "--max_length needs less, or --device cpu"
                 ) from error
-        hidden = None  # what it holds is needed now
-        if device.type == "cuda":
+        if network.device.type == "cuda":
             torch.cuda.empty_cache()
         budget = max(1, min(budget, len(ids) * int(lengths.max())) // 2)
     if budget < first:
@@ -97,7 +88,8 @@ def encode_batches(
     """Encode distinct queries batch by batch: indices into them (B,) and their embeddings, float32 (B, H) on the CPU.
 
     The batches follow from the set of queries alone, not from their order or from what is stored: the same set
-    gives the same bits, however often it was interrupted, unless memory ran out. `stored` (Q,), bool, is looked at
+    gives the same bits, however often it was interrupted, unless memory ran out. Of several processes each encodes a
+    share, by tokens, of what the same `stored` leaves to all of them. `stored` (Q,), bool, is looked at
     before each batch: one whose queries are all stored is passed over. Queries longer than `max_length` tokens, or
     than the encoder takes, are cut. With `progress`, a bar on stderr counts tokens. Raises `UserError` where an
     embedding is not finite, or not one query fits into memory.
@@ -116,9 +108,11 @@ def encode_batches(
     budget = tokens_per_batch or TOKENS_PER_BATCH[network.device.type]
     batches = plan_batches(lengths, budget)  # (B,) each
     batches = [batch for batch in batches if not stored[order[batch]].all()]
+    batches = [batches[i] for i in processes.share(np.array([lengths[batch].sum() for batch in batches]))]
     # The longest first, which shows at once whether they fit. The rest in any order: the time left is then right from
     # the start, and runs side by side work on different batches.
-    batches[1:] = [batches[1 + i] for i in np.random.default_rng().permutation(len(batches) - 1)]
+    rest = batches[1:]
+    batches[1:] = [rest[i] for i in np.random.default_rng().permutation(len(rest))]
     total = int(sum(lengths[batch].sum() for batch in batches))
     every = 0.1 if sys.stderr and sys.stderr.isatty() else 30  # seconds; a log file need not hold every step
     look = {"unit": "tok", "unit_scale": True, "delay": 1, "mininterval": every}
@@ -146,92 +140,29 @@ def encode(
     progress: bool = True,
 ) -> torch.Tensor:
     """Embeddings of distinct queries in their order: float32 (Q, H), on the CPU, as `encode_batches` makes them."""
-    embeddings, stored = None, np.zeros(len(queries), bool)
-    how = max_length, pooling, tokens_per_batch, stored, progress
+    embeddings, own = torch.empty(len(queries), 0), [np.empty(0, np.int64)]  # (Q, 0)
+    how = max_length, pooling, tokens_per_batch, np.zeros(len(queries), bool), progress
     for batch, vectors in encode_batches(queries, tokenizer, network, *how):
-        if embeddings is None:
+        if not embeddings.shape[1]:
             embeddings = torch.empty(len(queries), vectors.shape[1])  # (Q, H)
         embeddings[batch] = vectors
-    return embeddings
+        own.append(batch)
+    return exchange(embeddings, np.concatenate(own))
 
 
-class Encoder:
-    """A frozen encoder as one run uses it, with its cache; loaded when a query comes that is not cached.
+def exchange(embeddings: torch.Tensor, own: np.ndarray) -> torch.Tensor:
+    """Embeddings (Q, H), of which each process has the rows `own` (q,), with those of all others too.
 
-    Args:
-        model_path: a Hugging Face folder or a hub id.
-        dtype: "auto", "float32", "bfloat16" or "float16"; see `pick_dtype`.
-        pooling, max_length: see `pool` and `encode_batches`.
-        tokens_per_batch: without it, `TOKENS_PER_BATCH` of the device.
-        cache_dir: where embeddings are kept; None neither reads nor keeps any.
-        progress: whether a bar on stderr counts the tokens.
-        download: whether a hub id may be fetched from the hub.
-
-    Raises `UserError` where there is no encoder at `model_path`, or the cache cannot be written.
+    A process that has none may give any (Q, 0).
     """
-
-    def __init__(
-        self,
-        model_path: str,
-        device: torch.device,
-        dtype: str = "auto",
-        pooling: str = "mean",
-        max_length: int = 512,
-        tokens_per_batch: int | None = None,
-        cache_dir: str | Path | None = None,
-        progress: bool = True,
-        download: bool = True,
-    ):
-        self.path, self.folder, self.device = str(model_path), find_encoder(model_path, download), device
-        self.usage = {
-            "fingerprint": encoder_fingerprint(self.folder),
-            "pooling": pooling,
-            "max_length": max_length,
-            "dtype": pick_dtype(dtype, device),
-        }
-        self.how = {
-            "max_length": max_length,
-            "pooling": pooling,
-            "tokens_per_batch": tokens_per_batch,
-            "progress": progress,
-        }
-        self.cache = None if cache_dir is None else EmbeddingCache(cache_dir, self.usage)
-        self.facts = None  # what a checkpoint must know of the encoder, from the first embeddings on
-
-    @cached_property
-    def loaded(self) -> tuple:
-        """Tokenizer and network."""
-        return load_encoder(self.folder, self.device, getattr(torch, self.usage["dtype"]))
-
-    def release(self) -> None:
-        """Free the network's memory; `loaded` loads it again."""
-        self.__dict__.pop("loaded", None)
-
-    @cached_property
-    def _tokens_read(self) -> int:
-        return min(self.usage["max_length"], longest_input(*self.loaded))
-
-    def embed(self, queries: list[str]) -> tuple[torch.Tensor, int]:
-        """Embeddings of distinct queries, float32 (Q, H) on the CPU, and how many this run encoded for them.
-
-        Where all are cached, neither encoder nor tokenizer is loaded. Raises `UserError` where the encoder cannot
-        encode them, or the cache cannot be written.
-        """
-        if self.cache is None:
-            embeddings, encoded = encode(queries, *self.loaded, **self.how), len(queries)  # (Q, H)
-            tokens_read = self._tokens_read
-        else:
-            keys = query_keys(queries)
-            stored = self.cache.look_up(keys)  # (Q,)
-            encoded = int((~stored).sum())
-            if encoded or self.cache.facts is None:
-                facts = {"path": str(self.folder.absolute()), "tokens_read": self._tokens_read}
-                batches = encode_batches(queries, *self.loaded, stored=stored, **self.how)
-                encoded = self.cache.fill(keys, stored, batches, facts)
-                self.cache.describe(facts)
-            embeddings, tokens_read = self.cache.read(keys), self.cache.facts["tokens_read"]  # (Q, H)
-        self.facts = self.usage | {"path": self.path, "max_length": tokens_read, "width": embeddings.shape[1]}
-        return embeddings, encoded
+    if processes.size() == 1:
+        return embeddings
+    row = torch.cat(processes.gathered(torch.from_numpy(own)))  # (n,)
+    vectors = torch.cat(processes.gathered(embeddings[own].reshape(-1))).view(len(row), -1)  # (n, H)
+    if not embeddings.shape[1]:
+        embeddings = torch.empty(len(embeddings), vectors.shape[1])  # (Q, H)
+    embeddings[row] = vectors
+    return embeddings
 
 
 def fit_centroids(points: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:

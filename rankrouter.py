@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_profiling import ModelTower
-from query_representation import ROWS_AT_ONCE, Encoder, QueryTower
+from query_representation import ROWS_AT_ONCE, QueryTower
+from support.cached_encoder import Encoder
 from support.checkpoints import is_plain, not_ours, read_checkpoint, write_checkpoint
 from support.files import UserError, one_line, valid_unicode
 
@@ -71,10 +72,8 @@ class RankRouter(nn.Module):
         return self.log_scale.exp() * F.normalize(q, dim=1) @ F.normalize(m, dim=1).T  # (B, M)
 
     @torch.no_grad()
-    def score(
-        self, points: torch.Tensor, cluster_idx: torch.Tensor, queries: np.ndarray, blocks: list | None = None
-    ) -> np.ndarray:
-        """Scores (Q, M), float64, of every model for some of the queries of `forward`, by their indices (Q,).
+    def score(self, points: torch.Tensor, cluster_idx: torch.Tensor, blocks: list | None = None) -> np.ndarray:
+        """Scores (Q, M), float64, of every model for the queries of `forward`.
 
         `blocks` are those of `_blocks`, where they have been computed already. The router is left in evaluation mode.
         Raises `UserError` where a score is not finite.
@@ -82,8 +81,8 @@ class RankRouter(nn.Module):
         if self.training:
             self.eval()
         blocks, scores = blocks or self._blocks(), []
-        for some in torch.from_numpy(queries).to(points.device).split(ROWS_AT_ONCE):
-            q = self.query_tower(points[some], cluster_idx[some])  # (B, D)
+        for some in zip(points.split(ROWS_AT_ONCE), cluster_idx.split(ROWS_AT_ONCE), strict=True):
+            q = self.query_tower(*some)  # (B, D)
             scores.append(torch.cat([self.similarity(q, m) for m in blocks], dim=1))  # (B, M and the padding)
         scores = torch.cat(scores)[:, : len(self.model_names)]  # (Q, M)
         if not scores.isfinite().all():
@@ -106,12 +105,13 @@ class RankRouter(nn.Module):
     def open_encoder(self, model_path: str | None = None, device: str | torch.device = "cpu", **how) -> None:
         """Find the encoder that a loaded router was trained with, at its own path or at `model_path`.
 
-        `how`: `tokens_per_batch`, `cache_dir`, `progress`, as `query_representation.Encoder` takes them. Raises
+        `how`: `tokens_per_batch`, `cache_dir`, `progress`, as `support.cached_encoder.Encoder` takes them. Raises
         `UserError` where there is no encoder, or another one.
         """
         args, trained = self.facts["args"], self.facts["encoder"]
         how = {"progress": False} | how | {name: args[name] for name in ("pooling", "max_length")}
         how |= {"dtype": trained["dtype"], "download": model_path is not None}  # a file may not make us fetch anything
+        how["trained"] = self.facts.get("trained")
         encoder = Encoder(trained["path"] if model_path is None else model_path, torch.device(device), **how)
         found, expected = encoder.usage["fingerprint"], trained["fingerprint"]
         if found != expected:
@@ -152,7 +152,7 @@ class RankRouter(nn.Module):
         if self.training:
             self.eval()
         self.blocks = self.blocks or self._blocks()
-        return self.score(points, cluster_idx, np.arange(len(points)), self.blocks)  # (Q, M)
+        return self.score(points, cluster_idx, self.blocks)  # (Q, M)
 
     def rank(
         self, queries: list[str], top_k: int | None = None, models: list[str] | None = None
@@ -263,6 +263,19 @@ class RankRouter(nn.Module):
         yield "--max_length", type(args["max_length"]) is int and 1 <= args["max_length"] <= 2**20
         yield "--seed", type(args["seed"]) is int and 0 <= args["seed"] < 2**32
         yield "--dropout", 0 <= args["dropout"] < 1
+        if further := facts.get("trained"):
+            weights, sizes = further["weights"], (further["layers"], further["lora_rank"])
+            yield (
+                "what was trained of the encoder",
+                all(size is None or (type(size) is int and size >= 1) for size in sizes),
+            )
+            yield (
+                "a weight of the encoder",
+                all(
+                    type(name) is str and is_plain(tensor) and tensor.dtype == torch.float32 and tensor.isfinite().all()
+                    for name, tensor in weights.items()
+                ),
+            )
         seen = facts["seen_queries"]
         yield "the list of seen queries", is_plain(seen) and seen.dtype == torch.int64 and seen.ndim == 1
         if profiles["kind"] == "win_rate":

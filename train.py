@@ -2,95 +2,79 @@
 
 import argparse
 import hashlib
+import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-from support import printing, runs, signals
+from support import printing, processes, runs, signals
 from support.command_line import run_command
 from support.files import UserError, cache_folder, locked, make_folder, one_line, reason
+from support.selection import best_moment, waited
 from support.train_flags import parse_args
 
 # torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
 # been checked: --help and a typo answer at once.
 
+WRITE, STOP = 1, 2  # what a process may ask for after a step; that of rank 0 alone asks for the first
 
-def to_tensors(battles, device) -> tuple:
-    """Battles as tensors: query (N,), models a and b (N, 2), outcome (N,)."""
-    import numpy as np
+
+def train_epoch(router, optimiser, loss_of, batches, epoch) -> Iterator[None]:
+    """Take the steps of an epoch that are left, all processes together; yields after each, and fills `epoch.losses`."""
     import torch
 
-    columns = (battles.query_idx, np.column_stack([battles.model_a_idx, battles.model_b_idx]), battles.outcome)
-    return tuple(torch.from_numpy(column).to(device) for column in columns)
-
-
-def train_epoch(
-    router, optimiser, loss_of, points, cluster_idx, battles: tuple, batch_size: int, begun=None, after_step=None
-) -> float:
-    """One pass over the training battles in random order; returns the mean loss of a battle.
-
-    `begun`, of a pass that was cut short, is its order (N,) and the summed losses of each step taken (n,); both are
-    what `after_step` is called with.
-    """
-    import torch
-
-    router.train()
-    order, taken = begun or (torch.randperm(len(battles[0])), torch.empty(0))  # (N,), (n,)
-    batches = zip(*(column[order.to(points.device)].split(batch_size) for column in battles), strict=True)
-    losses = torch.empty(-(-len(order) // batch_size), device=points.device)  # (steps,)
-    losses[: len(taken)] = taken
-    for step, (query, models, outcome) in islice(enumerate(batches), len(taken), None):  # (B,), (B, 2), (B,)
-        scores = router(points[query], cluster_idx[query])  # (B, M)
-        score_a, score_b = scores.gather(1, models).unbind(1)  # (B,) each
-        loss = loss_of(score_a, score_b, outcome)
-        router.zero_grad()
-        loss.backward()
+    weights = [weight for group in optimiser.param_groups for weight in group["params"] if weight.requires_grad]
+    while epoch.taken < len(epoch.steps):
+        if not router.training:
+            router.train()
+        optimiser.zero_grad()
+        step, mean = epoch.steps[epoch.taken], torch.zeros((), device=batches.device)
+        size = batches.size_of(step)
+        for queries, row, models, outcome in batches.parts(step):  # (b,), (B,), (B, 2), (B,)
+            scores = router(*batches.embed(queries))[row]  # (B, M)
+            score_a, score_b = scores.gather(1, models).unbind(1)  # (B,) each
+            loss = loss_of(score_a, score_b, outcome) * (len(outcome) / size)
+            loss.backward()
+            mean += loss.detach()
+        if processes.size() > 1:
+            for weight in weights:  # a process may have no part in a step
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            processes.add_up([*(weight.grad for weight in weights), mean, *batches.moved])
         optimiser.step()
-        losses[step] = loss.detach() * len(outcome)
-        if after_step:
-            after_step(order, losses[: step + 1])
-    losses = losses.cpu()  # looked at here and not at each step, for which a GPU would wait
+        batches.follow()
+        epoch.losses[epoch.taken] = mean * size
+        epoch.taken += 1
+        yield
+
+
+def copied(weights) -> dict:
+    """A copy of named weights."""
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def mean_loss(epoch, batches) -> float:
+    """Of a battle in the steps taken; losses are looked at here and not at each step, for which a GPU would wait."""
+    losses = epoch.losses[: epoch.taken].cpu()
     bad = (~losses.isfinite()).nonzero()[:, 0]  # (steps that failed,)
     if len(bad):
         raise UserError(f"the loss is {losses[bad[0]]} at step {bad[0]}; try a lower --lr or --margin")
-    return losses.double().sum().item() / len(order)
+    return losses.double().sum().item() / sum(map(batches.size_of, epoch.steps[: epoch.taken]))
 
 
 def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
-    """The router's margins d (N,) on decisive battles, from the matrix of scores, and their metrics."""
+    """The router's margins d (N,) on decisive battles, and their metrics, from the points of the queries fought."""
     import metrics
 
-    d = battles.margins(router.score(points, cluster_idx, battles.fought[0]))  # (N,)
+    d = battles.margins(router.score(points, cluster_idx))  # (N,)
     return d, metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx, margin)
 
 
-def capability_profiles(args: argparse.Namespace, split, cluster_idx, profiles) -> tuple:
-    """What capability vectors begin with, (M, C) with NaN where a value is missing, or None where they are random.
+def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, history: dict, last, keep):
+    """Train a router on the embeddings (Q, H) of the split's queries; the moment of the best validation AUC counts.
 
-    Returns also what a checkpoint must know to give a new model a vector of that kind.
-    """
-    import torch
-
-    from model_profiling import win_rate_profiles
-    from support.profiles import standardise
-
-    names = split.train.model_names
-    if profiles is not None:
-        facts = profiles.facts(names)
-        return torch.from_numpy(standardise(profiles.of(names, args.allow_missing_profiles), facts)), facts
-    if args.capability_init == "random":
-        return None, {"kind": "random"}
-    query, models, outcome = to_tensors(split.train, "cpu")
-    known = win_rate_profiles(cluster_idx.cpu()[query], models, outcome, len(names), args.num_clusters)  # (M, K)
-    return known, {"kind": "win_rate", "known": known}
-
-
-def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, device, history: dict, last, keep):
-    """Train a router on the embeddings (Q, H) of the split's queries; the epoch of the best validation AUC counts.
-
-    Fills `history`, calls `keep(router, improved)` after each epoch, and goes on from `last.saved`, where there is
-    such. Returns the router with its facts, the standardised embeddings (Q, H) and clusters (Q,).
+    Fills `history`, calls `keep(router, improved)` after each validation, and goes on from `last.saved`, where there is
+    such. Returns the router with its facts, and the points (Q, H) and clusters (Q,) that it began with.
     """
     import numpy as np
     import torch
@@ -98,111 +82,128 @@ def fit(args: argparse.Namespace, split, embeddings, encoder: dict, profiles, de
     import metrics
     from data_loader import query_ids
     from loss import bce_loss, bpr_loss, hinge_loss
-    from rankrouter import RankRouter
     from support import baselines
+    from support.batches import begin
+    from support.beginning import begin_batches, begin_optimiser, begin_router
 
-    # Towers; standardisation, clusters and profiles see training queries only
     timing, saved = history["timing"], last.saved
-    torch.manual_seed(args.seed)
-    router = RankRouter(split.train.model_names, encoder["width"], vars(args))
-    train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
     with runs.timed(timing, "cluster"):
-        if saved:
-            last.verify(router, -(-len(split.train) // args.batch_size), history["data"]["embeddings_hash"])
-            router.load_state_dict(saved["router"])  # statistics and clusters are in it
-        else:
-            router.query_tower.fit(embeddings[train_queries], args.seed)
-        points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
-        cluster_idx = router.query_tower.to(device).assign(points)  # (Q,)
-        vectors, profile_facts = capability_profiles(args, split, cluster_idx, profiles)  # (M, C)
-    if vectors is not None and not saved:
-        router.model_tower.set_capabilities(vectors)
-    if args.freeze_capabilities:
-        router.model_tower.capability.weight.requires_grad_(False)
-    router.to(device)
+        beginning = args, split, embeddings, profiles, device, saved and saved["beginning"]
+        router, points, cluster_idx, profile_facts = begin_router(*beginning)  # (Q, H), (Q,)
+    tower = router.query_tower
+    last.beginning = {name: getattr(tower, name).clone() for name in ("mean", "scale", "centroids")}
     if args.num_clusters:
+        train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
         sizes = torch.bincount(cluster_idx.cpu()[train_queries], minlength=args.num_clusters).tolist()  # (K,)
         history["clusters"] = [{"size": size} for size in sizes]
         print(f"cluster  {args.num_clusters} clusters of {min(sizes)} to {max(sizes)} training queries")
 
-    # Training; the best validation AUC is kept, the earlier epoch where two are equal
     margin = args.margin if args.loss_type == "bpr" else 0.0  # of the link from scores to probabilities
     loss_of = {
         "bpr": partial(bpr_loss, margin=args.margin),
         "bce": bce_loss,
         "hinge": partial(hinge_loss, margin=args.margin),
     }[args.loss_type]
-    battles, best_single = to_tensors(split.train, device), baselines.best_single_model(split)
+    batches = begin_batches(args, split, router, points, cluster_idx, encoder, timing)
+    best_single = baselines.best_single_model(split)
     seen = query_ids([split.train.queries[i] for i in np.union1d(split.train.query_idx, split.val.query_idx)])  # (Q,)
-    optimiser = torch.optim.AdamW(router.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+    def progress() -> float:  # at the middle of the next step
+        return (len(history["train_losses"]) + (now.taken + 0.5) / len(now.steps)) / args.epochs
+
+    optimiser = begin_optimiser(args, router, batches, progress)
     best, begun = {"weights": None, "facts": None}, None
     if saved:
+        last.verify(router, batches, history["data"]["embeddings_hash"])
+        last.restore(router, batches, optimiser, timing)
         best, begun = saved["best"], saved["begun"]
-        last.restore(optimiser, timing)
         if best["weights"]:  # the file may be of the epoch after it, or lost
             router.load_state_dict(best["weights"])
-            router.facts = best["facts"] = best["facts"] | {"args": vars(args), "encoder": encoder}
+            router.facts = best["facts"] = best["facts"] | {"args": vars(args), "encoder": encoder.facts}
             keep(router, True)
             router.load_state_dict(saved["router"])
-    best_auc = best["facts"]["val_metrics"]["auc"] if best["facts"] else -1.0
+
+    def validate(epoch, step: int | None) -> None:
+        nonlocal best
+        loss, points = mean_loss(epoch, batches), batches.points_of(split.val.fought[0])  # (q, H), (q,)
+        d, val = evaluate(router, *points, split.val, margin)  # (N,)
+        val, before = processes.from_main(val), best_moment(history)
+        improved = before is None or val["auc"] > before[2]["auc"]
+        if step is None:
+            history["train_losses"].append(loss)
+            history["val_metrics"].append(val)
+        else:
+            history["validations"].append({"epoch": number, "step": step} | val)
+        if improved:
+            router.facts = {
+                "args": vars(args),
+                "encoder": encoder.facts,
+                "content_hash": history["data"]["content_hash"],
+                "seen_queries": torch.from_numpy(seen),
+                "profiles": profile_facts,
+                "epoch": number,
+                "step": step,
+                "val_metrics": val,
+                "temperature": metrics.fit_temperature(d, split.val.outcome, margin),
+                "best_single_model": best_single,
+            }
+            if batches.learned:
+                router.facts["trained"] = {"layers": args.finetune_layers, "lora_rank": args.lora_rank}
+                router.facts["trained"]["weights"] = copied(batches.learned)
+            best = {"weights": copied(router.state_dict()), "facts": router.facts}
+        keep(router, improved)
+        printing.print_validation(number, step, len(epoch.steps), loss, val, improved)
+
+    def is_over() -> bool:
+        return args.patience is not None and waited(history) >= args.patience
+
     with signals.between_steps() as asked:
-        for epoch in range(len(history["train_losses"]), args.epochs):
-
-            def after_step(order, losses, best=best) -> None:
-                signal = asked()
-                if (
-                    signal or last.is_due()
-                ) and losses.isfinite().all():  # else the epoch fails, and is not gone on with
-                    lap()
-                    last.write(router, optimiser, history, best, (order, losses))
-                if signal:
-                    raise signals.Stopped(signal)
-
+        for number in range(len(history["train_losses"]), args.epochs):
+            if is_over():
+                break
+            now, begun = begin(batches, begun), None
             try:
                 with runs.timed(timing, "train") as lap:
-                    data = points, cluster_idx, battles, args.batch_size
-                    mean_loss = train_epoch(router, optimiser, loss_of, *data, begun, after_step)
+                    for _ in train_epoch(router, optimiser, loss_of, batches, now):
+                        if args.eval_every and now.taken % args.eval_every == 0 and now.taken < len(now.steps):
+                            lap()
+                            validate(now, now.taken)
+                            lap("evaluate")
+                            if is_over():
+                                break
+                        is_due = processes.rank() == 0 and last.is_due()
+                        said = processes.total(STOP * (asked() is not None) + WRITE * is_due)
+                        if said and now.losses.isfinite().all():  # else the epoch fails, and is not gone on with
+                            lap()
+                            last.write(router, batches, optimiser, history, best, now.begun)
+                        if said >= STOP:
+                            raise signals.Stopped(asked() or signal.SIGTERM)
                 with runs.timed(timing, "evaluate"):
-                    d, val = evaluate(router, points, cluster_idx, split.val, margin)  # (N,)
+                    validate(now, None)
             except UserError as error:
-                raise UserError(f"epoch {epoch}: {error}") from error
-            history["train_losses"].append(mean_loss)
-            history["val_metrics"].append(val)
-            begun, improved = None, val["auc"] > best_auc
-            if improved:
-                best_auc = val["auc"]
-                router.facts = {
-                    "args": vars(args),
-                    "encoder": encoder,
-                    "content_hash": history["data"]["content_hash"],
-                    "seen_queries": torch.from_numpy(seen),
-                    "profiles": profile_facts,
-                    "epoch": epoch,
-                    "val_metrics": val,
-                    "temperature": metrics.fit_temperature(d, split.val.outcome, margin),
-                    "best_single_model": best_single,
-                }
-                weights = {name: tensor.clone() for name, tensor in router.state_dict().items()}
-                best = {"weights": weights, "facts": router.facts}
-            keep(router, improved)
-            last.write(router, optimiser, history, best)
-            print(
-                f"epoch {epoch:<3}  loss {mean_loss:.4f}   val  auc {val['auc']:.4f}  accuracy {val['accuracy']:.4f}  "
-                f"log loss {val['log_loss']:.4f}{'  best' if improved else ''}"
-            )
+                raise UserError(f"epoch {number}: {error}") from error
+            last.write(router, batches, optimiser, history, best)
     router.load_state_dict(best["weights"])
     return router, points, cluster_idx
 
 
+def points_of(router, encoder, queries: list[str], embeddings, device) -> tuple:
+    """Standardised embeddings (Q, H) and clusters (Q,) of queries, as the router sees them.
+
+    `embeddings` (Q, H) are the encoder's, which stand where it was not trained with the router.
+    """
+    if trained := router.facts.get("trained"):
+        embeddings, _ = encoder.trained_further(trained).embed(queries)  # (Q, H)
+    points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
+    return points, router.query_tower.assign(points)
+
+
 def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) -> None:
     """Encode, train, and test once; fills `history`, and writes it and the checkpoints as it goes."""
-    from support import baselines
-    from support.comparison import Judge, describe_clusters
-
     runs.tune_cpu()
     split, whole, profiles, timing = inputs.split, inputs.whole, inputs.profiles, history["timing"]
-    checkpoint = Path(args.output_dir) / "best_model.pt"
-    if last.saved is None:
+    checkpoint, is_main = Path(args.output_dir) / "best_model.pt", processes.rank() == 0
+    if last.saved is None and is_main:
         runs.set_aside(checkpoint)
         last.make_room()
     runs.write_history(args.output_dir, history)
@@ -218,29 +219,21 @@ def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) 
 
     def keep(router, improved: bool) -> None:
         if improved:
+            history["best_epoch"], history["best_step"] = router.facts["epoch"], router.facts["step"]
+        if improved and is_main:
             router.save(checkpoint, **router.facts)
             checkpoint.with_name("best_model.earlier.pt").unlink(missing_ok=True)
-            history["best_epoch"] = router.facts["epoch"]
         runs.write_history(args.output_dir, history)
 
     place = {query: i for i, query in enumerate(queries)}
     own = embeddings if whole is split else embeddings[[place[query] for query in split.train.queries]]  # (Q, H)
-    router, points, cluster_idx = fit(args, split, own, encoder.facts, profiles, device, history, last, keep)
-
-    # Test, once, with the weights that were kept
-    margin, temperature = router.link
-    with runs.timed(timing, "evaluate"):
-        test_scores = router.score(points, cluster_idx, split.test.fought[0])  # (Q, M)
-        judge = Judge(split, test_scores, margin, temperature, args.seed)
-        history |= judge.results()
-        if args.num_clusters:
-            history["clusters"] = describe_clusters(router, points, cluster_idx, split.train, margin, temperature)
-    if args.baselines != "none":
-        with runs.timed(timing, "baselines"):
-            arrays = points.cpu().numpy(), cluster_idx.cpu().numpy()
-            fitted = baselines.fit(split, *arrays, args.num_clusters, args.baselines == "all", args.seed)
-            history["baselines"] = judge.compare(fitted)
-
+    router, *pretrained = fit(args, split, own, encoder, profiles, device, history, last, keep)
+    trained = pretrained
+    if args.finetune_encoder:  # from here on its encoder stands, as a frozen one does
+        with runs.timed(timing, "encode"):
+            trained = points_of(router, encoder, split.train.queries, own, device)  # (Q, H), (Q,)
+    if is_main:
+        test(args, split, router, trained, pretrained, history)
     if args.hold_out_model is not None:
         from support.cold_start import cold_start
 
@@ -248,10 +241,33 @@ def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) 
         with runs.timed(timing, "cold_start"):
             last = last.of("ceiling")
             beside = last.history | {"timing": {}, "data": history["data"]}
-            ceiling = fit(args, whole, embeddings, encoder.facts, profiles, device, beside, last, lambda *_: None)
-            points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
-            trained = router, points, router.query_tower.assign(points)
-            history["cold_start"] = cold_start(args.hold_out_model, split, whole, trained, ceiling, profiles, args.seed)
+            ceiling, *_ = fit(args, whole, embeddings, encoder, profiles, device, beside, last, lambda *_: None)
+            both = [(each, *points_of(each, encoder, queries, embeddings, device)) for each in (router, ceiling)]
+            if is_main:
+                history["cold_start"] = cold_start(args.hold_out_model, split, whole, *both, profiles, args.seed)
+
+
+def test(args: argparse.Namespace, split, router, trained: tuple, pretrained: tuple, history: dict) -> None:
+    """Test, once, with the weights that were kept, and beside the baselines; fills `history`.
+
+    `trained` are the points (Q, H) and clusters (Q,) of the split's queries as the router sees them, `pretrained` those
+    that it began with, which are what baselines get.
+    """
+    from support import baselines
+    from support.comparison import Judge, describe_clusters
+
+    (margin, temperature), asked, timing = router.link, split.test.fought[0], history["timing"]
+    with runs.timed(timing, "evaluate"):
+        test_scores = router.score(*(column[asked] for column in trained))  # (Q, M)
+        judge = Judge(split, test_scores, margin, temperature, args.seed)
+        history |= judge.results()
+        if args.num_clusters:
+            history["clusters"] = describe_clusters(router, *trained, split.train, margin, temperature)
+    if args.baselines != "none":
+        with runs.timed(timing, "baselines"):
+            arrays = [column.cpu().numpy() for column in pretrained]
+            fitted = baselines.fit(split, *arrays, args.num_clusters, args.baselines == "all", args.seed)
+            history["baselines"] = judge.compare(fitted)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -265,7 +281,7 @@ def train(args: argparse.Namespace) -> None:
     device, timing = runs.pick_device(args.device), {}
     inputs = read_inputs(args, timing)
 
-    from query_representation import Encoder
+    from support.cached_encoder import Encoder
     from support.resume import LastCheckpoint, experiment
 
     how = args.dtype, args.pooling, args.max_length, args.encode_tokens, cache_folder(args.cache_dir, args.no_cache)
@@ -277,14 +293,14 @@ def train(args: argparse.Namespace) -> None:
     earlier = runs.read_history(args.output_dir)
     if resume:
         print(f"resume   {last.told}")
-        if last.is_finished(earlier, vars(args)):
+        if processes.from_main(processes.rank() == 0 and last.is_finished(earlier, vars(args))):
             print(f"finished already, with a test AUC of {earlier['test_metrics']['auc']:.4f}: {args.output_dir}")
             return
     elif path.is_file() and earlier.get("status") != "finished":
         print("aside    an unfinished run, until this one writes its first checkpoint; --resume would go on with it")
     try:
         run(args, inputs, encoder, device, last, history)
-        if truth is not None:
+        if truth is not None and processes.rank() == 0:
             from support.comparison import compare_with_truth
             from support.demo import true_skills
 
@@ -305,15 +321,20 @@ def train(args: argparse.Namespace) -> None:
         if isinstance(error, UserError) and history["best_epoch"] is not None:
             raise UserError(f"{error}; the checkpoint of epoch {history['best_epoch']} is kept") from error
         raise
-    printing.print_test(history)
+    if processes.rank() == 0:
+        printing.print_test(history)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train as the flags say. Raises `UserError` on anything the user can mend, `Stopped` on a signal."""
     args = parse_args(argv)
-    args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
-    with locked(Path(args.output_dir), "--output_dir"):
-        train(args)
+    with processes.joined():
+        if processes.rank():
+            train(args)
+            return
+        args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
+        with locked(Path(args.output_dir), "--output_dir"):
+            train(args)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,23 @@ def read_checkpoint(path: str | Path, version: int) -> dict:
     Every record's checksum is looked at, which torch's own reader leaves to others, and no record may be more than
     is in the file. Raises `UserError` where it is no checkpoint of ours, is damaged, or would run something.
     """
-    import torch
+    return parse_checkpoint(path, read_content(path), version)
 
+
+def read_content(path: str | Path) -> bytes:
+    """The bytes of a checkpoint. Raises `UserError` where they cannot be read."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a device, say, that never ends
             raise UserError(f"{path} is no file; expected a checkpoint")
-        content = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+
+
+def parse_checkpoint(path: str | Path, content: bytes, version: int) -> dict:
+    """What `read_checkpoint` makes of the content of the file at `path`."""
+    import torch
+
     try:
         problem = _damage(content)
         if problem is None:

@@ -57,7 +57,7 @@ def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles
     def judge_router(router, *columns: torch.Tensor) -> np.ndarray:
         scores = np.full((len(test.fought[0]), len(whole.train.model_names)), np.nan)  # (Q, M)
         place = [whole.train.model_names.index(model) for model in router.model_names]
-        scores[:, place] = router.score(*columns, test.fought[0])
+        scores[:, place] = router.score(*(column[test.fought[0]] for column in columns))
         return judge(scores, *router.link)
 
     def judge_with(vector: torch.Tensor) -> np.ndarray:

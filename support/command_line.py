@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from support import signals
+from support import processes, signals
 from support.files import UserError, is_out_of_memory, one_line, reason
 
 
@@ -94,11 +94,11 @@ def run_command(main: Callable[[], None]) -> None:
             main()
             print(end="", flush=True)
     except UserError as error:
-        print("error:", one_line(error), file=sys.stderr)
+        print(f"{processes.name()}error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, signals.Stopped) else signals.Stopped(signal.SIGINT)
-        print(stopped.told, file=sys.stderr)
+        print(f"{processes.name()}{stopped.told}", file=sys.stderr)
         sys.exit(128 + stopped.number)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

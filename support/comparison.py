@@ -127,7 +127,7 @@ def describe_clusters(router, points, cluster_idx, train, margin: float, tempera
             distances = (points[queries] - centroid).square().sum(1).cpu().numpy()  # (q,)
             central = queries[distances.argsort(kind="stable")[:CENTRAL_QUERIES]]
             found["central_queries"] = [train.queries[query][:QUERY_SHOWN] for query in central]
-            means = router.score(points, cluster_idx, queries).mean(0)  # (M,)
+            means = router.score(points[queries], cluster_idx[queries]).mean(0)  # (M,)
             odds = metrics.log_odds(means, margin, temperature).tolist()
             found["log_odds"] = dict(zip(train.model_names, odds, strict=True))
         clusters.append(found)

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.selection import moments
+
 # Flags that do not make a result: where things lie, seeds, and how fast it goes. Data and encoder count by content.
 NO_EXPERIMENT = {
     *("output_dir", "data_path", "model_path", "demo", "demo_dir", "cache_dir", "no_cache", "seed", "split_seed"),
     *("device", "dtype", "encode_tokens", "baselines", "deterministic", "checkpoint_minutes"),
+    *("accumulate", "gradient_checkpointing"),
 }
 NO_HISTORY = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # of `parse`
 TEST_SET = ("split_by", "limit", "score_columns", "hold_out_model")  # flags that say which battles are in the test
@@ -34,7 +37,7 @@ class Run:
     train_losses: list[float]  # per epoch
     val_aucs: list[float]  # per epoch
     best_epoch: int
-    val_auc: float  # of that epoch
+    val_auc: float  # of the best moment, which lies in that epoch
     test: dict[str, float | None]
     intervals: dict[str, list[float] | None]
     calibration: dict[str, dict]  # "calibrated" and "uncalibrated": expected calibration error, bins
@@ -89,6 +92,9 @@ def parse(name: str, history: dict) -> Run:
     best_epoch = _whole(history["best_epoch"], 0)
     if not best_epoch < len(val_aucs) == len(losses):
         raise ValueError(f"best_epoch is {best_epoch} of {len(val_aucs)} epochs and {len(losses)} losses")
+    best_moments = [val for epoch, step, val in moments(history) if (epoch, step) == (best_epoch, history["best_step"])]
+    if len(best_moments) != 1:
+        raise ValueError(f"there are {len(best_moments)} validations of best_epoch and best_step")
     unit = "battles" if args["split_by"] == "battle" else "queries"
     return Run(
         name=name,
@@ -106,7 +112,7 @@ def parse(name: str, history: dict) -> Run:
         train_losses=losses,
         val_aucs=val_aucs,
         best_epoch=best_epoch,
-        val_auc=val_aucs[best_epoch],
+        val_auc=_number(best_moments[0]["auc"]),
         test=_metrics(test, dict.fromkeys([*test, "auc", "accuracy", "log_loss"])),
         intervals=_bounds(history["test_intervals"], test),
         calibration={

@@ -76,6 +76,24 @@ def print_encoding(encoder: dict, timing: dict, max_length: int) -> None:
     )
 
 
+def print_cost(learned: dict, tokens: int, tokens_per_second: float, epochs: int) -> None:
+    """What an encoder's training will take, before it begins: by its weights that learn, and the tokens of an epoch."""
+    minutes, count = tokens / tokens_per_second / 60, sum(weight.numel() for weight in learned.values())
+    print(
+        f"finetune {count / 1e6:.3g} million weights of the encoder; an epoch has {tokens} tokens, at "
+        f"{tokens_per_second:.0f} a second {minutes:.1f} minutes, {epochs} epochs {minutes * epochs:.1f} and validation"
+    )
+
+
+def print_validation(epoch: int, step: int | None, steps: int, loss: float, val: dict, improved: bool) -> None:
+    """A line for a validation: after an epoch, or after so many of its steps."""
+    head = f"epoch {epoch:<3}" if step is None else f"  {step}/{steps}".ljust(9)
+    print(
+        f"{head}  loss {loss:.4f}   val  auc {val['auc']:.4f}  accuracy {val['accuracy']:.4f}  "
+        f"log loss {val['log_loss']:.4f}{'  best' if improved else ''}"
+    )
+
+
 def verdict(interval: list[float], name: str, num_queries: int) -> str:
     """What the 95 % interval of a difference, over so many test queries, shows in words, where more is better."""
     low, high = interval

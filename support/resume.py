@@ -13,25 +13,32 @@ import numpy as np
 import torch
 
 from rankrouter import RankRouter
-from support.checkpoints import is_plain, not_ours, read_checkpoint, write_checkpoint
+from support import processes
+from support.adapters import set_learned
+from support.checkpoints import is_plain, not_ours, parse_checkpoint, read_content, write_checkpoint
 from support.files import UserError
 from support.history import NO_EXPERIMENT
 from support.runs import set_aside
+from support.selection import best_moment
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SPARED = 20  # times what a write takes, that pass without another
 
 # Flags that may change when a run goes on: where things lie, how fast it goes, what is compared in the end. Data,
 # profiles, encoder and its dtype are compared by what they are.
 FREE = NO_EXPERIMENT - {"seed", "split_seed"} | {"epochs", "capability_file"}
+HISTORY = ("train_losses", "val_metrics", "validations")  # what a training adds to a history
 TIMED = ("cluster", "train", "evaluate")  # of a training, in the `timing` of its history
 
 
 def experiment(args: dict, data: dict, encoder: dict) -> dict:
     """What a run that goes on must have in common with the one that began, by the names that a user knows.
 
-    From the flags, the `data` of the history, and the fingerprint and dtype of the encoder.
+    From the flags, the `data` of the history, and the fingerprint and dtype of the encoder. Where that is trained,
+    learning rates depend on the number of epochs.
     """
-    return {f"--{name}": value for name, value in args.items() if name not in FREE} | {
+    free = FREE - {"epochs"} if args["finetune_encoder"] else FREE
+    return {f"--{name}": value for name, value in args.items() if name not in free} | {
         "the content of --data_path": data["content_hash"],
         "the content of --capability_file": data.get("capability_file_hash"),
         "the encoder's fingerprint": encoder["fingerprint"],
@@ -47,34 +54,51 @@ class LastCheckpoint:
         experiment: see `experiment`.
         epochs: how many the run has now.
         minutes: between two writes within an epoch.
-        resume: whether to go on from the file, where it is there. `saved` is then what it holds, else None.
+        resume: whether to go on from the file, where it is there. `saved` is then what it holds, else None. All processes
+            of a run go on from that of rank 0.
+        alone: whether only this process asks.
 
     Raises `UserError` where the file is damaged, is of another experiment, or has more epochs behind it.
     """
 
-    def __init__(self, path: Path, experiment: dict, epochs: int, minutes: float, resume: bool):
+    def __init__(self, path: Path, experiment: dict, epochs: int, minutes: float, resume: bool, alone: bool = False):
         self.path, self.experiment, self.epochs, self.minutes = path, experiment, epochs, minutes
         self.how = experiment, epochs, minutes, resume
-        earlier = path.with_suffix(".earlier.pt")
-        if resume and earlier.exists() and not path.exists():
-            self._bring_back(earlier)
-        self.saved = read_checkpoint(path, FORMAT_VERSION) if resume and path.exists() else None
-        self.history, self.told = {"train_losses": [], "val_metrics": [], "best_epoch": None}, "nothing to go on from"
+        self.saved, self.beginning = self._read(alone) if resume else None, None
+        self.history = {"train_losses": [], "val_metrics": [], "validations": [], "best_epoch": None, "best_step": None}
+        self.told, self.cost = "nothing to go on from", 0.0  # seconds that the last write took
         if self.saved:
             try:
                 self._check()
                 facts = self.saved["best"]["facts"]
-                self.history = self.saved["history"] | {"best_epoch": facts["epoch"] if facts else None}
+                best = {f"best_{name}": facts[name] if facts else None for name in ("epoch", "step")}
+                self.history = self.saved["history"] | best
             except UserError:
                 raise
             except Exception as error:  # whatever a file raises that is whole, and not what training writes
                 raise not_ours(path, error) from error
         self.since = time.monotonic()
 
+    def _read(self, alone: bool) -> dict | None:
+        content = problem = None
+        if alone or processes.rank() == 0:
+            earlier = self.path.with_suffix(".earlier.pt")
+            if earlier.exists() and not self.path.exists():
+                self._bring_back(earlier)
+            try:
+                content = read_content(self.path) if self.path.exists() else None
+            except UserError as error:  # which the others must not wait for
+                problem = error
+        if not alone:
+            content = processes.content_from_main(content)
+        if problem:
+            raise problem
+        return None if content is None else parse_checkpoint(self.path, content, FORMAT_VERSION)
+
     def _bring_back(self, earlier: Path) -> None:
         """Take what a run of other flags has set aside, if it is of this experiment."""
         with suppress(UserError, OSError):
-            LastCheckpoint(earlier, *self.how)
+            LastCheckpoint(earlier, *self.how, alone=True)
             earlier.replace(self.path)
 
     def _check(self) -> None:
@@ -89,10 +113,12 @@ class LastCheckpoint:
                 f"--resume: {self.path} is of another experiment: {'; '.join(changed)}; restore that, choose another "
                 "--output_dir, or leave out --resume to train anew"
             )
-        losses, vals = (self.saved["history"][name] for name in ("train_losses", "val_metrics"))
+        losses, vals, within = (self.saved["history"][name] for name in HISTORY)
         if not all(type(loss) is float and 0 <= val["auc"] <= 1 for loss, val in zip(losses, vals, strict=True)):
             raise ValueError("its history is none")
-        json.dumps([losses, vals], allow_nan=False)  # is to be written
+        if not all(0 <= val["auc"] <= 1 and type(val["epoch"]) is type(val["step"]) is int for val in within):
+            raise ValueError("its history is none")
+        json.dumps([losses, vals, within], allow_nan=False)  # is to be written
         done = len(losses)
         if self.epochs < done + (begun is not None):
             more = " and a part of the next" if begun else ""
@@ -105,7 +131,7 @@ class LastCheckpoint:
     def make_room(self) -> None:
         """Set aside what an earlier run left, unless `--resume` could go on from it; the first `write` deletes it."""
         try:
-            LastCheckpoint(self.path, *self.how[:3], True)
+            LastCheckpoint(self.path, *self.how[:3], True, alone=True)
         except UserError:
             set_aside(self.path)
 
@@ -128,13 +154,13 @@ class LastCheckpoint:
         except UserError:
             return LastCheckpoint(path, *how, False)
 
-    def verify(self, router, num_steps: int, embeddings_hash: str) -> None:
-        """Raise `UserError` where `saved` is not what `write` has written for such a router and so many steps an epoch.
+    def verify(self, router, batches, embeddings_hash: str) -> None:
+        """Raise `UserError` where `saved` is not what `write` has written for such a router and such batches.
 
         Warns on stderr where the embeddings are others, in their last bits, than those that the run began with.
         """
         try:
-            wrong = [what for what, holds in self._promises(router.state_dict(), num_steps) if not holds]
+            wrong = [what for what, holds in self._promises(router.state_dict(), batches) if not holds]
         except Exception as error:  # as above
             raise not_ours(self.path, error) from error
         if wrong:
@@ -146,30 +172,39 @@ class LastCheckpoint:
                 file=sys.stderr,
             )
 
-    def _promises(self, weights: dict, num_steps: int) -> Iterator[tuple[str, bool]]:
-        saved, vals = self.saved, self.history["val_metrics"]
+    def _promises(self, weights: dict, batches) -> Iterator[tuple[str, bool]]:
+        saved, moment = self.saved, best_moment(self.history)
         best, begun = saved["best"], saved["begun"]
         yield "a weight", _is_like(saved["router"], weights)
-        if vals:
-            epoch = best["facts"]["epoch"]
-            yield "the best epoch", type(epoch) is int and epoch >= 0 and best["facts"]["val_metrics"] == vals[epoch]
+        yield "a weight of the encoder", _is_like(saved["encoder"], batches.learned)
+        if moment:
+            epoch, step, val = moment
+            facts = best["facts"]
+            yield "the best epoch", (facts["epoch"], facts["step"]) == (epoch, step)
+            yield (
+                "the best epoch",
+                {"epoch": epoch, "step": step} | facts["val_metrics"] == {"epoch": epoch, "step": step} | val,
+            )
             yield "a best weight", _is_like(best["weights"], weights)
+            if batches.learned:
+                yield "a best weight of the encoder", _is_like(facts["trained"]["weights"], batches.learned)
         else:
             yield "the best epoch", best == {"weights": None, "facts": None}
         if begun is not None:
-            order, taken = begun  # (N,), (n,)
-            size = saved["experiment"]["--batch_size"]
-            yield "the order of the battles", torch.equal(order.sort().values, torch.arange(len(order)))
-            yield "the number of battles", -(-len(order) // size) == num_steps
-            yield "a step's loss", taken.dtype == torch.float32 and taken.ndim == 1 and len(taken) <= num_steps
+            order, taken = begun  # (units,), (n,)
+            yield "the order of the battles", torch.equal(order.sort().values, torch.arange(batches.count))
+            yield "a step's loss", taken.dtype == torch.float32 and taken.ndim == 1
+            yield "a step's loss", len(taken) <= len(batches.plan(order))
         yield "the embeddings' hash", type(saved["embeddings_hash"]) is str
         yield "a time", all(name in TIMED and 0 <= seconds < math.inf for name, seconds in saved["seconds"].items())
 
     def is_due(self) -> bool:
-        """Whether so many minutes have gone by since the last write."""
-        return time.monotonic() - self.since >= 60 * self.minutes
+        """Whether so many minutes have gone by since the last write, and so much more time than that took."""
+        return time.monotonic() - self.since >= 60 * self.minutes and (
+            not self.minutes or time.monotonic() - self.since >= SPARED * self.cost
+        )
 
-    def write(self, router, optimiser, history: dict, best: dict, begun: tuple | None = None) -> None:
+    def write(self, router, batches, optimiser, history: dict, best: dict, begun: tuple | None = None) -> None:
         """Keep the state after an epoch; or in one: `begun` are its order (N,) and the losses of the steps taken (n,).
 
         `best` is what belongs into `best_model.pt`: weights and facts.
@@ -178,20 +213,25 @@ class LastCheckpoint:
             "format_version": FORMAT_VERSION,
             "experiment": self.experiment,
             "router": router.state_dict(),
+            "encoder": {name: weight.detach() for name, weight in batches.learned.items()},
+            "beginning": self.beginning,
             "optimiser": optimiser.state_dict(),
             "random": _random_states(),
-            "history": {name: history[name] for name in ("train_losses", "val_metrics")},
+            "history": {name: history[name] for name in HISTORY},
             "embeddings_hash": history["data"]["embeddings_hash"],
             "seconds": {name: seconds for name, seconds in history["timing"].items() if name in TIMED},
             "best": best,
             "begun": begun,
         }
-        write_checkpoint(self.path, state)
-        self.path.with_suffix(".earlier.pt").unlink(missing_ok=True)
-        self.since = time.monotonic()
+        if processes.rank() == 0:
+            since = time.monotonic()
+            write_checkpoint(self.path, state)
+            self.path.with_suffix(".earlier.pt").unlink(missing_ok=True)
+            self.since = time.monotonic()
+            self.cost = self.since - since
 
-    def restore(self, optimiser, timing: dict) -> None:
-        """Bring optimiser, random states and the seconds spent to where `saved` was written, as its router is."""
+    def restore(self, router, batches, optimiser, timing: dict) -> None:
+        """Bring weights, optimiser, random states and the seconds spent to where `saved` was written."""
         try:
             moments, groups = (self.saved["optimiser"][part] for part in ("state", "param_groups"))
             expected = [weight for group in optimiser.param_groups for weight in group["params"]]
@@ -199,8 +239,14 @@ class LastCheckpoint:
                 _is_like(moment, {"step": torch.tensor(0.0), "exp_avg": expected[i], "exp_avg_sq": expected[i]})
                 for i, moment in moments.items()
             ]
-            if groups != optimiser.state_dict()["param_groups"] or not all(kept):
+            rates = [group["lr"] for group in optimiser.param_groups]
+            now = optimiser.state_dict()["param_groups"]
+            for group, rate in zip(groups, rates, strict=True):  # it may have risen or fallen; each step sets it anew
+                group["lr"] = rate
+            if groups != now or not all(kept):
                 raise ValueError("the optimiser's state is not that of this run")
+            router.load_state_dict(self.saved["router"])
+            set_learned(batches.learned, self.saved["encoder"])
             optimiser.load_state_dict(self.saved["optimiser"])
             _set_random_states(self.saved["random"])
         except Exception as error:  # as above
@@ -221,13 +267,15 @@ def _is_like(found: dict, expected: dict) -> bool:
 
 
 def _random_states() -> dict:
+    """Those of Python and numpy, and of torch in each process and on its device."""
     version, keys, gauss = random.getstate()
     kind, numpy_keys, *rest = np.random.get_state()
+    on_device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.empty(0, dtype=torch.uint8)
     return {
         "python": (version, torch.tensor(keys), gauss),
         "numpy": (kind, torch.from_numpy(numpy_keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "torch": processes.gathered(torch.get_rng_state()),
+        "cuda": processes.gathered(on_device),
         "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
@@ -237,8 +285,11 @@ def _set_random_states(states: dict) -> None:
     random.setstate((version, tuple(keys.tolist()), gauss))
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():  # else it goes on another machine
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if len(states["torch"]) <= processes.rank():  # there were fewer processes, and this one has none to go on from
+        return
+    torch.set_rng_state(states["torch"][processes.rank()])
+    on_device = states["cuda"][processes.rank()]
+    if len(on_device) and torch.cuda.is_initialized():  # else it goes on another machine
+        torch.cuda.set_rng_state(on_device)
     if states["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(states["mps"])

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from support import processes
 from support.files import UserError, atomic_write, reason
 from support.history import NO_HISTORY, parse
 
@@ -19,7 +20,12 @@ OUTPUTS = ("training_history.json", "best_model.pt", "last_checkpoint.pt", "last
 
 
 def write_history(output_dir: str, history: dict) -> None:
-    """Replace `training_history.json` in the output folder, so that a running or killed run can be read."""
+    """Replace `training_history.json` in the output folder, so that a running or killed run can be read.
+
+    Of several processes, only that of rank 0 does.
+    """
+    if processes.rank():
+        return
     atomic_write(Path(output_dir) / "training_history.json", json.dumps(history, indent=1, allow_nan=False).encode())
 
 
@@ -79,14 +85,14 @@ def make_deterministic() -> None:
 
 
 @contextmanager
-def timed(timing: dict, name: str) -> Iterator[Callable[[], None]]:
-    """Add the seconds that the block takes to `timing[name]`, those so far whenever what it gives is called."""
+def timed(timing: dict, name: str) -> Iterator[Callable[..., None]]:
+    """Add the seconds that the block takes to `timing[name]`, or, what it gives being called, those so far to another."""
     since = time.perf_counter()
 
-    def lap() -> None:
+    def lap(to: str = name) -> None:
         nonlocal since
         now = time.perf_counter()
-        timing[name], since = timing.get(name, 0.0) + now - since, now
+        timing[to], since = timing.get(to, 0.0) + now - since, now
 
     try:
         yield lap
@@ -100,6 +106,8 @@ def pick_device(name: str):
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if processes.size() > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device {name!r} is none of ours; expected auto, cpu, cuda, cuda:N or mps")
     try:
@@ -126,5 +134,6 @@ def environment(device, dtype: str) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": dtype,
         "threads": torch.get_num_threads(),
+        "processes": processes.size(),
         "commit": commit,
     }

@@ -4,6 +4,9 @@ import argparse
 
 from support.command_line import OneLineParser, comma_separated, real_number, some_path, whole_number
 
+# What is learned of an encoder by default, where it is trained.
+FINETUNING = {"encoder_lr": 5e-5, "warmup": 0.1, "max_grad_norm": 1.0, "batch_tokens": 2048, "accumulate": 1}
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; with --demo, a path that is not given is None."""
@@ -44,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--demo_dir", metavar="DIR", help="where the demo is kept, else the user's cache folder")
     data.add_argument("--output_dir", default="./outputs", help="for the history and checkpoints; one run at a time")
 
-    encoder = parser.add_argument_group("encoder, frozen")
+    encoder = parser.add_argument_group("encoder")
     encoder.add_argument("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")
     encoder.add_argument("--pooling", choices=["mean", "last"], default="mean", help="of a query's token states")
     encoder.add_argument("--max_length", type=whole_number(1, 2**20), default=512, help="tokens read of a query")
@@ -63,6 +66,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     encoder.add_argument("--cache_dir", metavar="DIR", help="where embeddings are kept, else the user's cache folder")
     encoder.add_argument("--no_cache", action="store_true", help="neither read nor keep embeddings")
+
+    tuned = parser.add_argument_group("encoder, trained", "only with --finetune_encoder")
+    tuned.add_argument("--finetune_encoder", action="store_true", help="train the encoder with the towers")
+    tuned.add_argument(
+        "--finetune_layers", metavar="N", type=whole_number(1), help="only its last N layers; without it, all of it"
+    )
+    tuned.add_argument(
+        "--lora_rank",
+        metavar="R",
+        type=whole_number(1),
+        help="only adapters of rank R, at the linear maps of its layers",
+    )
+    tuned.add_argument(
+        "--encoder_lr", metavar="LR", type=positive, help="learning rate of the encoder; without it 5e-5"
+    )
+    tuned.add_argument(
+        "--warmup", metavar="SHARE", type=share, help="of all steps, in which learning rates rise; without it 0.1"
+    )
+    tuned.add_argument(
+        "--max_grad_norm", metavar="X", type=positive, help="gradients are clipped to this norm; without it 1"
+    )
+    tuned.add_argument(
+        "--batch_tokens",
+        metavar="N",
+        type=whole_number(1),
+        help="tokens per step, in place of --batch_size; without it 2048",
+    )
+    tuned.add_argument(
+        "--accumulate", metavar="N", type=whole_number(1), help="parts that a step is computed in, for less memory"
+    )
+    tuned.add_argument(
+        "--gradient_checkpointing", action="store_true", help="compute hidden states again instead of keeping them"
+    )
 
     towers = parser.add_argument_group("towers")
     towers.add_argument("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
@@ -103,6 +139,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--batch_size", type=whole_number(1, 2**31 - 1), default=32, help="battles per step")
     training.add_argument("--epochs", type=whole_number(1), default=10, help="passes over the training battles")
     training.add_argument("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
+    training.add_argument(
+        "--eval_every",
+        metavar="N",
+        type=whole_number(1),
+        help="validate after every N steps too, not only after epochs",
+    )
+    training.add_argument(
+        "--patience", metavar="N", type=whole_number(1), help="stop after N validations that were not the best so far"
+    )
     training.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW, decoupled")
     training.add_argument("--seed", type=seed, default=42, help="of clusters, initial weights and batches")
     training.add_argument("--split_seed", type=seed, help="of the split and of --limit; without it, --seed")
@@ -137,9 +182,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(data_path=None, model_path=None)
     if args.capability_file is not None or args.capability_init != "random":
         parser.set_defaults(capability_dim=None)
+    if args.finetune_encoder:
+        parser.set_defaults(batch_size=None)
     args = parser.parse_args(argv)
     if args.split_seed is None:
         args.split_seed = args.seed
+    if args.finetune_encoder:
+        if args.batch_size is not None:
+            parser.error(
+                "--batch_size is of battles; with --finetune_encoder a step is as large as --batch_tokens says"
+            )
+        if args.dtype == "float16":
+            parser.error("--dtype float16 does not train; give bfloat16 or float32 with --finetune_encoder")
+        for name, default in FINETUNING.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+    else:
+        given = [name for name in ("finetune_layers", "lora_rank", *FINETUNING) if getattr(args, name) is not None]
+        given += ["gradient_checkpointing"] * args.gradient_checkpointing
+        if given:
+            parser.error(f"--{given[0]} is for --finetune_encoder; give that too")
     profiled = args.capability_file is not None or args.capability_init == "win_rate"
     if args.no_model_id and args.no_capability:
         parser.error("--no_model_id and --no_capability together leave the model tower without input")

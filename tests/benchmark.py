@@ -114,7 +114,8 @@ def bench_encode(args) -> None:
     import numpy as np
     import torch
 
-    from query_representation import Encoder, encode
+    from query_representation import encode
+    from support.cached_encoder import Encoder
     from support.encoder import load_encoder, tokenize
 
     tune_cpu()

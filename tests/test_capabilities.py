@@ -34,7 +34,7 @@ def test_win_rates_are_those_of_the_training_battles_in_the_clusters_of_the_rout
     queries = [train_side.queries[i] for i in train_side.fought[0]]
     embeddings = encode(queries, *load_encoder(demo / "encoder", torch.device("cpu"), torch.float32))
     clusters = router.query_tower.assign(router.query_tower.standardise(embeddings))[train_side.fought[1]]  # (N,)
-    _, models, outcome = train.to_tensors(train_side, "cpu")
+    _, models, outcome = to_tensors(train_side, "cpu")
     expected = win_rate_profiles(clusters, models, outcome, 12, 6)
     torch.testing.assert_close(router.model_tower.capability.weight.double(), expected, atol=0.01, rtol=0)
     torch.testing.assert_close(router.facts["profiles"]["known"], expected, atol=0.01, rtol=0)
@@ -75,7 +75,7 @@ def test_frozen_random_vectors_are_those_of_the_seed(run_demo):
 
 
 def test_a_model_without_a_row_is_told_before_anything_is_encoded(fails, demo_dir, tmp_path, table, monkeypatch):
-    monkeypatch.setattr("query_representation.load_encoder", None)
+    monkeypatch.setattr("support.cached_encoder.load_encoder", None)
     flags = ("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path), "--no_cache")
     assert "has no row for demo-model-l; add it" in fails(*flags, "--capability_file", table)
     assert "cannot read /nowhere" in fails(*flags, "--capability_file", "/nowhere")

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save
 from transformers import AutoModel
 
 import query_representation
-from query_representation import Encoder, encode, encode_batches
+import support.cached_encoder
+from query_representation import encode, encode_batches
+from support.cached_encoder import Encoder
 from support import embedding_cache
 from support.command_line import run_command
 from support.embedding_cache import EmbeddingCache, query_keys
@@ -55,7 +57,7 @@ def forbid_encoder(monkeypatch):
     def forbid(*_):
         raise AssertionError("the encoder was loaded")
 
-    return lambda: monkeypatch.setattr(query_representation, "load_encoder", forbid)
+    return lambda: monkeypatch.setattr(support.cached_encoder, "load_encoder", forbid)
 
 
 def shards(tmp_path):
@@ -148,7 +150,7 @@ def killed(self, name, data):
         os.kill(os.getpid(), signal.SIGKILL)
 EmbeddingCache._write = killed
 torch.set_num_threads(1)
-query_representation.Encoder({str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32", tokens_per_batch=64,
+support.cached_encoder.Encoder({str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32", tokens_per_batch=64,
                              cache_dir={str(tmp_path / "cache")!r}).embed({QUERIES!r})
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
@@ -356,7 +358,7 @@ def test_many_processes_fill_one_cache_together(demo, tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from query_representation import Encoder
+from support.cached_encoder import Encoder
 from support import embedding_cache
 embedding_cache.SECONDS_PER_SHARD = 0
 torch.set_num_threads(1)

@@ -13,6 +13,7 @@ import torch
 from conftest import assert_same, result
 
 import query_representation
+import support.cached_encoder
 import train
 from rankrouter import RankRouter
 from support import files
@@ -452,13 +453,13 @@ def test_a_lost_best_checkpoint_comes_back(done, lost):
 def test_other_embeddings_are_told(done, capsys, monkeypatch):
     flags, output = done
     (output / "training_history.json").unlink()
-    embed = query_representation.Encoder.embed
+    embed = support.cached_encoder.Encoder.embed
 
     def elsewhere(encoder, queries):
         embeddings, encoded = embed(encoder, queries)
         return embeddings * (1 + 2**-22), encoded
 
-    monkeypatch.setattr(query_representation.Encoder, "embed", elsewhere)
+    monkeypatch.setattr(support.cached_encoder.Encoder, "embed", elsewhere)
     train.main([*flags, "--resume"])
     assert "warning: the embeddings are not bit for bit" in capsys.readouterr().err
 
