@@ -12,7 +12,10 @@ from support.encoder import longest_input, plan_batches, tokenize
 
 WINDOW = 16  # batches' worth of queries, drawn by chance, among which those of like length find each other
 MEMORY = 50  # of its queries that a centroid is the mean of, those last seen
-SECONDS_TO_MEASURE = 5
+# Of the median dimension's standard deviation, that one must have to be learned through. Some encoders have dimensions
+# with 1e-32, and standardisation divides gradients by it.
+LEAST_SCALE = 1e-3
+SECONDS_TO_MEASURE = 5  # at least one pass, at most four
 
 
 def to_tensors(battles, device) -> tuple:
@@ -133,6 +136,7 @@ class QueryBatches:
         self.members = cluster_idx.cpu()[torch.from_numpy(trained_on)]  # (Qt,)
         sizes = self.members.bincount(minlength=len(tower.centroids))  # (K,)
         self.stays = (1 - 1 / sizes.clamp(1, MEMORY)).to(self.device)  # (K,), of a centroid when a member is seen
+        self.varies = tower.scale > LEAST_SCALE * tower.scale.median()  # (H,)
         seen = torch.zeros(len(tower.centroids), 1 + tower.centroids.shape[1], device=self.device)  # (K, 1 + H)
         self.moved = [seen]  # how many members of each cluster a step saw, and the sum of their embeddings
 
@@ -172,6 +176,7 @@ class QueryBatches:
         """Standardised embeddings (b, H), which can be differentiated, and clusters (b,) of training queries (b,)."""
         embeddings = embed_padded([self.ids[i] for i in queries], self.network, self.pooling)  # (b, H)
         points = self.tower.standardise(embeddings)  # (b, H)
+        points = torch.where(self.varies, points, points.detach())  # (b, H)
         seen = torch.cat([torch.ones_like(points[:, :1]), points.detach()], dim=1)  # (b, 1 + H)
         if len(self.stays):
             self.moved[0].index_add_(0, self.members[queries].to(self.device), seen)  # (K, 1 + H)
