@@ -88,10 +88,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
 
     timing, saved = history["timing"], last.saved
     with runs.timed(timing, "cluster"):
-        beginning = args, split, embeddings, profiles, device, saved and saved["beginning"]
-        router, points, cluster_idx, profile_facts = begin_router(*beginning)  # (Q, H), (Q,)
-    tower = router.query_tower
-    last.beginning = {name: getattr(tower, name).clone() for name in ("mean", "scale", "centroids")}
+        router, points, cluster_idx, profile_facts = begin_router(args, split, embeddings, profiles, device, last)
     if args.num_clusters:
         train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
         sizes = torch.bincount(cluster_idx.cpu()[train_queries], minlength=args.num_clusters).tolist()  # (K,)
@@ -218,11 +215,11 @@ def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) 
     printing.print_encoding(encoder.facts, timing, args.max_length)
 
     def keep(router, improved: bool) -> None:
-        if improved:
-            history["best_epoch"], history["best_step"] = router.facts["epoch"], router.facts["step"]
         if improved and is_main:
             router.save(checkpoint, **router.facts)
             checkpoint.with_name("best_model.earlier.pt").unlink(missing_ok=True)
+        if improved:
+            history["best_epoch"], history["best_step"] = router.facts["epoch"], router.facts["step"]
         runs.write_history(args.output_dir, history)
 
     place = {query: i for i, query in enumerate(queries)}

@@ -28,20 +28,22 @@ def capability_profiles(args: argparse.Namespace, split, cluster_idx: torch.Tens
     return known, {"kind": "win_rate", "known": known}
 
 
-def begin_router(args: argparse.Namespace, split, embeddings: torch.Tensor, profiles, device, earlier) -> tuple:
+def begin_router(args: argparse.Namespace, split, embeddings: torch.Tensor, profiles, device, last) -> tuple:
     """A router for the split's models, the same in all processes, from embeddings (Q, H) of its queries.
 
-    Statistics, clusters and vectors see training queries only; statistics and clusters may be those of an `earlier`
-    beginning. Returns also the standardised embeddings (Q, H), their clusters (Q,), and the facts of the vectors.
+    Statistics, clusters and vectors see training queries only. Where `last` has them of a run that goes on, statistics
+    and clusters are those; else it is told of them. Returns also the standardised embeddings (Q, H), their clusters
+    (Q,), and the facts of the vectors.
     """
     torch.manual_seed(args.seed)
     router = RankRouter(split.train.model_names, embeddings.shape[1], vars(args))
     tower, trained_on = router.query_tower, torch.from_numpy(split.train.fought[0])  # (Qt,)
-    if earlier is not None:
-        tower.load_state_dict(tower.state_dict() | earlier)
+    if last.saved:
+        last.begin_again(tower)
     elif processes.rank() == 0:
         tower.fit(embeddings[trained_on], args.seed)
     processes.broadcast(list(router.state_dict().values()))
+    last.beginning = {name: buffer.clone() for name, buffer in tower.named_buffers()}
     points = tower.standardise(embeddings.to(device))  # (Q, H)
     cluster_idx = tower.to(device).assign(points)  # (Q,)
     vectors, facts = capability_profiles(args, split, cluster_idx, profiles)  # (M, C)

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import numpy as np
-
 from support.files import UserError, is_out_of_memory, reason
 
 ALONE = timedelta(hours=3)  # that one process may take for what it does alone, such as K-means and baselines
@@ -142,11 +140,13 @@ def gathered(rows) -> list:
     return found
 
 
-def share(costs: np.ndarray) -> np.ndarray:
+def share(costs):
     """Which of some tasks, by their costs (n,), are this process's: indices, in order; the sums are near each other.
 
     Each task, the dearest first, goes to the process that has least to do.
     """
+    import numpy as np
+
     load, owner = np.zeros(size()), np.empty(len(costs), np.int64)
     for task in np.argsort(-costs, kind="stable"):
         owner[task] = load.argmin()

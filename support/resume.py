@@ -54,8 +54,8 @@ class LastCheckpoint:
         experiment: see `experiment`.
         epochs: how many the run has now.
         minutes: between two writes within an epoch.
-        resume: whether to go on from the file, where it is there. `saved` is then what it holds, else None. All processes
-            of a run go on from that of rank 0.
+        resume: whether to go on from the file, where it is there. `saved` is then what it holds, else None. All
+            processes of a run go on from that of rank 0.
         alone: whether only this process asks.
 
     Raises `UserError` where the file is damaged, is of another experiment, or has more epochs behind it.
@@ -154,6 +154,15 @@ class LastCheckpoint:
         except UserError:
             return LastCheckpoint(path, *how, False)
 
+    def begin_again(self, tower) -> None:
+        """Give a query tower the statistics and clusters that the training began with. Raises as `verify` does."""
+        try:
+            if not _is_like(self.saved["beginning"], dict(tower.named_buffers())):
+                raise ValueError("what it began with is not what training writes")
+            tower.load_state_dict(tower.state_dict() | self.saved["beginning"])
+        except Exception as error:  # as above
+            raise not_ours(self.path, error) from error
+
     def verify(self, router, batches, embeddings_hash: str) -> None:
         """Raise `UserError` where `saved` is not what `write` has written for such a router and such batches.
 
@@ -179,12 +188,9 @@ class LastCheckpoint:
         yield "a weight of the encoder", _is_like(saved["encoder"], batches.learned)
         if moment:
             epoch, step, val = moment
-            facts = best["facts"]
-            yield "the best epoch", (facts["epoch"], facts["step"]) == (epoch, step)
-            yield (
-                "the best epoch",
-                {"epoch": epoch, "step": step} | facts["val_metrics"] == {"epoch": epoch, "step": step} | val,
-            )
+            facts, place = best["facts"], {"epoch": epoch, "step": step}
+            yield "the best epoch", {name: facts[name] for name in place} == place
+            yield "the best epoch", place | facts["val_metrics"] == place | val
             yield "a best weight", _is_like(best["weights"], weights)
             if batches.learned:
                 yield "a best weight of the encoder", _is_like(facts["trained"]["weights"], batches.learned)

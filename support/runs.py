@@ -86,7 +86,7 @@ def make_deterministic() -> None:
 
 @contextmanager
 def timed(timing: dict, name: str) -> Iterator[Callable[..., None]]:
-    """Add the seconds that the block takes to `timing[name]`, or, what it gives being called, those so far to another."""
+    """Add the seconds that the block takes to `timing[name]`; what it gives adds those so far, there or to another."""
     since = time.perf_counter()
 
     def lap(to: str = name) -> None:

@@ -183,6 +183,7 @@ def bench_step(args) -> None:
 
     from loss import bpr_loss
     from rankrouter import RankRouter
+    from support.batches import BattleBatches, begin
     from train import train_epoch
 
     tune_cpu()
@@ -216,8 +217,11 @@ def bench_step(args) -> None:
                 product()
             lone.step()
 
+    batches = BattleBatches(points, cluster_idx, battles, batch_size)
+
     def epoch():
-        train_epoch(router, optimiser, partial(bpr_loss, margin=1.0), points, cluster_idx, battles, batch_size)
+        for _ in train_epoch(router, optimiser, partial(bpr_loss, margin=1.0), batches, begin(batches)):
+            pass
 
     epoch(), floor()
     times = rounds(3 * args.rounds, epoch, floor)

@@ -60,7 +60,8 @@ def main(path: str) -> None:
     from data_loader import load_battles, split_battles
     from loss import bpr_loss
     from rankrouter import RankRouter
-    from train import evaluate, to_tensors, train_epoch
+    from support.batches import BattleBatches, begin, to_tensors
+    from train import evaluate, train_epoch
 
     tune_cpu()
     stages, clock = {}, time.perf_counter()
@@ -82,9 +83,12 @@ def main(path: str) -> None:
     cluster_idx = router.query_tower.assign(points)  # (Q,)
     lap("cluster")
     optimiser = torch.optim.AdamW(router.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
-    train_epoch(router, optimiser, bpr_loss, points, cluster_idx, to_tensors(split.train, points.device), 32)
+    batches = BattleBatches(points, cluster_idx, to_tensors(split.train, points.device), 32)
+    for _ in train_epoch(router, optimiser, bpr_loss, batches, begin(batches)):
+        pass
     lap("epoch")
-    evaluate(router, points, cluster_idx, split.test, 1.0)
+    asked = split.test.fought[0]
+    evaluate(router, points[asked], cluster_idx[asked], split.test, 1.0)
     lap("evaluate")
     # Of Linux; the peak of `resource.getrusage` would be that of the process that started this one, if it is higher.
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # KiB

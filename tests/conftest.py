@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import traceback
 
@@ -92,18 +93,38 @@ class Killed:
 
     def __call__(self, command, flags, moment=None, act=None, patch=None):
         """Returns the exit code (minus a signal's number), the events' names, and the lines on stdout and stderr."""
+        return self._wait(self._start(command, flags, moment, act, patch, {}))
+
+    def together(self, command, flags, count, acts=None, patch=None):
+        """The same of several processes of one run, as `torchrun` starts them; `acts` are moment and act by rank."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        where |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(count)}
+        started = [
+            self._start(command, flags, *(acts or {}).get(rank, (None, None)), patch, where | {"RANK": str(rank)})
+            for rank in range(count)
+        ]
+        return [self._wait(one) for one in started]
+
+    def _start(self, command, flags, moment, act, patch, environment):
         self.count += 1
-        out, err, seen = (self.folder / f"{self.count}.{name}" for name in ("out", "err", "events"))
+        files = [self.folder / f"{self.count}.{name}" for name in ("out", "err", "events")]
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            self._child(command, flags, moment, act, patch, (out, err, seen))
+            self._child(command, flags, moment, act, patch, environment, files)
+        return pid, files
+
+    def _wait(self, started):
+        pid, (out, err, seen) = started
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return code, seen.read_text().split(), out.read_text().splitlines(), err.read_text().splitlines()
 
-    def _child(self, command, flags, moment, act, patch, files):
+    def _child(self, command, flags, moment, act, patch, environment, files):
         code = 99
         try:
+            os.environ.update(environment)
             for descriptor, path in zip((1, 2), files, strict=False):
                 os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
             sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))

@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-import train
 from data_loader import load_battles, split_battles
 from model_profiling import win_rate_profiles
 from query_representation import encode
 from rankrouter import RankRouter
+from support.batches import to_tensors
 from support.encoder import load_encoder
 
 QUICK = ("--limit", "600", "--epochs", "2", "--num_clusters", "6", "--embedding_dim", "32", "--baselines", "none")

@@ -19,8 +19,8 @@ from transformers import AutoModel
 import query_representation
 import support.cached_encoder
 from query_representation import encode, encode_batches
-from support.cached_encoder import Encoder
 from support import embedding_cache
+from support.cached_encoder import Encoder
 from support.command_line import run_command
 from support.embedding_cache import EmbeddingCache, query_keys
 from support.encoder import load_encoder
@@ -150,7 +150,7 @@ def killed(self, name, data):
         os.kill(os.getpid(), signal.SIGKILL)
 EmbeddingCache._write = killed
 torch.set_num_threads(1)
-support.cached_encoder.Encoder({str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32", tokens_per_batch=64,
+Encoder({str(demo / "encoder")!r}, torch.device("cpu"), dtype="float32", tokens_per_batch=64,
                              cache_dir={str(tmp_path / "cache")!r}).embed({QUERIES!r})
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True)

@@ -115,12 +115,12 @@ def test_a_new_model_leaves_the_scores_of_the_others_as_they_are_to_the_last_bit
     router = RankRouter([f"m{i}" for i in range(num_models)], 8, ARGS | {"similarity_metric": similarity})
     router.facts = {"profiles": {"kind": "random"}}
     points, zeros = torch.randn(500, 8), torch.zeros(500, dtype=torch.int64)
-    before = router.score(points, zeros, np.arange(500))
+    before = router.score(points, zeros)
     assert before.shape == (500, num_models)
     np.testing.assert_allclose(before, router(points, zeros).detach(), atol=1e-5)
     for added in range(3):
         router.add_model(f"new{added}", torch.randn(5))
-        after = router.score(points, zeros, np.arange(500))
+        after = router.score(points, zeros)
         assert np.array_equal(after[:, :num_models], before)
         np.testing.assert_allclose(after, router(points, zeros).detach(), atol=1e-5)
 
@@ -151,7 +151,7 @@ def test_a_vector_fitted_to_battles_is_the_likeliest_under_its_prior(changes):
         wider = copy.deepcopy(router)
         wider.model_names.append("new")
         wider.model_tower.add_model(vector.float())
-        scores = wider.score(points, cluster_idx, np.arange(60))
+        scores = wider.score(points, cluster_idx)
         d = scores[:, 3] - scores[np.arange(60), opponents]
         log_p = np.where(outcome == 1, log_win_probability(d, 0.5, 2.0), log_win_probability(-d, 0.5, 2.0))
         off = (vector - vectors.mean(0)).numpy()
@@ -216,7 +216,7 @@ def test_a_ranking_sees_the_weights_as_they_are(change):
     else:
         router.add_model("new", torch.ones(5))
     after = router.scores_of([])
-    assert np.array_equal(after, router.score(points, cluster_idx, np.arange(60)))
+    assert np.array_equal(after, router.score(points, cluster_idx))
     assert after.shape != before.shape or not np.allclose(after, before, atol=1e-3)
 
 

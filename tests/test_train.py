@@ -22,6 +22,7 @@ from data_loader import load_battles, split_battles
 from loss import bpr_loss
 from query_representation import encode
 from rankrouter import RankRouter
+from support.batches import BattleBatches, begin
 from support.demo import FILES, demo_folder, true_skills
 from support.encoder import encoder_fingerprint, load_encoder
 from support.files import content_hash
@@ -125,6 +126,7 @@ def test_the_history_is_complete_and_consistent(demo, default_run):
     assert set(history) == {
         *("status", "args", "train_losses", "val_metrics", "best_epoch", "test_metrics", "data", "clusters"),
         *("calibration", "environment", "timing", "demo", "test_intervals", "baselines", "encoder"),
+        *("validations", "best_step"),
     }
     counts = ("queries_encoded", "queries_from_cache")
     assert set(history["timing"]) == {"load", "encode", "cluster", "train", "evaluate", "baselines", *counts}
@@ -218,8 +220,9 @@ def test_every_epoch_has_an_order_of_its_own(monkeypatch):
     query, zeros = torch.arange(20), torch.zeros(20, dtype=torch.int64)
     battles = (query, torch.stack([zeros, zeros + 1], 1), torch.ones(20))
     optimiser = torch.optim.SGD(router.parameters(), lr=0.1)
+    batches = BattleBatches(query[:, None].float(), zeros, battles, 6)
     for _ in range(2):
-        train.train_epoch(router, optimiser, bpr_loss, query[:, None].float(), zeros, battles, batch_size=6)
+        assert len(list(train.train_epoch(router, optimiser, bpr_loss, batches, begin(batches)))) == 4
     first, second = seen[:20], seen[20:]
     assert sorted(first) == sorted(second) == list(range(20))
     assert len({tuple(order) for order in (first, second, range(20))}) == 3
@@ -233,7 +236,10 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_battles_also_where_the_last_bat
     outcome = (torch.arange(20) % 3 == 0).float()
     battles = (torch.arange(20), torch.stack([zeros, zeros + 1], 1), outcome)
     optimiser = torch.optim.SGD(router.parameters(), lr=0)
-    mean = train.train_epoch(router, optimiser, bpr_loss, points, zeros, battles, batch_size=6)
+    batches = BattleBatches(points, zeros, battles, 6)
+    epoch = begin(batches)
+    assert len(list(train.train_epoch(router, optimiser, bpr_loss, batches, epoch))) == 4
+    mean = train.mean_loss(epoch, batches)
     with torch.no_grad():
         expected = bpr_loss(*router(points, zeros).unbind(1), outcome).item()
     assert mean == pytest.approx(expected, abs=1e-6)
@@ -251,9 +257,10 @@ def test_an_evaluation_in_chunks_scores_as_one_in_whole(demo, monkeypatch):
     part = split_battles(load_battles(str(demo / "battles.parquet"), limit=300)[0], 42)[0].test
     router = RankRouter(part.model_names, 4, vars(train.parse_args(["--num_clusters", "0", "--embedding_dim", "8"])))
     points, zeros = torch.randn(len(part.queries), 4), torch.zeros(len(part.queries), dtype=torch.int64)
-    whole, _ = train.evaluate(router, points, zeros, part, 1.0)
+    fought = [column[part.fought[0]] for column in (points, zeros)]
+    whole, _ = train.evaluate(router, *fought, part, 1.0)
     monkeypatch.setattr(rankrouter, "ROWS_AT_ONCE", 7)
-    chunks, _ = train.evaluate(router, points, zeros, part, 1.0)
+    chunks, _ = train.evaluate(router, *fought, part, 1.0)
     np.testing.assert_allclose(chunks, whole, atol=1e-5)
     np.testing.assert_allclose(whole, margins(router, points, part), atol=1e-5)
 
@@ -378,7 +385,8 @@ def test_an_epoch_trains_with_dropout_also_after_an_evaluation():
     before = router.model_tower.capability.weight.clone()
     a, b = torch.tensor([0, 0]), torch.tensor([1, 1])
     optimiser = torch.optim.SGD(router.parameters(), lr=1)
-    train.train_epoch(router, optimiser, bpr_loss, torch.randn(1, 4), a, (a, torch.stack([a, b], 1), torch.ones(2)), 1)
+    batches = BattleBatches(torch.randn(1, 4), a, (a, torch.stack([a, b], 1), torch.ones(2)), 1)
+    assert len(list(train.train_epoch(router, optimiser, bpr_loss, batches, begin(batches)))) == 2
     assert router.training
     assert not torch.equal(router.model_tower.capability.weight, before)
 
