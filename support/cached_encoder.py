@@ -150,7 +150,7 @@ class Encoder:
         if len(lacking):  # the machines have no common folder
             embeddings = exchange(embeddings, lacking[have[lacking]])
             if processes.rank() == 0:
-                self.cache.store([keys[i] for i in lacking], embeddings[lacking], self.cache.facts)
+                self.cache.store([keys[i] for i in lacking], embeddings[lacking].numpy(), self.cache.facts)
         width = processes.from_main(embeddings.shape[1])
         embeddings = embeddings if embeddings.shape[1] else torch.empty(len(keys), width)  # (Q, H)
         processes.broadcast([embeddings])
