@@ -154,7 +154,7 @@ def test_batches_of_like_length_are_shuffled(made):
 
 @pytest.mark.parametrize("how", [{"pieces": 1}, {"pieces": 3}, {"pieces": 2, "gradient_checkpointing": True}])
 def test_a_step_has_the_gradient_of_the_mean_over_its_battles(made, how):
-    batches, router, split, _ = made(**how)
+    batches, router, *_ = made(**how)
     epoch = begin(batches)
     step, parameters = epoch.steps[0], [*router.parameters(), *batches.learned.values()]
     # Each battle by itself, its query encoded for it alone.
@@ -200,7 +200,7 @@ def test_a_centroid_is_the_running_mean_of_its_own_members(made):
 
 
 def test_clusters_keep_their_members_while_the_encoder_moves(flags, tmp_path):
-    train.main([*flags, "--output_dir", str(tmp_path), "--no_cache", "--encoder_lr", "0.003", "--epochs", "4"])
+    train.main([*flags, "--output_dir", str(tmp_path), "--no_cache", "--encoder_lr", "0.001", "--epochs", "4"])
     router, pretrained = RankRouter.load(tmp_path / "best_model.pt"), torch.load(tmp_path / "last_checkpoint.pt")
     split = split_battles(load_battles(flags[1])[0], 42)[0]
     asked = [split.train.queries[i] for i in split.train.fought[0]]
@@ -210,8 +210,9 @@ def test_clusters_keep_their_members_while_the_encoder_moves(flags, tmp_path):
     first, beginning = encoder.embed(asked)[0], pretrained["beginning"]
     first = (first - beginning["mean"]) / beginning["scale"]
     then = torch.cdist(first, beginning["centroids"]).argmin(1)
-    assert (points - first).norm() > 0.3 * first.norm()  # it has moved
-    assert (now == then).float().mean() > 0.8
+    stale = torch.cdist(points, beginning["centroids"]).argmin(1)
+    assert (points - first).norm() > first.norm()  # it has moved far
+    assert (now == then).float().mean() > max(0.6, (stale == then).float().mean() + 0.05)
     moved = torch.stack([points[then == k].mean(0) for k in range(3)])
     own = (moved - router.query_tower.centroids).norm(dim=1)
     stayed = (moved - beginning["centroids"]).norm(dim=1)
@@ -228,7 +229,7 @@ def test_a_checkpoint_brings_the_trained_encoder_back(flags, tmp_path, capsys, w
     train.main([*flags, *WAYS[way], *cache, "--output_dir", str(output)])
     history, router = history_of(output), RankRouter.load(output / "best_model.pt")
     split = split_battles(load_battles(flags[1])[0], 42)[0]
-    asked, row = split.test.fought
+    asked = split.test.fought[0]
     router.open_encoder(cache_dir=None)
     points, cluster_idx = router.embed([split.test.queries[i] for i in asked])
     d = split.test.margins(router.score(points, cluster_idx))
