@@ -263,19 +263,15 @@ class RankRouter(nn.Module):
         yield "--max_length", type(args["max_length"]) is int and 1 <= args["max_length"] <= 2**20
         yield "--seed", type(args["seed"]) is int and 0 <= args["seed"] < 2**32
         yield "--dropout", 0 <= args["dropout"] < 1
-        if further := facts.get("trained"):
-            weights, sizes = further["weights"], (further["layers"], further["lora_rank"])
-            yield (
-                "what was trained of the encoder",
-                all(size is None or (type(size) is int and size >= 1) for size in sizes),
-            )
-            yield (
-                "a weight of the encoder",
-                all(
-                    type(name) is str and is_plain(tensor) and tensor.dtype == torch.float32 and tensor.isfinite().all()
-                    for name, tensor in weights.items()
-                ),
-            )
+        further, asked = facts.get("trained"), args.get("finetune_encoder", False)
+        yield "whether the encoder was trained", (further is not None) == asked
+        if further is not None:
+            sizes = further["layers"], further["lora_rank"]
+            yield "what was trained of the encoder", sizes == (args["finetune_layers"], args["lora_rank"])
+            yield "what was trained of the encoder", all(size is None or 1 <= size <= 8192 for size in sizes)
+            for name, weight in further["weights"].items():
+                yield "a weight of the encoder", type(name) is str and is_plain(weight)
+                yield "a weight of the encoder", weight.dtype == torch.float32 and bool(weight.isfinite().all())
         seen = facts["seen_queries"]
         yield "the list of seen queries", is_plain(seen) and seen.dtype == torch.int64 and seen.ndim == 1
         if profiles["kind"] == "win_rate":

@@ -58,7 +58,8 @@ def mean_loss(epoch, batches) -> float:
     losses = epoch.losses[: epoch.taken].cpu()
     bad = (~losses.isfinite()).nonzero()[:, 0]  # (steps that failed,)
     if len(bad):
-        raise UserError(f"the loss is {losses[bad[0]]} at step {bad[0]}; try a lower --lr or --margin")
+        lower = "--encoder_lr, --lr" if batches.learned else "--lr"
+        raise UserError(f"the loss is {losses[bad[0]]} at step {bad[0]}; try a lower {lower} or --margin")
     return losses.double().sum().item() / sum(map(batches.size_of, epoch.steps[: epoch.taken]))
 
 
@@ -175,11 +176,18 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
                             last.write(router, batches, optimiser, history, best, now.begun)
                         if said >= STOP:
                             raise signals.Stopped(asked() or signal.SIGTERM)
-                with runs.timed(timing, "evaluate"):
-                    validate(now, None)
+                if now.taken < len(now.steps):  # patience is over, and the epoch ends here
+                    history["train_losses"].append(mean_loss(now, batches))
+                    _, _, *metrics_then = history["validations"][-1].items()  # but for the epoch and the step
+                    history["val_metrics"].append(dict(metrics_then))
+                else:
+                    with runs.timed(timing, "evaluate"):
+                        validate(now, None)
             except UserError as error:
                 raise UserError(f"epoch {number}: {error}") from error
             last.write(router, batches, optimiser, history, best)
+    if is_over():
+        print(f"patience {waited(history)} validations since the best one: stopped")
     router.load_state_dict(best["weights"])
     return router, points, cluster_idx
 

@@ -9,6 +9,7 @@ import torch
 from query_representation import embed_padded, encode
 from support import processes
 from support.encoder import longest_input, plan_batches, tokenize
+from support.files import UserError
 
 WINDOW = 16  # batches' worth of queries, drawn by chance, among which those of like length find each other
 MEMORY = 50  # of its queries that a centroid is the mean of, those last seen
@@ -93,7 +94,7 @@ class QueryBatches:
     """Batches of queries of like length, each encoded once a pass as the encoder stands, with all its battles.
 
     A step takes queries of at most `tokens` tokens once padded; each process takes its part, in `pieces` of which only
-    one at a time is in memory. Neither changes what is learned, but for the encoder's own dropout.
+    one at a time is in memory. Neither changes what is learned: the encoder's own dropout stays off.
 
     Standardisation stays that of the pretrained encoder, so there is one space throughout. In it a centroid follows the
     training queries that K-means gave it, so that a cluster keeps its meaning while the encoder moves: it is a running
@@ -192,7 +193,8 @@ class QueryBatches:
 
     def points_of(self, queries: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Standardised embeddings (q, H) and clusters (q,) of any queries (q,), as the encoder stands."""
-        self.network.eval()
+        if not all(parameter.isfinite().all() for parameter in self.learned.values()):
+            raise UserError("the encoder's weights are no longer finite; try a lower --encoder_lr")
         how = self.max_length, self.pooling, None, False
         texts = [self.queries[i] for i in queries]
         embeddings = encode(texts, self.tokenizer, self.network, *how).to(self.device)  # (q, H)

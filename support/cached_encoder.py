@@ -79,7 +79,10 @@ class Encoder:
             compute_in = torch.autocast(self.device.type, getattr(torch, self.usage["dtype"]))
             network.forward = compute_in(network.forward)
         if gradient_checkpointing:
-            network.gradient_checkpointing_enable({"use_reentrant": False})
+            network.activation_checkpointing_enable({"use_reentrant": False})
+            for module in network.modules():
+                if getattr(module, "gradient_checkpointing", False):  # it asks for training; dropout within stays off
+                    module.training = True
         learned = let_learn(network, layers, lora_rank)
         processes.broadcast([parameter.data for parameter in learned.values()])  # adapters begin by chance
         return tokenizer, network, learned

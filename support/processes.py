@@ -13,9 +13,16 @@ ALONE = timedelta(hours=3)  # that one process may take for what it does alone, 
 BUCKET = 2**24  # numbers in one message at most
 
 
+_joined = False  # whether this process is within `joined`
+
+
+def _started() -> int:
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
 def size() -> int:
     """How many processes the run has."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    return _started() if _joined else 1
 
 
 def rank() -> int:
@@ -25,13 +32,14 @@ def rank() -> int:
 
 def name() -> str:
     """What an error of one of several begins with."""
-    return f"process {rank()} of {size()}: " if size() > 1 else ""
+    return f"process {os.environ['RANK']} of {_started()}: " if _started() > 1 else ""
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Within the block, the processes of the run reach each other; only that of rank 0 prints."""
-    if size() == 1:
+    global _joined
+    if _started() == 1:
         yield
         return
     import torch
@@ -39,13 +47,13 @@ def joined() -> Iterator[None]:
 
     with _reached():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=ALONE)
-    printed = sys.stdout
+    printed, _joined = sys.stdout, True
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays for the block
     try:
         yield
     finally:
-        sys.stdout = printed
+        sys.stdout, _joined = printed, False
     dist.destroy_process_group()  # not where an error leaves the block: the others may be beyond reach
 
 
@@ -67,7 +75,7 @@ def add_up(tensors: list) -> None:
     import torch
     import torch.distributed as dist
 
-    for kind in {(tensor.device, tensor.dtype) for tensor in tensors}:
+    for kind in dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors):  # in one order everywhere
         bucket, waiting = [], [tensor for tensor in tensors if (tensor.device, tensor.dtype) == kind]
         while waiting:
             bucket.append(waiting.pop(0))

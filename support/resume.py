@@ -142,8 +142,9 @@ class LastCheckpoint:
         if earlier["data"]["content_hash"] != self.experiment["the content of --data_path"]:
             return False
         try:
-            return RankRouter.load(self.path.with_name("best_model.pt")).facts.get("epoch") == earlier["best_epoch"]
-        except UserError:
+            facts = RankRouter.load(self.path.with_name("best_model.pt")).facts
+            return (facts["epoch"], facts["step"]) == (earlier["best_epoch"], earlier["best_step"])
+        except (UserError, KeyError):
             return False
 
     def of(self, training: str) -> "LastCheckpoint":
@@ -192,14 +193,18 @@ class LastCheckpoint:
             yield "the best epoch", {name: facts[name] for name in place} == place
             yield "the best epoch", place | facts["val_metrics"] == place | val
             yield "a best weight", _is_like(best["weights"], weights)
+            yield "the temperature", 0 < facts["temperature"] < math.inf
             if batches.learned:
+                kinds = {name: facts["trained"][name] for name in ("layers", "lora_rank")}
+                then = {name: saved["experiment"][f"--{name}"] for name in ("finetune_layers", "lora_rank")}
+                yield "what was trained of the encoder", list(kinds.values()) == list(then.values())
                 yield "a best weight of the encoder", _is_like(facts["trained"]["weights"], batches.learned)
         else:
             yield "the best epoch", best == {"weights": None, "facts": None}
         if begun is not None:
             order, taken = begun  # (units,), (n,)
             yield "the order of the battles", torch.equal(order.sort().values, torch.arange(batches.count))
-            yield "a step's loss", taken.dtype == torch.float32 and taken.ndim == 1
+            yield "a step's loss", taken.dtype == torch.float32 and taken.ndim == 1 and bool(taken.isfinite().all())
             yield "a step's loss", len(taken) <= len(batches.plan(order))
         yield "the embeddings' hash", type(saved["embeddings_hash"]) is str
         yield "a time", all(name in TIMED and 0 <= seconds < math.inf for name, seconds in saved["seconds"].items())

@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tuned.add_argument(
         "--lora_rank",
         metavar="R",
-        type=whole_number(1),
+        type=whole_number(1, 8192),
         help="only adapters of rank R, at the linear maps of its layers",
     )
     tuned.add_argument(
@@ -90,11 +90,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tuned.add_argument(
         "--batch_tokens",
         metavar="N",
-        type=whole_number(1),
+        type=whole_number(1, 2**31 - 1),
         help="tokens per step, in place of --batch_size; without it 2048",
     )
     tuned.add_argument(
-        "--accumulate", metavar="N", type=whole_number(1), help="parts that a step is computed in, for less memory"
+        "--accumulate",
+        metavar="N",
+        type=whole_number(1, 4096),
+        help="parts a step is computed in, for less memory",
     )
     tuned.add_argument(
         "--gradient_checkpointing", action="store_true", help="compute hidden states again instead of keeping them"

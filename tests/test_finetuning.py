@@ -21,6 +21,7 @@ from support.cached_encoder import Encoder
 from support.checkpoints import write_checkpoint
 from support.command_line import run_command
 from support.encoder import load_encoder
+from support.files import UserError
 from support.history import parse
 from support.selection import best_moment, waited
 
@@ -375,6 +376,7 @@ def test_patience_ends_a_training_in_time(small, tmp_path, capsys):
     assert history["status"] == "finished"
     assert len(history["train_losses"]) == len(history["val_metrics"]) < 50
     assert waited(history) >= 2
+    assert "since the best one: stopped" in capsys.readouterr().out
     train.main([*small, *how, "--output_dir", str(tmp_path), "--resume"])
     assert "finished already" in capsys.readouterr().out
 
@@ -405,3 +407,33 @@ def test_the_cost_is_told_before_it_is_spent(flags, tmp_path, capsys):
     place = next(i for i, line in enumerate(out) if line.startswith("finetune "))
     assert out[place + 1].startswith("epoch 0 ")
     assert f"an epoch has {history_of(tmp_path)['timing']['tokens_per_epoch']} tokens" in out[place]
+
+
+def test_gradient_checkpointing_keeps_less(made):
+    kept = {}
+    for on in (False, True):
+        batches, *_ = made(gradient_checkpointing=on)
+        count = []
+
+        def pack(x, count=count):
+            count.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            batches.embed(torch.arange(8))
+        kept[on] = sum(count)
+    assert kept[True] < 0.6 * kept[False]
+
+
+def test_a_checkpoint_that_lost_its_trained_weights_is_refused(flags, tmp_path):
+    train.main([*flags, "--lora_rank", "2", "--output_dir", str(tmp_path)])
+    content = torch.load(tmp_path / "best_model.pt")
+    for trained in (None, content["trained"] | {"lora_rank": 3}, content["trained"] | {"layers": 1}):
+        write_checkpoint(tmp_path / "bad.pt", content | {"trained": trained})
+        with pytest.raises(UserError, match="trained"):
+            RankRouter.load(tmp_path / "bad.pt")
+
+
+def test_a_rate_that_is_too_high_is_told_by_its_name(flags, fails, tmp_path):
+    message = fails(*flags, "--encoder_lr", "1e30", "--output_dir", str(tmp_path))
+    assert "--encoder_lr" in message
