@@ -138,7 +138,7 @@ def test_a_process_killed_between_two_shards_leaves_the_first_for_the_next(demo,
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import query_representation
+from support.cached_encoder import Encoder
 from support import embedding_cache
 from support.embedding_cache import EmbeddingCache
 embedding_cache.SECONDS_PER_SHARD = 0
