@@ -17,6 +17,7 @@ from loss import bpr_loss
 from rankrouter import RankRouter
 from support.adapters import let_learn, set_learned, weights_hash
 from support.batches import QueryBatches, begin
+from support.beginning import begin_optimiser
 from support.cached_encoder import Encoder
 from support.checkpoints import write_checkpoint
 from support.command_line import run_command
@@ -433,3 +434,19 @@ def test_a_checkpoint_that_lost_its_trained_weights_is_refused(flags, tmp_path):
 def test_a_rate_that_is_too_high_is_told_by_its_name(flags, fails, tmp_path):
     message = fails(*flags, "--encoder_lr", "1e30", "--output_dir", str(tmp_path))
     assert "--encoder_lr" in message
+
+
+def test_rates_rise_and_fall_and_gradients_are_clipped_together(made):
+    batches, router, *_ = made()
+    args, at = train.parse_args(["--demo", "--finetune_encoder", "--lr", "0.2", "--warmup", "0.25"]), [0.0]
+    optimiser = begin_optimiser(args, router, batches, lambda: at[0])
+    weights = [*router.parameters(), *batches.learned.values()]
+    rates = []
+    for at[0] in (0.05, 0.25, 0.625, 1.0):
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 3.0)
+        optimiser.step()
+        rates.append([group["lr"] for group in optimiser.param_groups])
+        assert torch.stack([weight.grad.norm() for weight in weights]).norm().item() == pytest.approx(1.0, rel=1e-3)
+    expected = [[0.2 * share, 5e-5 * share] for share in (0.2, 1.0, 0.5, 0.0)]
+    np.testing.assert_allclose(rates, expected, atol=1e-12)
