@@ -119,10 +119,8 @@ class Encoder:
         else:
             keys = query_keys(queries)
             stored = self._stored(keys)  # (Q,)
-            encoded, tokens_read = (
-                int((~stored).sum()),
-                processes.from_main((self.cache.facts or {}).get("tokens_read")),
-            )
+            encoded = int((~stored).sum())
+            tokens_read = processes.from_main((self.cache.facts or {}).get("tokens_read"))
             if encoded or tokens_read is None:
                 tokens_read = self._tokens_read
                 facts = {"path": str(self.folder.absolute()), "tokens_read": tokens_read}

@@ -195,9 +195,9 @@ class LastCheckpoint:
             yield "a best weight", _is_like(best["weights"], weights)
             yield "the temperature", 0 < facts["temperature"] < math.inf
             if batches.learned:
-                kinds = {name: facts["trained"][name] for name in ("layers", "lora_rank")}
-                then = {name: saved["experiment"][f"--{name}"] for name in ("finetune_layers", "lora_rank")}
-                yield "what was trained of the encoder", list(kinds.values()) == list(then.values())
+                asked = [saved["experiment"][f"--{name}"] for name in ("finetune_layers", "lora_rank")]
+                found = [facts["trained"][name] for name in ("layers", "lora_rank")]
+                yield "what was trained of the encoder", found == asked
                 yield "a best weight of the encoder", _is_like(facts["trained"]["weights"], batches.learned)
         else:
             yield "the best epoch", best == {"weights": None, "facts": None}
