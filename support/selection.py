@@ -17,4 +17,5 @@ def best_moment(history: dict) -> tuple[int, int | None, dict] | None:
 
 def waited(history: dict) -> int:
     """How many validations there were since the best one."""
-    return len(moments(history)) - 1 - moments(history).index(best_moment(history)) if moments(history) else 0
+    found = moments(history)
+    return len(found) - 1 - found.index(best_moment(history)) if found else 0
