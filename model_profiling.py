@@ -27,7 +27,7 @@ class ModelTower(nn.Module):
         capability_dim: int = 64,
         use_capability: bool = True,
         use_model_id: bool = True,
-        dropout: float = 0.1,
+        dropout: float = 0.5,
         id_dropout: float = 0.0,
     ):
         super().__init__()

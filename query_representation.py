@@ -184,7 +184,8 @@ class QueryTower(nn.Module):
     Embeddings are standardised with training statistics: decoder states have a few huge dimensions that would
     own every distance. The standardised embedding, projected, and the learned embedding of its nearest K-means
     centroid are concatenated and go through an MLP. Statistics and centroids are buffers, so a checkpoint holds
-    them. With `num_clusters` 0 there are no cluster features.
+    them. With `num_clusters` 0 there are no cluster features. The MLP's last layer begins with weights of 0, so that
+    no query is told from another before training; with `random_start` it begins as the other layers do.
     """
 
     def __init__(
@@ -193,7 +194,8 @@ class QueryTower(nn.Module):
         embedding_dim: int = 512,
         num_clusters: int = 50,
         cluster_dim: int = 32,
-        dropout: float = 0.1,
+        dropout: float = 0.5,
+        random_start: bool = False,
     ):
         super().__init__()
         self.register_buffer("mean", torch.zeros(encoder_width))
@@ -207,6 +209,8 @@ class QueryTower(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(embedding_dim, embedding_dim),
         )
+        if not random_start:
+            nn.init.zeros_(self.mlp[-1].weight)
 
     def fit(self, embeddings: torch.Tensor, seed: int) -> None:
         """Take statistics and centroids from the embeddings (Q, H) of the distinct training queries."""

@@ -14,7 +14,7 @@ from support.cached_encoder import Encoder
 from support.checkpoints import is_plain, not_ours, read_checkpoint, write_checkpoint
 from support.files import UserError, one_line, valid_unicode
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHOICES = {"pooling": ("mean", "last"), "similarity_metric": ("dot", "cosine"), "loss_type": ("bpr", "bce", "hinge")}
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on how many others there are
 
@@ -26,7 +26,8 @@ class RankRouter(nn.Module):
         model_names: the M routed models, in the order of the scores.
         encoder_width: H, the width of the encoder's embeddings.
         args: the flags of `train.py` that shape the towers: embedding_dim, num_clusters, cluster_dim,
-            capability_dim, no_capability, no_model_id, dropout, id_dropout, similarity_metric ("dot" or "cosine").
+            capability_dim, no_capability, no_model_id, dropout, id_dropout, random_start, similarity_metric ("dot" or
+            "cosine"), unscaled.
     """
 
     def __init__(self, model_names: list[str], encoder_width: int, args: Mapping):
@@ -42,6 +43,7 @@ class RankRouter(nn.Module):
             num_clusters=args["num_clusters"],
             cluster_dim=args["cluster_dim"],
             dropout=args["dropout"],
+            random_start=args["random_start"],
         )
         self.model_tower = ModelTower(
             len(model_names),
@@ -55,6 +57,8 @@ class RankRouter(nn.Module):
         # Unscaled, a cosine's margin lies in [-2, 2], and BPR could not fall below softplus(-2) = 0.127.
         is_cosine = args["similarity_metric"] == "cosine"
         self.log_scale = nn.Parameter(torch.tensor(10.0).log()) if is_cosine else None
+        # Unscaled, a step on all D coordinates at once moves a dot product so far that training overfits in an epoch.
+        self.divisor = 1.0 if args["unscaled"] else args["embedding_dim"] ** 0.5
 
     def train(self, mode: bool = True) -> "RankRouter":
         """Training mode, or evaluation mode; what was computed from the weights is computed again."""
@@ -68,7 +72,7 @@ class RankRouter(nn.Module):
     def similarity(self, q: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         """Scores (B, M) of queries (B, D) and models (M, D) in the shared space."""
         if self.log_scale is None:
-            return q @ m.T  # (B, M)
+            return q @ m.T / self.divisor  # (B, M)
         return self.log_scale.exp() * F.normalize(q, dim=1) @ F.normalize(m, dim=1).T  # (B, M)
 
     @torch.no_grad()

@@ -75,7 +75,8 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
     """Train a router on the embeddings (Q, H) of the split's queries; the moment of the best validation AUC counts.
 
     Fills `history`, calls `keep(router, improved)` after each validation, and goes on from `last.saved`, where there is
-    such. Returns the router with its facts, and the points (Q, H) and clusters (Q,) that it began with.
+    such. An encoder that is trained waits for its towers, which learn alone first: it would follow their random
+    beginnings. Returns the router with its facts, and the points (Q, H) and clusters (Q,) that it began with.
     """
     import numpy as np
     import torch
@@ -84,13 +85,25 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
     from data_loader import query_ids
     from loss import bce_loss, bpr_loss, hinge_loss
     from support import baselines
+    from support.averaging import RunningMean
     from support.batches import begin
     from support.beginning import begin_batches, begin_optimiser, begin_router
 
-    timing, saved = history["timing"], last.saved
+    timing, saved, first = history["timing"], last.saved, None
+    if args.finetune_encoder and args.tower_epochs:
+        alone = {"finetune_encoder": False, "epochs": args.tower_epochs, "patience": None}
+        before = last.of("towers", args.tower_epochs)
+        print(f"towers   alone first, {args.tower_epochs} epochs{f'; resumed {before.told}' if before.saved else ''}")
+        beside = before.history | {"timing": {}, "data": history["data"]}
+        with runs.timed(timing, "towers_alone"):
+            how = encoder, profiles, device, beside, before, lambda *_: None
+            first, *_ = fit(argparse.Namespace(**vars(args) | alone), split, embeddings, *how)
+        history["towers_alone"] = {name: beside[name] for name in ("train_losses", "val_metrics", "validations")}
     with runs.timed(timing, "cluster"):
-        router, points, cluster_idx, profile_facts = begin_router(args, split, embeddings, profiles, device, last)
-    if args.num_clusters:
+        router, points, cluster_idx, profile_facts = begin_router(
+            args, split, embeddings, profiles, device, last, first
+        )
+    if args.num_clusters and not first:
         train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
         sizes = torch.bincount(cluster_idx.cpu()[train_queries], minlength=args.num_clusters).tolist()  # (K,)
         history["clusters"] = [{"size": size} for size in sizes]
@@ -110,10 +123,12 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
         return (len(history["train_losses"]) + (now.taken + 0.5) / len(now.steps)) / args.epochs
 
     optimiser = begin_optimiser(args, router, batches, progress)
+    # Where an encoder learns, rates fall to 0 instead: a mean of encoders is none, and its centroids would be others.
+    averaged = RunningMean([] if batches.learned else list(router.parameters()), args.ema_decay)
     best, begun = {"weights": None, "facts": None}, None
     if saved:
         last.verify(router, batches, history["data"]["embeddings_hash"])
-        last.restore(router, batches, optimiser, timing)
+        last.restore(router, batches, optimiser, averaged, timing)
         best, begun = saved["best"], saved["begun"]
         if best["weights"]:  # the file may be of the epoch after it, or lost
             router.load_state_dict(best["weights"])
@@ -150,7 +165,8 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
                 router.facts["trained"]["weights"] = copied(batches.learned)
             best = {"weights": copied(router.state_dict()), "facts": router.facts}
         keep(router, improved)
-        printing.print_validation(number, step, len(epoch.steps), loss, val, improved)
+        if improved or step is None:
+            printing.print_validation(number, step, len(epoch.steps), loss, val, improved)
 
     def is_over() -> bool:
         return args.patience is not None and waited(history) >= args.patience
@@ -163,9 +179,11 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
             try:
                 with runs.timed(timing, "train") as lap:
                     for _ in train_epoch(router, optimiser, loss_of, batches, now):
+                        averaged.update()
                         if args.eval_every and now.taken % args.eval_every == 0 and now.taken < len(now.steps):
                             lap()
-                            validate(now, now.taken)
+                            with averaged.in_place():
+                                validate(now, now.taken)
                             lap("evaluate")
                             if is_over():
                                 break
@@ -173,7 +191,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
                         said = processes.total(STOP * (asked() is not None) + WRITE * is_due)
                         if said and now.losses.isfinite().all():  # else the epoch fails, and is not gone on with
                             lap()
-                            last.write(router, batches, optimiser, history, best, now.begun)
+                            last.write(router, batches, optimiser, averaged, history, best, now.begun)
                         if said >= STOP:
                             raise signals.Stopped(asked() or signal.SIGTERM)
                 if now.taken < len(now.steps):  # patience is over, and the epoch ends here
@@ -181,11 +199,11 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
                     _, _, *metrics_then = history["validations"][-1].items()  # but for the epoch and the step
                     history["val_metrics"].append(dict(metrics_then))
                 else:
-                    with runs.timed(timing, "evaluate"):
+                    with runs.timed(timing, "evaluate"), averaged.in_place():
                         validate(now, None)
             except UserError as error:
                 raise UserError(f"epoch {number}: {error}") from error
-            last.write(router, batches, optimiser, history, best)
+            last.write(router, batches, optimiser, averaged, history, best)
     if is_over():
         print(f"patience {waited(history)} validations since the best one: stopped")
     router.load_state_dict(best["weights"])

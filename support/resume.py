@@ -21,7 +21,7 @@ from support.history import NO_EXPERIMENT
 from support.runs import set_aside
 from support.selection import best_moment
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SPARED = 20  # times what a write takes, that pass without another
 
 # Flags that may change when a run goes on: where things lie, how fast it goes, what is compared in the end. Data,
@@ -147,13 +147,14 @@ class LastCheckpoint:
         except (UserError, KeyError):
             return False
 
-    def of(self, training: str) -> "LastCheckpoint":
+    def of(self, training: str, epochs: int | None = None) -> "LastCheckpoint":
         """That of another training of the same run; where it is of another run, or damaged, from the beginning."""
-        path, (*how, resume) = self.path.with_name(f"last_checkpoint.{training}.pt"), self.how
+        experiment, own_epochs, minutes, resume = self.how
+        how = self.path.with_suffix(f".{training}.pt"), experiment, epochs or own_epochs, minutes
         try:
-            return LastCheckpoint(path, *how, resume)
+            return LastCheckpoint(*how, resume)
         except UserError:
-            return LastCheckpoint(path, *how, False)
+            return LastCheckpoint(*how, False)
 
     def begin_again(self, tower) -> None:
         """Give a query tower the statistics and clusters that the training began with. Raises as `verify` does."""
@@ -215,7 +216,9 @@ class LastCheckpoint:
             not self.minutes or time.monotonic() - self.since >= SPARED * self.cost
         )
 
-    def write(self, router, batches, optimiser, history: dict, best: dict, begun: tuple | None = None) -> None:
+    def write(
+        self, router, batches, optimiser, averaged, history: dict, best: dict, begun: tuple | None = None
+    ) -> None:
         """Keep the state after an epoch; or in one: `begun` are its order (N,) and the losses of the steps taken (n,).
 
         `best` is what belongs into `best_model.pt`: weights and facts.
@@ -227,6 +230,7 @@ class LastCheckpoint:
             "encoder": {name: weight.detach() for name, weight in batches.learned.items()},
             "beginning": self.beginning,
             "optimiser": optimiser.state_dict(),
+            "averaged": {"means": averaged.means, "steps": averaged.steps},
             "random": _random_states(),
             "history": {name: history[name] for name in HISTORY},
             "embeddings_hash": history["data"]["embeddings_hash"],
@@ -241,8 +245,8 @@ class LastCheckpoint:
             self.since = time.monotonic()
             self.cost = self.since - since
 
-    def restore(self, router, batches, optimiser, timing: dict) -> None:
-        """Bring weights, optimiser, random states and the seconds spent to where `saved` was written."""
+    def restore(self, router, batches, optimiser, averaged, timing: dict) -> None:
+        """Bring weights, their means, optimiser, random states and the seconds spent to where `saved` was written."""
         try:
             moments, groups = (self.saved["optimiser"][part] for part in ("state", "param_groups"))
             expected = [weight for group in optimiser.param_groups for weight in group["params"]]
@@ -259,6 +263,10 @@ class LastCheckpoint:
             router.load_state_dict(self.saved["router"])
             set_learned(batches.learned, self.saved["encoder"])
             optimiser.load_state_dict(self.saved["optimiser"])
+            means, steps = (self.saved["averaged"][part] for part in ("means", "steps"))
+            if not _is_like(dict(enumerate(means)), dict(enumerate(averaged.means))) or steps < 1:
+                raise ValueError("the mean weights are not those of this run")
+            averaged.restore(means, steps)
             _set_random_states(self.saved["random"])
         except Exception as error:  # as above
             raise not_ours(self.path, error) from error

@@ -5,7 +5,14 @@ import argparse
 from support.command_line import OneLineParser, comma_separated, real_number, some_path, whole_number
 
 # What is learned of an encoder by default, where it is trained.
-FINETUNING = {"encoder_lr": 5e-5, "warmup": 0.1, "max_grad_norm": 1.0, "batch_tokens": 2048, "accumulate": 1}
+FINETUNING = {
+    "tower_epochs": 2,
+    "encoder_lr": 5e-5,
+    "warmup": 0.1,
+    "max_grad_norm": 1.0,
+    "batch_tokens": 2048,
+    "accumulate": 1,
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,6 +86,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="only adapters of rank R, at the linear maps of its layers",
     )
     tuned.add_argument(
+        "--tower_epochs",
+        metavar="N",
+        type=whole_number(0),
+        help="in which the towers learn alone first, on embeddings that stand; without it 2",
+    )
+    tuned.add_argument(
         "--encoder_lr", metavar="LR", type=positive, help="learning rate of the encoder; without it 5e-5"
     )
     tuned.add_argument(
@@ -91,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch_tokens",
         metavar="N",
         type=whole_number(1, 2**31 - 1),
-        help="tokens per step, in place of --batch_size; without it 2048",
+        help="tokens per step, in place of --batch_size battles; without it 2048",
     )
     tuned.add_argument(
         "--accumulate",
@@ -134,7 +147,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     towers.add_argument("--no_model_id", action="store_true", help="ablation: model tower without ID embedding")
     towers.add_argument("--no_capability", action="store_true", help="ablation: model tower without capability vector")
     towers.add_argument("--similarity_metric", choices=["dot", "cosine"], default="dot", help="cosine learns a scale")
-    towers.add_argument("--dropout", type=share, default=0.1, help="in both towers' MLPs")
+    towers.add_argument("--unscaled", action="store_true", help="ablation: dot product not divided by sqrt(its width)")
+    towers.add_argument(
+        "--random_start", action="store_true", help="ablation: the query tower's last layer does not begin at 0"
+    )
+    towers.add_argument("--dropout", type=share, default=0.5, help="in both towers' MLPs")
 
     training = parser.add_argument_group("training")
     training.add_argument("--loss_type", choices=["bpr", "bce", "hinge"], default="bpr", help="of a battle's scores")
@@ -145,11 +162,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument(
         "--eval_every",
         metavar="N",
-        type=whole_number(1),
-        help="validate after every N steps too, not only after epochs",
+        type=whole_number(0),
+        default=100,
+        help="validate after every N steps of an epoch too; 0: only after epochs",
     )
     training.add_argument(
         "--patience", metavar="N", type=whole_number(1), help="stop after N validations that were not the best so far"
+    )
+    training.add_argument(
+        "--ema_decay",
+        type=share,
+        default=0.999,
+        help="per step, of the running mean of weights that is validated and kept; 0: the weights themselves",
     )
     training.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW, decoupled")
     training.add_argument("--seed", type=seed, default=42, help="of clusters, initial weights and batches")
@@ -185,16 +209,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(data_path=None, model_path=None)
     if args.capability_file is not None or args.capability_init != "random":
         parser.set_defaults(capability_dim=None)
-    if args.finetune_encoder:
-        parser.set_defaults(batch_size=None)
     args = parser.parse_args(argv)
     if args.split_seed is None:
         args.split_seed = args.seed
     if args.finetune_encoder:
-        if args.batch_size is not None:
-            parser.error(
-                "--batch_size is of battles; with --finetune_encoder a step is as large as --batch_tokens says"
-            )
         if args.dtype == "float16":
             parser.error("--dtype float16 does not train; give bfloat16 or float32 with --finetune_encoder")
         for name, default in FINETUNING.items():
@@ -212,6 +230,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--no_capability leaves no capability vectors, to begin with anything, freeze, or give a new model"
         )
+    if args.unscaled and args.similarity_metric == "cosine":
+        parser.error("--unscaled is of the dot product; a cosine has a scale of its own")
     if args.capability_file is not None and args.capability_init == "win_rate":
         parser.error("--capability_file and --capability_init win_rate exclude each other")
     if profiled and args.capability_dim is not None:

@@ -15,6 +15,7 @@ import torch
 from conftest import assert_same, result
 
 import query_representation
+import rankrouter
 import route
 import train
 from rankrouter import RankRouter
@@ -177,7 +178,9 @@ def same(one, other):
     return one == other
 
 
-@pytest.mark.parametrize(("name", "version"), [("best_model.pt", 2), ("last_checkpoint.pt", FORMAT_VERSION)])
+@pytest.mark.parametrize(
+    ("name", "version"), [("best_model.pt", rankrouter.FORMAT_VERSION), ("last_checkpoint.pt", FORMAT_VERSION)]
+)
 def test_a_flipped_bit_or_a_cut_is_refused_or_changes_nothing(finished, name, version):
     path = finished[1] / name
     content, whole = path.read_bytes(), read_checkpoint(path, version)

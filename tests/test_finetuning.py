@@ -32,9 +32,8 @@ WAYS = {"whole": [], "layers": ["--finetune_layers", "1"], "lora": ["--lora_rank
 
 @pytest.fixture(scope="module")
 def flags(small):
-    """Flags of a run of a second that trains the encoder."""
-    place = small.index("--batch_size")
-    return [*small[:place], *small[place + 2 :], "--finetune_encoder", "--batch_tokens", "300"]
+    """Flags of a run of a second that trains the encoder, from the first step on."""
+    return [*small, "--finetune_encoder", "--batch_tokens", "300", "--tower_epochs", "0"]
 
 
 @pytest.fixture
@@ -49,7 +48,11 @@ def made(flags, demo):
     def make(pieces=1, tokens=300, clusters=3, gradient_checkpointing=False):
         torch.manual_seed(0)
         split = split_battles(load_battles(flags[1])[0], 42)[0]
-        args = vars(train.parse_args(["--num_clusters", str(clusters), "--embedding_dim", "8", "--dropout", "0"]))
+        args = vars(
+            train.parse_args(
+                ["--num_clusters", str(clusters), "--embedding_dim", "8", "--dropout", "0", "--random_start"]
+            )
+        )
         encoder = Encoder(str(demo / "encoder"), CPU, "float32", progress=False)
         embeddings, _ = encoder.embed(split.train.queries)
         router = RankRouter(split.train.model_names, embeddings.shape[1], args | {"id_dropout": 0.0})
@@ -272,14 +275,15 @@ def test_baselines_get_the_pretrained_embeddings(flags, small, tmp_path):
 def test_training_the_encoder_fits_what_frozen_embeddings_cannot(flags, tmp_path):
     losses = {}
     for lr in ("1e-12", "0.002"):
-        train.main([*flags, "--encoder_lr", lr, "--lr", "0.003", "--epochs", "8", "--output_dir", str(tmp_path / lr)])
+        how = "--encoder_lr", lr, "--lr", "0.003", "--epochs", "8", "--dropout", "0.1", "--unscaled"
+        train.main([*flags, *how, "--output_dir", str(tmp_path / lr)])
         losses[lr] = history_of(tmp_path / lr)["train_losses"][-1]
     assert losses["0.002"] < losses["1e-12"] - 0.05
 
 
 @pytest.mark.parametrize("way", ["whole", "lora"])
 def test_killed_while_the_encoder_learns_a_run_goes_on_to_the_same_bits(flags, forked, tmp_path, way):
-    flags = [*flags, *WAYS[way], "--checkpoint_minutes", "0", "--eval_every", "2"]
+    flags = [*flags, *WAYS[way], "--checkpoint_minutes", "0", "--eval_every", "2", "--tower_epochs", "1"]
 
     def there(name, *more):
         return [*flags, "--output_dir", str(tmp_path / name), "--cache_dir", str(tmp_path / "cache"), *more]
@@ -290,12 +294,18 @@ def test_killed_while_the_encoder_learns_a_run_goes_on_to_the_same_bits(flags, f
     forked(train.main, there("first"))  # fills the cache
     events = forked(train.main, there("whole"))[1]
     steps = [number for number, name in enumerate(events) if name == "after-step"]
-    for moment in (steps[1], steps[-2]):  # before the first validation, and in the last epoch
+    alone = forked(train.main, there("alone", "--tower_epochs", "2"))[1].count("after-step") - len(steps)  # an epoch's
+    told = {  # in the towers' epoch, before the first validation of the encoder, in its last epoch
+        steps[1]: "towers   alone first, 1 epochs; resumed after 0 epochs and ",
+        steps[alone + 1]: "resume   after 0 epochs and ",
+        steps[-2]: "resume   after 1 epochs and ",
+    }
+    for moment, line in told.items():
         name = f"killed {moment}"
         assert forked(train.main, there(name), moment, kill)[0] == -signal.SIGKILL
         code, _, out, err = forked(train.main, there(name, "--resume"))
         assert (code, err) == (0, [])
-        assert any(line.startswith("resume   after ") for line in out)
+        assert any(each.startswith(line) for each in out)
         (found, weights), (expected, others) = result(tmp_path / name), result(tmp_path / "whole")
         assert found == expected
         assert all(torch.equal(weights[key], others[key]) for key in others)
@@ -384,7 +394,6 @@ def test_patience_ends_a_training_in_time(small, tmp_path, capsys):
         (["--lora_rank", "4"], "--lora_rank is for --finetune_encoder"),
         (["--warmup", "0.2"], "--warmup is for --finetune_encoder"),
         (["--gradient_checkpointing"], "--gradient_checkpointing is for --finetune_encoder"),
-        (["--finetune_encoder", "--batch_size", "8"], "--batch_tokens"),
         (["--finetune_encoder", "--dtype", "float16"], "float16 does not train"),
         (["--finetune_encoder", "--finetune_layers", "0"], "expected a whole number"),
     ],

@@ -18,7 +18,7 @@ from support import processes
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["--dropout", "0", "--id_dropout", "0", "--batch_size", "4"]
-FINETUNED = ["--finetune_encoder", "--batch_tokens", "300"]
+FINETUNED = ["--finetune_encoder", "--batch_tokens", "300", "--tower_epochs", "0"]
 
 
 def history_of(output):
@@ -129,11 +129,13 @@ def test_one_process_writes_and_prints(small, forked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "finetuned", [[], ["--finetune_encoder", "--batch_tokens", "300"]], ids=["frozen", "finetuned"]
+    "finetuned",
+    [[], ["--finetune_encoder", "--batch_tokens", "300", "--tower_epochs", "0"]],
+    ids=["frozen", "finetuned"],
 )
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_run_with_a_line_and_the_rest_goes_on(small, forked, tmp_path, victim, finetuned):
-    flags = [*(small if not finetuned else without_batch_size(small)), *finetuned, "--checkpoint_minutes", "0"]
+    flags = [*small, *finetuned, "--checkpoint_minutes", "0"]
     whole = run(forked, flags, tmp_path / "whole", 2)
     ended(whole)
     expected = result(tmp_path / "whole")
@@ -156,11 +158,6 @@ def test_a_process_that_dies_ends_the_run_with_a_line_and_the_rest_goes_on(small
     told = " ".join(line for line in runs[0][2] if line.startswith("resume "))
     assert re.fullmatch(r"resume   after 0 epochs and [1-9] steps of the next", told)
     assert_same(tmp_path / "died", expected)
-
-
-def without_batch_size(flags):
-    place = flags.index("--batch_size")
-    return [*flags[:place], *flags[place + 2 :]]
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -315,7 +315,7 @@ def test_k_means_runs_on_one_thread(monkeypatch):
 
 
 def test_the_cluster_reaches_the_query_vector():
-    tower = QueryTower(8, num_clusters=3, embedding_dim=16).eval()
+    tower = QueryTower(8, num_clusters=3, embedding_dim=16, random_start=True).eval()
     points = torch.randn(4, 8)
     assert not torch.allclose(tower(points, torch.zeros(4).long()), tower(points, torch.ones(4).long()))
     without = QueryTower(8, num_clusters=0, embedding_dim=16)
