@@ -205,7 +205,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
                 raise UserError(f"epoch {number}: {error}") from error
             last.write(router, batches, optimiser, averaged, history, best)
     if is_over():
-        print(f"patience {waited(history)} validations since the best one: stopped")
+        print(f"patience {args.patience} validations since the best one: stopped")
     router.load_state_dict(best["weights"])
     return router, points, cluster_idx
 

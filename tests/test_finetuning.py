@@ -224,6 +224,27 @@ def test_clusters_keep_their_members_while_the_encoder_moves(flags, tmp_path):
     assert (own < stayed).all()
 
 
+# --- the towers first ----------------------------------------------------------------------------------------
+
+
+def test_the_encoder_is_trained_from_the_best_moment_of_its_towers(small, flags, tmp_path, monkeypatch):
+    train.main([*small, "--epochs", "2", "--eval_every", "2", "--output_dir", str(tmp_path / "frozen")])
+    begun, train_epoch = [], train.train_epoch
+
+    def watched(router, optimiser, loss_of, batches, epoch):
+        if batches.learned and not begun:
+            begun.append({name: weight.clone() for name, weight in router.state_dict().items()})
+        return train_epoch(router, optimiser, loss_of, batches, epoch)
+
+    monkeypatch.setattr(train, "train_epoch", watched)
+    alone = ["--tower_epochs", "2", "--eval_every", "2", "--epochs", "1"]
+    train.main([*flags, *alone, "--output_dir", str(tmp_path / "trained")])
+    frozen, both = history_of(tmp_path / "frozen"), history_of(tmp_path / "trained")
+    assert {name: frozen[name] for name in both["towers_alone"]} == both["towers_alone"]
+    kept = RankRouter.load(tmp_path / "frozen" / "best_model.pt").state_dict()
+    assert all(torch.equal(begun[0][name], kept[name]) for name in kept)
+
+
 # --- what is kept --------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,22 @@ def test_scores_equal_a_loop_over_queries_and_models(similarity):
             torch.testing.assert_close(scores[i, j], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_no_query_is_told_from_another_before_training(similarity):
+    router, points, cluster_idx = make(similarity_metric=similarity, random_start=False)
+    scores = router.score(points, cluster_idx)
+    assert np.ptp(scores, axis=0).max() == 0
+    assert np.ptp(scores, axis=1).min() > 0  # yet a gradient leads to every model's vector
+    at_random, *_ = make(similarity_metric=similarity)
+    assert np.ptp(at_random.score(points, cluster_idx), axis=0).min() > 0
+
+
+def test_a_dot_product_is_divided_by_the_root_of_its_width():
+    router, points, cluster_idx = make()
+    unscaled, *_ = make(unscaled=True)
+    np.testing.assert_allclose(unscaled.score(points, cluster_idx), 4 * router.score(points, cluster_idx), rtol=1e-5)
+
+
 def test_the_cosine_scale_is_learned_and_stays_positive():
     router, points, cluster_idx = make(similarity_metric="cosine")
     (-router(points, cluster_idx).sum()).backward()

@@ -277,6 +277,13 @@ def test_the_best_checkpoint_is_kept_where_later_epochs_are_worse(run_demo):
         "3e-3",
         "--id_dropout",
         "0",
+        "--dropout",
+        "0",
+        "--ema_decay",
+        "0",
+        "--unscaled",
+        "--eval_every",
+        "0",
         "--no_cache",
     )
     history, output = run_demo(*flags)
@@ -329,7 +336,9 @@ ABLATIONS = [
     ("--freeze_capabilities",),
     ("--id_dropout", "0"),
     ("--cluster_dim", "8"),
-    ("--dropout", "0.5"),
+    ("--dropout", "0.1"),
+    ("--unscaled",),
+    ("--random_start",),
     ("--weight_decay", "1"),
     ("--dtype", "bfloat16"),
 ]
