@@ -91,14 +91,9 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
 
     timing, saved, first = history["timing"], last.saved, None
     if args.finetune_encoder and args.tower_epochs:
-        alone = {"finetune_encoder": False, "epochs": args.tower_epochs, "patience": None}
-        before = last.of("towers", args.tower_epochs)
-        print(f"towers   alone first, {args.tower_epochs} epochs{f'; resumed {before.told}' if before.saved else ''}")
-        beside = before.history | {"timing": {}, "data": history["data"]}
-        with runs.timed(timing, "towers_alone"):
-            how = encoder, profiles, device, beside, before, lambda *_: None
-            first, *_ = fit(argparse.Namespace(**vars(args) | alone), split, embeddings, *how)
-        history["towers_alone"] = {name: beside[name] for name in ("train_losses", "val_metrics", "validations")}
+        first = fit_towers(
+            args, split, embeddings, encoder, profiles, device, history, last.of("towers", args.tower_epochs)
+        )
     with runs.timed(timing, "cluster"):
         router, points, cluster_idx, profile_facts = begin_router(
             args, split, embeddings, profiles, device, last, first
@@ -210,6 +205,19 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
     return router, points, cluster_idx
 
 
+def fit_towers(args: argparse.Namespace, split, embeddings, encoder, profiles, device, history: dict, last):
+    """A router on embeddings (Q, H) that stand, from which an encoder is trained; fills `history`."""
+    alone = argparse.Namespace(
+        **vars(args) | {"finetune_encoder": False, "epochs": args.tower_epochs, "patience": None}
+    )
+    found = last.history | {"timing": {}, "data": history["data"]}
+    print(f"towers   alone first, {args.tower_epochs} epochs{f'; resumed {last.told}' if last.saved else ''}")
+    with runs.timed(history["timing"], "towers_alone"):
+        router, *_ = fit(alone, split, embeddings, encoder, profiles, device, found, last, lambda *_: None)
+    history["towers_alone"] = {name: found[name] for name in ("train_losses", "val_metrics", "validations")}
+    return router
+
+
 def points_of(router, encoder, queries: list[str], embeddings, device) -> tuple:
     """Standardised embeddings (Q, H) and clusters (Q,) of queries, as the router sees them.
 
@@ -256,6 +264,8 @@ def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) 
         with runs.timed(timing, "encode"):
             trained = points_of(router, encoder, split.train.queries, own, device)  # (Q, H), (Q,)
     if is_main:
+        from support.comparison import test
+
         test(args, split, router, trained, pretrained, history)
     if args.hold_out_model is not None:
         from support.cold_start import cold_start
@@ -268,29 +278,6 @@ def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) 
             both = [(each, *points_of(each, encoder, queries, embeddings, device)) for each in (router, ceiling)]
             if is_main:
                 history["cold_start"] = cold_start(args.hold_out_model, split, whole, *both, profiles, args.seed)
-
-
-def test(args: argparse.Namespace, split, router, trained: tuple, pretrained: tuple, history: dict) -> None:
-    """Test, once, with the weights that were kept, and beside the baselines; fills `history`.
-
-    `trained` are the points (Q, H) and clusters (Q,) of the split's queries as the router sees them, `pretrained` those
-    that it began with, which are what baselines get.
-    """
-    from support import baselines
-    from support.comparison import Judge, describe_clusters
-
-    (margin, temperature), asked, timing = router.link, split.test.fought[0], history["timing"]
-    with runs.timed(timing, "evaluate"):
-        test_scores = router.score(*(column[asked] for column in trained))  # (Q, M)
-        judge = Judge(split, test_scores, margin, temperature, args.seed)
-        history |= judge.results()
-        if args.num_clusters:
-            history["clusters"] = describe_clusters(router, *trained, split.train, margin, temperature)
-    if args.baselines != "none":
-        with runs.timed(timing, "baselines"):
-            arrays = [column.cpu().numpy() for column in pretrained]
-            fitted = baselines.fit(split, *arrays, args.num_clusters, args.baselines == "all", args.seed)
-            history["baselines"] = judge.compare(fitted)
 
 
 def train(args: argparse.Namespace) -> None:

@@ -1,9 +1,13 @@
 """Methods compared on one test set, with paired intervals; what a score table says of them, and what each cluster."""
 
+import argparse
+
 import numpy as np
 
 import metrics
+from support import baselines
 from support.baselines import best_single_model, ranking_by_mean
+from support.runs import timed
 
 CENTRAL_QUERIES, QUERY_SHOWN = 3, 200  # of a cluster, and how many characters of each
 
@@ -96,6 +100,26 @@ class Judge:
                 },
             }
         return rows
+
+
+def test(args: argparse.Namespace, split, router, trained: tuple, pretrained: tuple, history: dict) -> None:
+    """Test, once, with the weights that were kept, and beside the baselines; fills `history`.
+
+    `trained` are the points (Q, H) and clusters (Q,) of the split's queries as the router sees them, `pretrained` those
+    that it began with, which are what baselines get.
+    """
+    (margin, temperature), asked, timing = router.link, split.test.fought[0], history["timing"]
+    with timed(timing, "evaluate"):
+        test_scores = router.score(*(column[asked] for column in trained))  # (Q, M)
+        judge = Judge(split, test_scores, margin, temperature, args.seed)
+        history |= judge.results()
+        if args.num_clusters:
+            history["clusters"] = describe_clusters(router, *trained, split.train, margin, temperature)
+    if args.baselines != "none":
+        with timed(timing, "baselines"):
+            arrays = [column.cpu().numpy() for column in pretrained]
+            fitted = baselines.fit(split, *arrays, args.num_clusters, args.baselines == "all", args.seed)
+            history["baselines"] = judge.compare(fitted)
 
 
 def compare_with_truth(battles, skills: np.ndarray, fixed_skills: np.ndarray, auc: float) -> dict:
