@@ -183,6 +183,7 @@ def bench_step(args) -> None:
 
     from loss import bpr_loss
     from rankrouter import RankRouter
+    from support.averaging import RunningMean
     from support.batches import BattleBatches, begin
     from train import train_epoch
 
@@ -217,11 +218,14 @@ def bench_step(args) -> None:
                 product()
             lone.step()
 
-    batches = BattleBatches(points, cluster_idx, battles, batch_size)
+    batches, averaged = (
+        BattleBatches(points, cluster_idx, battles, batch_size),
+        RunningMean([*router.parameters()], 0.999),
+    )
 
     def epoch():
         for _ in train_epoch(router, optimiser, partial(bpr_loss, margin=1.0), batches, begin(batches)):
-            pass
+            averaged.update()
 
     epoch(), floor()
     times = rounds(3 * args.rounds, epoch, floor)

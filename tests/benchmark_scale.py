@@ -19,8 +19,10 @@ TOWERS = {
     "capability_dim": 64,
     "no_capability": False,
     "no_model_id": False,
-    "dropout": 0.1,
+    "dropout": 0.5,
     "id_dropout": 0.1,
+    "random_start": False,
+    "unscaled": False,
     "similarity_metric": "dot",
 }
 
