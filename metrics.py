@@ -65,7 +65,8 @@ def log_win_probability(d: np.ndarray, margin: float = 0.0, temperature: float =
     """Log probability (N,) that a wins, read off its lead d in score.
 
     p = sigmoid(margin + d/T) / (sigmoid(margin + d/T) + sigmoid(margin - d/T)): what the minimum of BPR with
-    that margin means. It is sigmoid(d/T) at margin 0, the right link for every other method.
+    that margin means. It is sigmoid(d/T) at margin 0, the right link for every other method, and for any that is
+    calibrated: training that stops early is not at that minimum, and a fitted temperature alone reads it better.
     """
     for_a = -np.logaddexp(0, -(margin + d / temperature))  # log sigmoid, which does not overflow
     for_b = -np.logaddexp(0, -(margin - d / temperature))
@@ -80,16 +81,16 @@ def log_loss(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperatur
     return float(-np.mean(log_win_probability(winner_lead, margin, temperature)))
 
 
-def log_odds(scores: np.ndarray, margin: float = 0.0, temperature: float = 1.0) -> np.ndarray:
+def log_odds(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Each model's log-odds (M,) of beating another drawn at random, from scores (M,), M >= 2."""
     from scipy.special import logsumexp
 
-    log_p = log_win_probability(scores[:, None] - scores, margin, temperature)  # (M, M), row beats column
+    log_p = log_win_probability(scores[:, None] - scores, temperature=temperature)  # (M, M), row beats column
     np.fill_diagonal(log_p, -np.inf)  # nobody meets itself
     return logsumexp(log_p, axis=1) - logsumexp(log_p, axis=0)  # (M,)
 
 
-def fit_temperature(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0) -> float:
+def fit_temperature(d: np.ndarray, outcome: np.ndarray) -> float:
     """The temperature T in [0.01, 100] with the least log loss on these battles; fit it on validation.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
@@ -97,7 +98,7 @@ def fit_temperature(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0) -> 
     from scipy.optimize import minimize_scalar
 
     best = minimize_scalar(
-        lambda log_t: log_loss(d, outcome, margin, np.exp(log_t)),
+        lambda log_t: log_loss(d, outcome, temperature=np.exp(log_t)),
         bounds=np.log([0.01, 100]),
         method="bounded",
     )
@@ -207,7 +208,7 @@ def evaluate_resamples(
     means = {
         "accuracy": right,
         "log_loss": -log_win_probability(lead, margin),
-        "log_loss_calibrated": -log_win_probability(lead, margin, temperature),
+        "log_loss_calibrated": -log_win_probability(lead, temperature=temperature),
     }
     shape = len(lead), max(won.max(), lost.max()) + 1
     rows = np.arange(len(lead))

@@ -101,10 +101,9 @@ class RankRouter(nn.Module):
         return [self.model_tower.mlp(block) for block in padded]  # (32, D) each
 
     @property
-    def link(self) -> tuple[float, float]:
-        """The margin and the temperature at which a loaded router's scores are read as probabilities."""
-        args = self.facts["args"]
-        return args["margin"] if args["loss_type"] == "bpr" else 0.0, self.facts["temperature"]
+    def temperature(self) -> float:
+        """That at which a loaded router's differences of scores are read as log-odds."""
+        return self.facts["temperature"]
 
     def open_encoder(self, model_path: str | None = None, device: str | torch.device = "cpu", **how) -> None:
         """Find the encoder that a loaded router was trained with, at its own path or at `model_path`.
@@ -250,15 +249,15 @@ class RankRouter(nn.Module):
         `dtypes` are those of the weights as training has them.
         """
         facts, profiles, names = self.facts, self.facts["profiles"], self.model_names
-        args, (margin, temperature) = facts["args"], self.link
+        args = facts["args"]
         weights = self.state_dict()
         yield "a model's name", all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
         yield "the best single model", facts["best_single_model"] in names
         yield "a weight's layout", all(is_plain(tensor) for tensor in weights.values())
         yield "a weight's dtype", all(tensor.dtype == dtypes[name] for name, tensor in weights.items())
         yield "a weight", all(tensor.isfinite().all() for tensor in weights.values())
-        yield "the temperature", 0 < temperature < np.inf
-        yield "the margin", 0 <= margin < np.inf
+        yield "the temperature", 0 < self.temperature < np.inf
+        yield "the margin", 0 <= args["margin"] < np.inf
         encoder = facts["encoder"]
         yield "a fact of the encoder", all(isinstance(encoder[key], str) for key in ("path", "fingerprint"))
         yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")

@@ -103,7 +103,9 @@ def print_ranking(query: str, scores, order, router, prices, top_k: int | None) 
     names, single = router.model_names, router.facts["best_single_model"]
     d_next = scores[order[:-1]] - scores[order[1:]]  # (m - 1,)
     d_single = scores[order] - scores[names.index(single)]  # (m,)
-    beats_next, beats_single = (np.exp(log_win_probability(d, *router.link)) for d in (d_next, d_single))
+    beats_next, beats_single = (
+        np.exp(log_win_probability(d, temperature=router.temperature)) for d in (d_next, d_single)
+    )
     width = max(5, *(len(one_line(names[i])) for i in order[:top_k]))
     print(one_line(query))
     head = "" if prices is None else f"{'price':>12}"

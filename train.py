@@ -152,7 +152,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
                 "epoch": number,
                 "step": step,
                 "val_metrics": val,
-                "temperature": metrics.fit_temperature(d, split.val.outcome, margin),
+                "temperature": metrics.fit_temperature(d, split.val.outcome),
                 "best_single_model": best_single,
             }
             if batches.learned:

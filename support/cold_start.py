@@ -49,16 +49,16 @@ def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles
     number = whole.train.model_names.index(name)
     others = whole.train.select((whole.train.model_a_idx != number) & (whole.train.model_b_idx != number))
 
-    def judge(scores: np.ndarray, margin: float, temperature: float) -> np.ndarray:  # (3, 1 + R)
+    def judge(scores: np.ndarray, temperature: float) -> np.ndarray:  # (3, 1 + R)
         sides = test.outcome, test.model_a_idx, test.model_b_idx
-        found = metrics.evaluate_resamples(test.margins(scores), *sides, weights, margin, temperature)
+        found = metrics.evaluate_resamples(test.margins(scores), *sides, weights, temperature=temperature)
         return np.array([found[metric] for metric in METRICS])
 
     def judge_router(router, *columns: torch.Tensor) -> np.ndarray:
         scores = np.full((len(test.fought[0]), len(whole.train.model_names)), np.nan)  # (Q, M)
         place = [whole.train.model_names.index(model) for model in router.model_names]
         scores[:, place] = router.score(*(column[test.fought[0]] for column in columns))
-        return judge(scores, *router.link)
+        return judge(scores, router.temperature)
 
     def judge_with(vector: torch.Tensor) -> np.ndarray:
         wider = copy.deepcopy(router)
@@ -71,7 +71,7 @@ def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles
     temperature_with_all = metrics.fit_temperature(whole.val.margins(with_all), whole.val.outcome)
 
     def judge_ranking(battles) -> np.ndarray:
-        return judge(bradley_terry(battles, **chosen), 0.0, temperature)
+        return judge(bradley_terry(battles, **chosen), temperature)
 
     rows, rng = [], np.random.default_rng(seed)
     for count in [0, *(count for count in CALIBRATION if count <= len(pool))]:
@@ -86,7 +86,7 @@ def cold_start(name: str, split, whole, trained: tuple, ceiling: tuple, profiles
     if profiles is not None and name in profiles.rows:
         vector = torch.from_numpy(standardise(profiles.of([name], True), router.facts["profiles"])[0])  # (C,)
         rows.insert(1, {"battles": 0, "from": "profile"} | _compared([judge_with(vector)], [judge_ranking(others)]))
-    ends = _compared([judge_router(*ceiling)], [judge(with_all, 0.0, temperature_with_all)])
+    ends = _compared([judge_router(*ceiling)], [judge(with_all, temperature_with_all)])
     rows.append({"battles": len(pool), "from": "training"} | ends)
     size = {"test_battles": len(test), "test_queries": len(test.fought[0]), "calibration_battles": len(pool)}
     return {"model": name, **size, "draws": DRAWS, "rows": rows}

@@ -21,7 +21,7 @@ class Judge:
     Args:
         split: its test side is looked at; of training, only a score table's means.
         scores: RankRouter's, of the distinct test queries (Q, M).
-        margin, temperature: RankRouter's, as in `metrics.log_win_probability`.
+        margin, temperature: at which RankRouter's scores are read as they are, and calibrated.
         seed: of the bootstrap.
     """
 
@@ -43,7 +43,7 @@ class Judge:
         battles = self.split.test
         d = battles.margins(scores)  # (N,)
         columns = d, battles.outcome, battles.model_a_idx, battles.model_b_idx
-        calibrated = metrics.log_loss(d, battles.outcome, margin, temperature)
+        calibrated = metrics.log_loss(d, battles.outcome, temperature=temperature)
         row = metrics.evaluate(*columns, margin) | {"log_loss_calibrated": calibrated}
         samples = metrics.evaluate_resamples(*columns, self.weights, margin, temperature)
         if self.table is not None:
@@ -62,7 +62,8 @@ class Judge:
     def results(self) -> dict:
         """What a history holds of RankRouter's test: metrics, intervals, calibration, and the ends of the gap."""
         d, outcome = self.split.test.margins(self.scores), self.split.test.outcome  # (N,) each
-        calibrated, raw = (metrics.reliability(d, outcome, self.margin, t) for t in (self.temperature, 1.0))
+        calibrated = metrics.reliability(d, outcome, temperature=self.temperature)
+        raw = metrics.reliability(d, outcome, self.margin)
         found = {
             "test_metrics": self.router,
             "test_intervals": {name: metrics.interval(self.router_samples[name]) for name in self.router},
@@ -108,13 +109,14 @@ def test(args: argparse.Namespace, split, router, trained: tuple, pretrained: tu
     `trained` are the points (Q, H) and clusters (Q,) of the split's queries as the router sees them, `pretrained` those
     that it began with, which are what baselines get.
     """
-    (margin, temperature), asked, timing = router.link, split.test.fought[0], history["timing"]
+    asked, timing = split.test.fought[0], history["timing"]
+    margin = args.margin if args.loss_type == "bpr" else 0.0
     with timed(timing, "evaluate"):
         test_scores = router.score(*(column[asked] for column in trained))  # (Q, M)
-        judge = Judge(split, test_scores, margin, temperature, args.seed)
+        judge = Judge(split, test_scores, margin, router.temperature, args.seed)
         history |= judge.results()
         if args.num_clusters:
-            history["clusters"] = describe_clusters(router, *trained, split.train, margin, temperature)
+            history["clusters"] = describe_clusters(router, *trained, split.train)
     if args.baselines != "none":
         with timed(timing, "baselines"):
             arrays = [column.cpu().numpy() for column in pretrained]
@@ -136,7 +138,7 @@ def compare_with_truth(battles, skills: np.ndarray, fixed_skills: np.ndarray, au
     return rows | {"gap_closed": None if np.isnan(gap) else float(gap)}
 
 
-def describe_clusters(router, points, cluster_idx, train, margin: float, temperature: float) -> list[dict]:
+def describe_clusters(router, points, cluster_idx, train) -> list[dict]:
     """Each cluster's number of training queries, the most central of them, and every model's log-odds there.
 
     `points` (Q, H) and `cluster_idx` (Q,) are the tensors that the router takes. The log-odds are those of beating
@@ -152,7 +154,7 @@ def describe_clusters(router, points, cluster_idx, train, margin: float, tempera
             central = queries[distances.argsort(kind="stable")[:CENTRAL_QUERIES]]
             found["central_queries"] = [train.queries[query][:QUERY_SHOWN] for query in central]
             means = router.score(points[queries], cluster_idx[queries]).mean(0)  # (M,)
-            odds = metrics.log_odds(means, margin, temperature).tolist()
+            odds = metrics.log_odds(means, router.temperature).tolist()
             found["log_odds"] = dict(zip(train.model_names, odds, strict=True))
         clusters.append(found)
     return clusters

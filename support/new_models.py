@@ -47,17 +47,15 @@ def vector_from_battles(
         return win_rate_profiles(clusters, models, outcome, len(known) + 1, known.shape[1], known)[-1]  # (K,)
     if not len(outcome):
         return router.model_tower.capability.weight.mean(0).cpu().double()  # (C,)
-    (margin, temperature), without_encoder = router.link, {id(router.encoder): None}  # a deep copy takes None for it
+    without_encoder = {id(router.encoder): None}  # a deep copy takes None for it
     router = copy.deepcopy(router, without_encoder).eval().requires_grad_(False).cpu().double()
     q, tower = router.query_tower(points.cpu().double(), clusters), router.model_tower  # (n, D)
     theirs = router.similarity(q, tower()).gather(1, opponents[:, None])[:, 0]  # (n,)
 
     def loss_of(vector: torch.Tensor) -> torch.Tensor:
         ours = router.similarity(q, tower.mlp(tower.unknown_features(vector[None])))[:, 0]  # (n,)
-        d = (ours - theirs) / temperature  # (n,)
-        for_new, for_other = F.logsigmoid(margin + d), F.logsigmoid(margin - d)  # (n,) each
-        log_p = outcome * for_new + (1 - outcome) * for_other - torch.logaddexp(for_new, for_other)  # (n,)
-        return -log_p.sum()
+        d = (ours - theirs) / router.temperature  # (n,)
+        return F.binary_cross_entropy_with_logits(d, outcome, reduction="sum")
 
     return fitted_vector(tower.capability.weight, _spread(router), loss_of)  # (C,)
 

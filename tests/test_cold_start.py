@@ -95,7 +95,7 @@ def test_the_ceiling_is_a_run_that_had_the_model(held_out, run_demo, whole, demo
     d = test.margins(router.scores_of([test.queries[i] for i in test.fought[0]]))
     (ceiling,) = (row for row in history["cold_start"]["rows"] if row["from"] == "training")
     assert ceiling["rank_router"]["auc"] == pytest.approx(metrics.auc(d, test.outcome), abs=1e-3)
-    loss = metrics.log_loss(d, test.outcome, *router.link)
+    loss = metrics.log_loss(d, test.outcome, temperature=router.temperature)
     assert ceiling["rank_router"]["log_loss_calibrated"] == pytest.approx(loss, abs=1e-3)
     assert ceiling["rank_router"]["accuracy"] == pytest.approx(metrics.accuracy(d, test.outcome), abs=0.01)
 

@@ -126,13 +126,12 @@ def test_no_battles_is_undefined_and_not_a_half():
     assert set(metrics.evaluate(empty, empty, empty, empty).values()) == {None}
 
 
-@pytest.mark.parametrize("margin", [0.0, 1.0])
-def test_temperature_recovers_the_one_that_drew_the_outcomes(margin):
+def test_temperature_recovers_the_one_that_drew_the_outcomes():
     rng = np.random.default_rng(0)
     d = rng.normal(0, 4, 40000)
-    p = np.exp(metrics.log_win_probability(d, margin, temperature=2.5))
+    p = np.exp(metrics.log_win_probability(d, temperature=2.5))
     outcome = (rng.random(len(d)) < p).astype(float)
-    assert metrics.fit_temperature(d, outcome, margin) == pytest.approx(2.5, rel=0.05)
+    assert metrics.fit_temperature(d, outcome) == pytest.approx(2.5, rel=0.05)
 
 
 def test_reliability_by_hand():
@@ -179,8 +178,6 @@ def test_log_odds_of_beating_another_at_random_by_hand():
     assert metrics.log_odds(np.array([0.0, np.log(9)]), temperature=2) == pytest.approx([-np.log(3), np.log(3)])
     far_apart = metrics.log_odds(np.array([0.0, 50.0, 900.0]))
     assert far_apart == pytest.approx([-50 - np.log(2), 0, 850 + np.log(2)], abs=1e-9)
-    by_margin = metrics.log_win_probability(np.array([0.7, -0.7]), 1.0)
-    assert metrics.log_odds(np.array([0.7, 0.0]), 1.0)[0] == pytest.approx(by_margin[0] - by_margin[1])
 
 
 TABLE = np.array([[0.9, 0.1, 0.5], [0.2, 0.8, np.nan], [0.3, 0.3, 0.1]])
@@ -241,7 +238,7 @@ def test_a_resample_is_evaluated_as_its_battles_written_out(margin):
     for sample, weight in enumerate(weights):
         i = np.repeat(np.arange(400), weight)
         expected = metrics.evaluate(d[i], outcome[i], a[i], b[i], margin)
-        expected["log_loss_calibrated"] = metrics.log_loss(d[i], outcome[i], margin, 2.0)
+        expected["log_loss_calibrated"] = metrics.log_loss(d[i], outcome[i], temperature=2.0)
         assert {name: values[sample] for name, values in got.items()} == pytest.approx(expected, abs=1e-12)
 
 

@@ -156,7 +156,7 @@ def test_a_new_model_needs_a_name_of_its_own_and_capability_vectors():
 @pytest.mark.parametrize("changes", [{}, {"similarity_metric": "cosine"}, {"no_model_id": True}, {"id_dropout": 0}])
 def test_a_vector_fitted_to_battles_is_the_likeliest_under_its_prior(changes):
     router, points, cluster_idx = make(**changes)
-    router.facts = {"profiles": {"kind": "random"}, "args": {"margin": 0.5, "loss_type": "bpr"}, "temperature": 2.0}
+    router.facts = {"profiles": {"kind": "random"}, "temperature": 2.0}
     opponents, outcome = torch.arange(60) % 3, (torch.arange(60) % 4 != 0).double()
     battles = points, cluster_idx, opponents, outcome
     vectors = router.model_tower.capability.weight.detach().double()
@@ -169,7 +169,7 @@ def test_a_vector_fitted_to_battles_is_the_likeliest_under_its_prior(changes):
         wider.model_tower.add_model(vector.float())
         scores = wider.score(points, cluster_idx)
         d = scores[:, 3] - scores[np.arange(60), opponents]
-        log_p = np.where(outcome == 1, log_win_probability(d, 0.5, 2.0), log_win_probability(-d, 0.5, 2.0))
+        log_p = log_win_probability(np.where(outcome == 1, d, -d), temperature=2.0)
         off = (vector - vectors.mean(0)).numpy()
         return -log_p.sum() + off @ np.linalg.pinv(spread**2 * torch.cov(vectors.T).numpy(), rcond=1e-6) @ off / 2
 
@@ -185,13 +185,6 @@ def test_a_vector_fitted_to_battles_is_the_likeliest_under_its_prior(changes):
     assert all(torch.equal(tensor, router.state_dict()[name]) for name, tensor in state.items())
     none = [column[:0] for column in battles]
     torch.testing.assert_close(vector_from_battles(router, *none), vectors.mean(0))
-
-
-@pytest.mark.parametrize(("loss_type", "margin"), [("bpr", 0.7), ("bce", 0.0), ("hinge", 0.0)])
-def test_the_margin_is_in_the_link_of_bpr_alone(loss_type, margin):
-    router, _, _ = make()
-    router.facts = FACTS | {"args": ARGS | {"margin": 0.7, "loss_type": loss_type}}
-    assert router.link == (margin, 1.5)
 
 
 def test_a_win_rate_profile_rises_with_wins_over_the_known():

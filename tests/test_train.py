@@ -179,9 +179,9 @@ def test_the_temperature_is_fitted_on_validation_and_applied_on_test(demo, defau
     router = RankRouter.load(output / "best_model.pt")
     split, _ = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42)
     embeddings = embed(demo, split.test.queries)
-    temperature = metrics.fit_temperature(margins(router, embeddings, split.val), split.val.outcome, margin=1.0)
+    temperature = metrics.fit_temperature(margins(router, embeddings, split.val), split.val.outcome)
     assert router.facts["temperature"] == history["calibration"]["temperature"] == pytest.approx(temperature, rel=1e-3)
-    calibrated = metrics.log_loss(margins(router, embeddings, split.test), split.test.outcome, 1.0, temperature)
+    calibrated = metrics.log_loss(margins(router, embeddings, split.test), split.test.outcome, temperature=temperature)
     assert history["test_metrics"]["log_loss_calibrated"] == pytest.approx(calibrated, abs=1e-4)
     assert temperature != pytest.approx(1, abs=0.05)
 
@@ -376,7 +376,7 @@ def test_the_intervals_are_over_the_test_queries_of_the_checkpoint_that_was_kept
     values = []
     for _ in range(1000):  # written out, with other random numbers
         rows = np.concatenate([rows_of_query[i] for i in rng.integers(len(rows_of_query), size=len(rows_of_query))])
-        loss = metrics.log_loss(d[rows], part.outcome[rows], 1.0, history["calibration"]["temperature"])
+        loss = metrics.log_loss(d[rows], part.outcome[rows], temperature=history["calibration"]["temperature"])
         values.append((metrics.auc(d[rows], part.outcome[rows]), loss))
     for name, column in zip(("auc", "log_loss_calibrated"), np.transpose(values), strict=True):
         low, high = history["test_intervals"][name]
@@ -581,8 +581,8 @@ def test_the_calibration_is_that_of_the_test_battles(demo, default_run):
     d = margins(router, embed(demo, part.queries), part)
     told = history["calibration"]
     assert set(told) == {"temperature", "expected_calibration_error", "bins", "uncalibrated"}
-    for found, temperature in ((told, told["temperature"]), (told["uncalibrated"], 1.0)):
-        error, bins = metrics.reliability(d, part.outcome, 1.0, temperature).values()
+    for found, link in ((told, (0.0, told["temperature"])), (told["uncalibrated"], (1.0, 1.0))):
+        error, bins = metrics.reliability(d, part.outcome, *link).values()
         assert found["expected_calibration_error"] == pytest.approx(error, abs=1e-3)
         assert sum(part["battles"] for part in found["bins"]) == len(d) == sum(part["battles"] for part in bins)
 
@@ -603,7 +603,9 @@ def test_clusters_tell_their_central_queries_and_who_is_strong(demo, default_run
         wins = []
         for model in range(12):
             d = np.delete(means[model] - means, model).astype(float)
-            wins.append(np.exp(metrics.log_win_probability(d, 1.0, history["calibration"]["temperature"])).mean())
+            wins.append(
+                np.exp(metrics.log_win_probability(d, temperature=history["calibration"]["temperature"])).mean()
+            )
         expected = np.log(np.array(wins) / (1 - np.array(wins)))
         assert list(told["log_odds"]) == part.model_names
         assert list(told["log_odds"].values()) == pytest.approx(expected, abs=1e-3)
