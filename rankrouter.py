@@ -263,6 +263,7 @@ class RankRouter(nn.Module):
         yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
         for name, choices in CHOICES.items():
             yield f"--{name}", args[name] in choices
+        yield "--unscaled", type(args["unscaled"]) is type(args["random_start"]) is bool
         yield "--max_length", type(args["max_length"]) is int and 1 <= args["max_length"] <= 2**20
         yield "--seed", type(args["seed"]) is int and 0 <= args["seed"] < 2**32
         yield "--dropout", 0 <= args["dropout"] < 1

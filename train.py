@@ -90,19 +90,18 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
     from support.beginning import begin_batches, begin_optimiser, begin_router
 
     timing, saved, first = history["timing"], last.saved, None
-    if args.finetune_encoder and args.tower_epochs:
-        first = fit_towers(
-            args, split, embeddings, encoder, profiles, device, history, last.of("towers", args.tower_epochs)
-        )
+    if last.towers:
+        first = fit_towers(args, split, embeddings, encoder, profiles, device, history, last.towers, keep)
     with runs.timed(timing, "cluster"):
         router, points, cluster_idx, profile_facts = begin_router(
             args, split, embeddings, profiles, device, last, first
         )
-    if args.num_clusters and not first:
+    if args.num_clusters:
         train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
         sizes = torch.bincount(cluster_idx.cpu()[train_queries], minlength=args.num_clusters).tolist()  # (K,)
         history["clusters"] = [{"size": size} for size in sizes]
-        print(f"cluster  {args.num_clusters} clusters of {min(sizes)} to {max(sizes)} training queries")
+        if not first:
+            print(f"cluster  {args.num_clusters} clusters of {min(sizes)} to {max(sizes)} training queries")
 
     margin = args.margin if args.loss_type == "bpr" else 0.0  # of the link from scores to probabilities
     loss_of = {
@@ -205,16 +204,15 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
     return router, points, cluster_idx
 
 
-def fit_towers(args: argparse.Namespace, split, embeddings, encoder, profiles, device, history: dict, last):
+def fit_towers(args: argparse.Namespace, split, embeddings, encoder, profiles, device, history: dict, last, keep):
     """A router on embeddings (Q, H) that stand, from which an encoder is trained; fills `history`."""
-    alone = argparse.Namespace(
-        **vars(args) | {"finetune_encoder": False, "epochs": args.tower_epochs, "patience": None}
-    )
+    alone = vars(args) | {"finetune_encoder": False, "epochs": args.tower_epochs, "patience": None}
     found = last.history | {"timing": {}, "data": history["data"]}
-    print(f"towers   alone first, {args.tower_epochs} epochs{f'; resumed {last.told}' if last.saved else ''}")
-    with runs.timed(history["timing"], "towers_alone"):
-        router, *_ = fit(alone, split, embeddings, encoder, profiles, device, found, last, lambda *_: None)
     history["towers_alone"] = {name: found[name] for name in ("train_losses", "val_metrics", "validations")}
+    print(f"towers   alone first, epochs: {args.tower_epochs}")
+    how = encoder, profiles, device, found, last, lambda *_: keep(None, False)
+    router, *_ = fit(argparse.Namespace(**alone), split, embeddings, *how)
+    history["timing"]["towers_alone"] = sum(found["timing"].values())
     return router
 
 
@@ -297,7 +295,7 @@ def train(args: argparse.Namespace) -> None:
     how = args.dtype, args.pooling, args.max_length, args.encode_tokens, cache_folder(args.cache_dir, args.no_cache)
     encoder = Encoder(args.model_path, device, *how)
     path, what = Path(args.output_dir) / "last_checkpoint.pt", experiment(vars(args), inputs.counts, encoder.usage)
-    last = LastCheckpoint(path, what, args.epochs, args.checkpoint_minutes, resume)
+    last = LastCheckpoint(path, what, args.epochs, args.checkpoint_minutes, resume, tower_epochs=args.tower_epochs or 0)
     history = {"status": "running", "args": vars(args)} | last.history
     history |= {"test_metrics": None, "test_intervals": None, "baselines": {}, "data": inputs.counts, "timing": timing}
     earlier = runs.read_history(args.output_dir)
@@ -306,7 +304,7 @@ def train(args: argparse.Namespace) -> None:
         if processes.from_main(processes.rank() == 0 and last.is_finished(earlier, vars(args))):
             print(f"finished already, with a test AUC of {earlier['test_metrics']['auc']:.4f}: {args.output_dir}")
             return
-    elif path.is_file() and earlier.get("status") != "finished":
+    elif earlier.get("status") != "finished" and any(each.is_file() for each in (path, path.with_suffix(".towers.pt"))):
         print("aside    an unfinished run, until this one writes its first checkpoint; --resume would go on with it")
     try:
         run(args, inputs, encoder, device, last, history)

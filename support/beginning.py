@@ -43,7 +43,7 @@ def begin_router(
     if last.saved:
         last.begin_again(tower)
     elif first:
-        tower.load_state_dict(first.query_tower.state_dict())
+        router.load_state_dict(first.state_dict())
     elif processes.rank() == 0:
         tower.fit(embeddings[trained_on], args.seed)
     processes.broadcast(list(router.state_dict().values()))
@@ -51,10 +51,8 @@ def begin_router(
     points = tower.standardise(embeddings.to(device))  # (Q, H)
     cluster_idx = tower.to(device).assign(points)  # (Q,)
     vectors, facts = capability_profiles(args, split, cluster_idx, profiles)  # (M, C)
-    if vectors is not None:
+    if vectors is not None and not first:
         router.model_tower.set_capabilities(vectors)
-    if first:
-        router.load_state_dict(first.state_dict())
     if args.freeze_capabilities:
         router.model_tower.capability.weight.requires_grad_(False)
     router.to(device)

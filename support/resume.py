@@ -28,7 +28,7 @@ SPARED = 20  # times what a write takes, that pass without another
 # profiles, encoder and its dtype are compared by what they are.
 FREE = NO_EXPERIMENT - {"seed", "split_seed"} | {"epochs", "capability_file"}
 HISTORY = ("train_losses", "val_metrics", "validations")  # what a training adds to a history
-TIMED = ("cluster", "train", "evaluate")  # of a training, in the `timing` of its history
+TIMED = ("cluster", "train", "evaluate", "towers_alone")  # of a training, in the `timing` of its history
 
 
 def experiment(args: dict, data: dict, encoder: dict) -> dict:
@@ -57,13 +57,24 @@ class LastCheckpoint:
         resume: whether to go on from the file, where it is there. `saved` is then what it holds, else None. All
             processes of a run go on from that of rank 0.
         alone: whether only this process asks.
+        tower_epochs: of a training of the towers alone before this one. `towers` is the last checkpoint of that, while
+            there is none of this one.
 
     Raises `UserError` where the file is damaged, is of another experiment, or has more epochs behind it.
     """
 
-    def __init__(self, path: Path, experiment: dict, epochs: int, minutes: float, resume: bool, alone: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        experiment: dict,
+        epochs: int,
+        minutes: float,
+        resume: bool,
+        alone: bool = False,
+        tower_epochs: int = 0,
+    ):
         self.path, self.experiment, self.epochs, self.minutes = path, experiment, epochs, minutes
-        self.how = experiment, epochs, minutes, resume
+        self.how, self.tower_epochs = (experiment, epochs, minutes, resume), tower_epochs
         self.saved, self.beginning = self._read(alone) if resume else None, None
         self.history = {"train_losses": [], "val_metrics": [], "validations": [], "best_epoch": None, "best_step": None}
         self.told, self.cost = "nothing to go on from", 0.0  # seconds that the last write took
@@ -73,10 +84,18 @@ class LastCheckpoint:
                 facts = self.saved["best"]["facts"]
                 best = {f"best_{name}": facts[name] if facts else None for name in ("epoch", "step")}
                 self.history = self.saved["history"] | best
+                if self.saved["towers_alone"]:
+                    self.history["towers_alone"] = self.saved["towers_alone"]
             except UserError:
                 raise
             except Exception as error:  # whatever a file raises that is whole, and not what training writes
                 raise not_ours(path, error) from error
+        self.towers = None
+        if tower_epochs and not self.saved:
+            before = experiment, tower_epochs, minutes, resume
+            self.towers = LastCheckpoint(path.with_suffix(".towers.pt"), *before)
+            if self.towers.saved:
+                self.told = f"in the training of the towers, {self.towers.told}"
         self.since = time.monotonic()
 
     def _read(self, alone: bool) -> dict | None:
@@ -118,7 +137,7 @@ class LastCheckpoint:
             raise ValueError("its history is none")
         if not all(0 <= val["auc"] <= 1 and type(val["epoch"]) is type(val["step"]) is int for val in within):
             raise ValueError("its history is none")
-        json.dumps([losses, vals, within], allow_nan=False)  # is to be written
+        json.dumps([losses, vals, within, self.saved["towers_alone"]], allow_nan=False)  # is to be written
         done = len(losses)
         if self.epochs < done + (begun is not None):
             more = " and a part of the next" if begun else ""
@@ -134,6 +153,8 @@ class LastCheckpoint:
             LastCheckpoint(self.path, *self.how[:3], True, alone=True)
         except UserError:
             set_aside(self.path)
+        if self.towers:
+            self.towers.make_room()
 
     def is_finished(self, earlier: dict, args: dict) -> bool:
         """Whether the history in the folder is of this run, to its end, and `best_model.pt` is the one it tells of."""
@@ -147,14 +168,13 @@ class LastCheckpoint:
         except (UserError, KeyError):
             return False
 
-    def of(self, training: str, epochs: int | None = None) -> "LastCheckpoint":
+    def of(self, training: str) -> "LastCheckpoint":
         """That of another training of the same run; where it is of another run, or damaged, from the beginning."""
-        experiment, own_epochs, minutes, resume = self.how
-        how = self.path.with_suffix(f".{training}.pt"), experiment, epochs or own_epochs, minutes
+        path, (*how, resume) = self.path.with_suffix(f".{training}.pt"), self.how
         try:
-            return LastCheckpoint(*how, resume)
+            return LastCheckpoint(path, *how, resume, tower_epochs=self.tower_epochs)
         except UserError:
-            return LastCheckpoint(*how, False)
+            return LastCheckpoint(path, *how, False, tower_epochs=self.tower_epochs)
 
     def begin_again(self, tower) -> None:
         """Give a query tower the statistics and clusters that the training began with. Raises as `verify` does."""
@@ -233,6 +253,7 @@ class LastCheckpoint:
             "averaged": {"means": averaged.means, "steps": averaged.steps},
             "random": _random_states(),
             "history": {name: history[name] for name in HISTORY},
+            "towers_alone": history.get("towers_alone"),
             "embeddings_hash": history["data"]["embeddings_hash"],
             "seconds": {name: seconds for name, seconds in history["timing"].items() if name in TIMED},
             "best": best,
@@ -241,7 +262,8 @@ class LastCheckpoint:
         if processes.rank() == 0:
             since = time.monotonic()
             write_checkpoint(self.path, state)
-            self.path.with_suffix(".earlier.pt").unlink(missing_ok=True)
+            for no_longer in (".earlier.pt", ".towers.pt"):
+                self.path.with_suffix(no_longer).unlink(missing_ok=True)
             self.since = time.monotonic()
             self.cost = self.since - since
 
@@ -264,7 +286,8 @@ class LastCheckpoint:
             set_learned(batches.learned, self.saved["encoder"])
             optimiser.load_state_dict(self.saved["optimiser"])
             means, steps = (self.saved["averaged"][part] for part in ("means", "steps"))
-            if not _is_like(dict(enumerate(means)), dict(enumerate(averaged.means))) or steps < 1:
+            taken = {int(moment["step"]) for moment in moments.values()}
+            if not _is_like(dict(enumerate(means)), dict(enumerate(averaged.means))) or {steps} != taken:
                 raise ValueError("the mean weights are not those of this run")
             averaged.restore(means, steps)
             _set_random_states(self.saved["random"])

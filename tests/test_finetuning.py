@@ -317,7 +317,7 @@ def test_killed_while_the_encoder_learns_a_run_goes_on_to_the_same_bits(flags, f
     steps = [number for number, name in enumerate(events) if name == "after-step"]
     alone = forked(train.main, there("alone", "--tower_epochs", "2"))[1].count("after-step") - len(steps)  # an epoch's
     told = {  # in the towers' epoch, before the first validation of the encoder, in its last epoch
-        steps[1]: "towers   alone first, 1 epochs; resumed after 0 epochs and ",
+        steps[1]: "resume   in the training of the towers, after 0 epochs and ",
         steps[alone + 1]: "resume   after 0 epochs and ",
         steps[-2]: "resume   after 1 epochs and ",
     }
@@ -331,6 +331,28 @@ def test_killed_while_the_encoder_learns_a_run_goes_on_to_the_same_bits(flags, f
         assert found == expected
         assert all(torch.equal(weights[key], others[key]) for key in others)
         assert weights_hash(trained(tmp_path / name)) == weights_hash(trained(tmp_path / "whole"))
+
+
+def test_towers_that_are_trained_alone_are_gone_on_with_or_kept_like_all_else(flags, fails, forked, tmp_path):
+    flags = [*flags, "--tower_epochs", "2", "--checkpoint_minutes", "0", "--output_dir", str(tmp_path)]
+    path = tmp_path / "last_checkpoint.towers.pt"
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    steps = [number for number, name in enumerate(forked(train.main, flags)[1]) if name == "after-step"]
+    assert not path.exists()  # the encoder's own has taken its place
+    (tmp_path / "last_checkpoint.pt").unlink()
+    assert forked(train.main, [*flags, "--no_cache"], steps[2], kill)[0] == -signal.SIGKILL
+    before = path.read_bytes()
+    assert "--lr was 0.0001, is 0.5" in fails(*flags, "--resume", "--lr", "0.5")
+    path.write_bytes(before[:-9])
+    assert "is no RankRouter checkpoint" in fails(*flags, "--resume")
+    path.write_bytes(before)
+    code, _, out, _ = forked(train.main, [*flags, "--no_cache"], 3, kill)  # not resumed
+    assert code == -signal.SIGKILL
+    assert any(line.startswith("aside ") for line in out)
+    assert path.read_bytes() == before
 
 
 def test_more_epochs_are_another_schedule_and_not_gone_on_with(flags, fails, tmp_path):

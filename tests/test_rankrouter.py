@@ -266,6 +266,7 @@ def damage(checkpoint, *place, value=None):
         (("seen_queries",), torch.zeros(3)),
         (("args", "seed"), "x"),
         (("args", "margin"), float("nan")),
+        (("args", "unscaled"), "False"),
         (("encoder", "dtype"), 3),
         (("model_state_dict", "query_tower.mean"), torch.full((8,), float("nan"))),
         (("model_state_dict", "query_tower.mean"), torch.zeros(9)),
