@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tower_epochs",
         metavar="N",
         type=whole_number(0),
-        help="in which the towers learn alone first, on embeddings that stand; without it 2",
+        help="in which the towers learn alone first, on embeddings that stand; without it 5",
     )
     tuned.add_argument(
         "--encoder_lr", metavar="LR", type=positive, help="learning rate of the encoder; without it 5e-5"
