@@ -6,7 +6,7 @@ from support.command_line import OneLineParser, comma_separated, real_number, so
 
 # What is learned of an encoder by default, where it is trained.
 FINETUNING = {
-    "tower_epochs": 2,
+    "tower_epochs": 5,
     "encoder_lr": 5e-5,
     "warmup": 0.1,
     "max_grad_norm": 1.0,
