@@ -6,7 +6,7 @@ from support.command_line import OneLineParser, comma_separated, real_number, so
 
 # What is learned of an encoder by default, where it is trained.
 FINETUNING = {
-    "tower_epochs": 5,
+    "tower_epochs": 2,
     "encoder_lr": 5e-5,
     "warmup": 0.1,
     "max_grad_norm": 1.0,
@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tower_epochs",
         metavar="N",
         type=whole_number(0),
-        help="in which the towers learn alone first, on embeddings that stand; without it 5",
+        help="in which the towers learn alone first, on embeddings that stand; without it 2",
     )
     tuned.add_argument(
         "--encoder_lr", metavar="LR", type=positive, help="learning rate of the encoder; without it 5e-5"
