@@ -15,7 +15,7 @@ from support.checkpoints import is_plain, not_ours, read_checkpoint, write_check
 from support.files import UserError, one_line, valid_unicode
 
 FORMAT_VERSION = 3
-CHOICES = {"pooling": ("mean", "last"), "similarity_metric": ("dot", "cosine"), "loss_type": ("bpr", "bce", "hinge")}
+CHOICES = {"pooling": ("mean", "last"), "similarity_metric": ("dot", "cosine")}
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on how many others there are
 
 
@@ -257,13 +257,13 @@ class RankRouter(nn.Module):
         yield "a weight's dtype", all(tensor.dtype == dtypes[name] for name, tensor in weights.items())
         yield "a weight", all(tensor.isfinite().all() for tensor in weights.values())
         yield "the temperature", 0 < self.temperature < np.inf
-        yield "the margin", 0 <= args["margin"] < np.inf
         encoder = facts["encoder"]
         yield "a fact of the encoder", all(isinstance(encoder[key], str) for key in ("path", "fingerprint"))
         yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
         for name, choices in CHOICES.items():
             yield f"--{name}", args[name] in choices
-        yield "--unscaled", type(args["unscaled"]) is type(args["random_start"]) is bool
+        for name in ("unscaled", "random_start"):
+            yield f"--{name}", type(args[name]) is bool
         yield "--max_length", type(args["max_length"]) is int and 1 <= args["max_length"] <= 2**20
         yield "--seed", type(args["seed"]) is int and 0 <= args["seed"] < 2**32
         yield "--dropout", 0 <= args["dropout"] < 1

@@ -89,21 +89,21 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
     from support.batches import begin
     from support.beginning import begin_batches, begin_optimiser, begin_router
 
-    timing, saved, first = history["timing"], last.saved, None
+    timing, saved, towers = history["timing"], last.saved, None
     if last.towers:
-        first = fit_towers(args, split, embeddings, encoder, profiles, device, history, last.towers, keep)
+        towers = fit_towers(args, split, embeddings, encoder, profiles, device, history, last.towers, keep)
     with runs.timed(timing, "cluster"):
         router, points, cluster_idx, profile_facts = begin_router(
-            args, split, embeddings, profiles, device, last, first
+            args, split, embeddings, profiles, device, last, towers
         )
     if args.num_clusters:
         train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
         sizes = torch.bincount(cluster_idx.cpu()[train_queries], minlength=args.num_clusters).tolist()  # (K,)
         history["clusters"] = [{"size": size} for size in sizes]
-        if not first:
+        if not towers:
             print(f"cluster  {args.num_clusters} clusters of {min(sizes)} to {max(sizes)} training queries")
 
-    margin = args.margin if args.loss_type == "bpr" else 0.0  # of the link from scores to probabilities
+    margin = args.margin if args.loss_type == "bpr" else 0.0  # at which scores are read as probabilities, as they are
     loss_of = {
         "bpr": partial(bpr_loss, margin=args.margin),
         "bce": bce_loss,
@@ -117,7 +117,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
         return (len(history["train_losses"]) + (now.taken + 0.5) / len(now.steps)) / args.epochs
 
     optimiser = begin_optimiser(args, router, batches, progress)
-    # Where an encoder learns, rates fall to 0 instead: a mean of encoders is none, and its centroids would be others.
+    # Where an encoder learns there is no mean: rates fall to 0 instead, and centroids follow the weights as they are.
     averaged = RunningMean([] if batches.learned else list(router.parameters()), args.ema_decay)
     best, begun = {"weights": None, "facts": None}, None
     if saved:
@@ -159,7 +159,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
                 router.facts["trained"]["weights"] = copied(batches.learned)
             best = {"weights": copied(router.state_dict()), "facts": router.facts}
         keep(router, improved)
-        if improved or step is None:
+        if improved or step is None or batches.learned:
             printing.print_validation(number, step, len(epoch.steps), loss, val, improved)
 
     def is_over() -> bool:
@@ -205,7 +205,10 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
 
 
 def fit_towers(args: argparse.Namespace, split, embeddings, encoder, profiles, device, history: dict, last, keep):
-    """A router on embeddings (Q, H) that stand, from which an encoder is trained; fills `history`."""
+    """A router on embeddings (Q, H) that stand, from which an encoder is trained; fills `history`.
+
+    `last` has no towers before it, so that `fit` trains once; `best_model.pt` is not of this part.
+    """
     alone = vars(args) | {"finetune_encoder": False, "epochs": args.tower_epochs, "patience": None}
     found = last.history | {"timing": {}, "data": history["data"]}
     history["towers_alone"] = {name: found[name] for name in ("train_losses", "val_metrics", "validations")}

@@ -29,21 +29,21 @@ def capability_profiles(args: argparse.Namespace, split, cluster_idx: torch.Tens
 
 
 def begin_router(
-    args: argparse.Namespace, split, embeddings: torch.Tensor, profiles, device, last, first: RankRouter | None = None
+    args: argparse.Namespace, split, embeddings: torch.Tensor, profiles, device, last, towers: RankRouter | None = None
 ) -> tuple:
     """A router for the split's models, the same in all processes, from embeddings (Q, H) of its queries.
 
     Statistics, clusters and vectors see training queries only. Where `last` has them of a run that goes on, statistics
-    and clusters are those; else it is told of them. It begins with the weights of `first`, where there is such. Returns
-    also the standardised embeddings (Q, H), their clusters (Q,), and the facts of the vectors.
+    and clusters are those; else it is told of them. It begins with the weights of `towers`, where there are such.
+    Returns also the standardised embeddings (Q, H), their clusters (Q,), and the facts of the vectors.
     """
     torch.manual_seed(args.seed)
     router = RankRouter(split.train.model_names, embeddings.shape[1], vars(args))
     tower, trained_on = router.query_tower, torch.from_numpy(split.train.fought[0])  # (Qt,)
     if last.saved:
         last.begin_again(tower)
-    elif first:
-        router.load_state_dict(first.state_dict())
+    elif towers:
+        router.load_state_dict(towers.state_dict())
     elif processes.rank() == 0:
         tower.fit(embeddings[trained_on], args.seed)
     processes.broadcast(list(router.state_dict().values()))
@@ -51,7 +51,7 @@ def begin_router(
     points = tower.standardise(embeddings.to(device))  # (Q, H)
     cluster_idx = tower.to(device).assign(points)  # (Q,)
     vectors, facts = capability_profiles(args, split, cluster_idx, profiles)  # (M, C)
-    if vectors is not None and not first:
+    if vectors is not None and not towers:
         router.model_tower.set_capabilities(vectors)
     if args.freeze_capabilities:
         router.model_tower.capability.weight.requires_grad_(False)

@@ -59,7 +59,7 @@ def draw(groups: list[list[Run]], rows: list[dict], folder: Path) -> list[Path]:
 
 
 def training(groups: list[list[Run]], rows: list[dict]) -> Figure:
-    """Training loss and validation AUC per epoch, a line a run, a colour a group; a dot on the epoch that was kept."""
+    """Training loss and validation AUC per epoch, a line a run, a colour a group; a dot on the moment that was kept."""
     names = [ending(row["run"], 100) for row in rows]
     columns = 2 if max(map(len, names)) <= 60 else 1
     figure = Figure(figsize=(11, 4.2 + 0.2 * len(rows) / columns), layout="constrained")
@@ -70,7 +70,8 @@ def training(groups: list[list[Run]], rows: list[dict]) -> Figure:
             for axes, values in ((loss, run.train_losses), (auc, run.val_aucs)):
                 label = name if place == 0 and axes is loss else None
                 axes.plot(values, **style, linewidth=1.3, alpha=0.8, label=label)
-                axes.plot(run.best_epoch, values[run.best_epoch], "o", color=style["color"], markersize=5)
+                kept = run.val_auc if axes is auc else values[run.best_epoch]  # which may lie within the epoch
+                axes.plot(run.best_epoch, kept, "o", color=style["color"], markersize=5)
     loss.set_ylabel("training loss, mean of a battle")
     auc.set_ylabel("validation AUC")
     for axes in (loss, auc):
@@ -96,7 +97,7 @@ def reliability(groups: list[list[Run]], rows: list[dict]) -> Figure:
             battles, probability, won = pooled([run.calibration[name]["bins"] for run in members])
             errors[name] = np.mean([run.calibration[name]["expected_calibration_error"] for run in members])
             axes.scatter(probability, won, s=4 + 600 * battles / battles.sum(), color=colour, alpha=0.6, linewidth=0)
-        told = "ECE {uncalibrated:.3f} at T = 1 (grey), {calibrated:.3f} at the fitted T (blue)".format(**errors)
+        told = "ECE {uncalibrated:.3f} as trained (grey), {calibrated:.3f} at the fitted T (blue)".format(**errors)
         axes.set_title(f"{ending(row['run'], 46)}\n{told}", fontsize=8)
         axes.tick_params(labelbottom=True, labelleft=True)
         tidy(axes)

@@ -105,9 +105,10 @@ def verdict(interval: list[float], name: str, num_queries: int) -> str:
 def print_test(history: dict) -> None:
     """The final table of a history, that of its score table, and on the demo the share of the gap closed."""
     size, intervals = history["data"]["split"]["test"], history["test_intervals"]
-    print(
-        f"\ntest     epoch {history['best_epoch']}, once, on {size['battles']} battles of {size['queries']} queries\n"
-    )
+    moment = f"epoch {history['best_epoch']}"
+    if history["best_step"] is not None:
+        moment += f" at step {history['best_step']}"
+    print(f"\ntest     {moment}, once, on {size['battles']} battles of {size['queries']} queries\n")
     rows = {"RankRouter": history["test_metrics"]}
     for end, label in enumerate(("  95 % from", "         to")):
         rows[label] = {name: bounds and bounds[end] for name, bounds in intervals.items()}

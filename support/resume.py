@@ -286,8 +286,8 @@ class LastCheckpoint:
             set_learned(batches.learned, self.saved["encoder"])
             optimiser.load_state_dict(self.saved["optimiser"])
             means, steps = (self.saved["averaged"][part] for part in ("means", "steps"))
-            taken = {int(moment["step"]) for moment in moments.values()}
-            if not _is_like(dict(enumerate(means)), dict(enumerate(averaged.means))) or {steps} != taken:
+            taken = max(int(moment["step"]) for moment in moments.values())
+            if not _is_like(dict(enumerate(means)), dict(enumerate(averaged.means))) or steps != taken:
                 raise ValueError("the mean weights are not those of this run")
             averaged.restore(means, steps)
             _set_random_states(self.saved["random"])

@@ -4,7 +4,7 @@ import argparse
 
 from support.command_line import OneLineParser, comma_separated, real_number, some_path, whole_number
 
-# What is learned of an encoder by default, where it is trained.
+# Defaults of the flags that --finetune_encoder brings.
 FINETUNING = {
     "tower_epochs": 2,
     "encoder_lr": 5e-5,
@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tower_epochs",
         metavar="N",
         type=whole_number(0),
-        help="in which the towers learn alone first, on embeddings that stand; without it 2",
+        help="epochs of the towers alone before, in batches of --batch_size; without it 2",
     )
     tuned.add_argument(
         "--encoder_lr", metavar="LR", type=positive, help="learning rate of the encoder; without it 5e-5"
@@ -173,7 +173,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--ema_decay",
         type=share,
         default=0.999,
-        help="per step, of the running mean of weights that is validated and kept; 0: the weights themselves",
+        help="per step, of the running mean of weights that is kept, until an encoder learns; 0: no mean",
     )
     training.add_argument("--weight_decay", type=not_negative, default=0.01, help="of AdamW, decoupled")
     training.add_argument("--seed", type=seed, default=42, help="of clusters, initial weights and batches")

@@ -218,10 +218,8 @@ def bench_step(args) -> None:
                 product()
             lone.step()
 
-    batches, averaged = (
-        BattleBatches(points, cluster_idx, battles, batch_size),
-        RunningMean([*router.parameters()], 0.999),
-    )
+    batches = BattleBatches(points, cluster_idx, battles, batch_size)
+    averaged = RunningMean(list(router.parameters()), 0.999)
 
     def epoch():
         for _ in train_epoch(router, optimiser, partial(bpr_loss, margin=1.0), batches, begin(batches)):

@@ -33,7 +33,8 @@ def test_within_it_the_weights_are_their_means_and_after_it_they_are_themselves(
     assert torch.equal(weight, torch.zeros(3))
 
 
-def test_what_is_kept_is_the_mean_of_the_weights_of_all_steps(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("eval_every", ["0", "9"])
+def test_what_is_kept_is_the_mean_of_the_weights_of_all_steps_until_then(small, tmp_path, monkeypatch, eval_every):
     seen, update = [], RunningMean.update
 
     def watched(self):
@@ -41,16 +42,19 @@ def test_what_is_kept_is_the_mean_of_the_weights_of_all_steps(small, tmp_path, m
         update(self)
 
     monkeypatch.setattr(RunningMean, "update", watched)
-    flags = ["--ema_decay", "0.4", "--eval_every", "0", "--epochs", "1", "--batch_size", "10"]
+    flags = ["--ema_decay", "0.4", "--eval_every", eval_every, "--epochs", "1", "--batch_size", "8", "--lr", "0.3"]
     train.main([*small, *flags, "--output_dir", str(tmp_path)])
     router = RankRouter.load(tmp_path / "best_model.pt")
+    step = router.facts["step"]
+    assert (step is None) == (eval_every == "0")
+    seen = seen[:step]
     shares = np.array([0.6] * len(seen))  # of each step: (1 - decay) times the decays of all that follow
     shares[:5] = [1 - (1 + t) / (10 + t) for t in range(1, 6)]  # while these decays are below 0.4
     weights = [share * np.prod(1 - shares[t + 1 :]) for t, share in enumerate(shares)]
-    assert sum(weights) == pytest.approx(1, abs=1e-6)  # nothing is left of the beginning
+    assert sum(weights) == pytest.approx(1, abs=1e-4)  # next to nothing is left of the beginning
     for place, kept in enumerate(router.parameters()):
         expected = sum(weight * step[place] for weight, step in zip(weights, seen, strict=True))
-        torch.testing.assert_close(kept, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(kept, expected, atol=2e-4, rtol=0)
 
 
 def test_no_decay_keeps_the_weights_themselves(small, tmp_path):

@@ -227,7 +227,12 @@ def test_clusters_keep_their_members_while_the_encoder_moves(flags, tmp_path):
 # --- the towers first ----------------------------------------------------------------------------------------
 
 
-def test_the_encoder_is_trained_from_the_best_moment_of_its_towers(small, flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("vectors", ["random", "win_rate"])
+def test_the_encoder_is_trained_from_the_best_moment_of_its_towers(small, flags, tmp_path, monkeypatch, vectors):
+    if vectors == "win_rate":
+        place = small.index("--capability_dim")
+        small = [*small[:place], *small[place + 2 :], "--capability_init", "win_rate"]
+        flags = [*small, *flags[len(small) :]]
     train.main([*small, "--epochs", "2", "--eval_every", "2", "--output_dir", str(tmp_path / "frozen")])
     begun, train_epoch = [], train.train_epoch
 

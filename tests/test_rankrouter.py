@@ -254,7 +254,7 @@ def damage(checkpoint, *place, value=None):
     ("place", "value"),
     [
         *(((name,), None) for name in FACTS),
-        *((("args", name), None) for name in ("loss_type", "margin", "max_length", "pooling", "seed")),
+        *((("args", name), None) for name in ("unscaled", "max_length", "pooling", "seed")),
         *((("encoder", name), None) for name in ("path", "fingerprint", "dtype")),
         *((("temperature",), value) for value in (0.0, -1.0, float("nan"), float("inf"), "1")),
         (("best_single_model",), "stranger"),
@@ -265,7 +265,6 @@ def damage(checkpoint, *place, value=None):
         (("profiles",), {"kind": "file", "columns": ["x"], "mean": [0.0], "scale": [1.0]}),
         (("seen_queries",), torch.zeros(3)),
         (("args", "seed"), "x"),
-        (("args", "margin"), float("nan")),
         (("args", "unscaled"), "False"),
         (("encoder", "dtype"), 3),
         (("model_state_dict", "query_tower.mean"), torch.full((8,), float("nan"))),
