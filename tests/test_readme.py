@@ -58,7 +58,7 @@ def test_the_output_to_expect_is_what_a_run_prints(demo_dir, tmp_path, capsys):
     expected = re.search(r"It ends with.*?```text\n(.*?)```", README, re.DOTALL)[1]
 
     def shape(text):
-        text = re.sub(r" {2}best$", "", text, flags=re.MULTILINE).replace(str(tmp_path), "outputs")
+        text = re.sub(r" {2}best$| at step \d+", "", text, flags=re.MULTILINE).replace(str(tmp_path), "outputs")
         text = re.sub(r"(better|worse) than [\w -]+$|no (difference|verdict) .*$", "verdict", text, flags=re.MULTILINE)
         return re.sub(r"[+-]?\d+(\.\d+)?", "0", text).split()
 
