@@ -16,8 +16,10 @@ from support import processes
 from support.files import UserError, atomic_write, reason
 from support.history import NO_HISTORY, parse
 
-OUTPUTS = ("training_history.json", "best_model.pt", "last_checkpoint.pt", "last_checkpoint.towers.pt")
-OUTPUTS += ("last_checkpoint.ceiling.pt", "last_checkpoint.ceiling.towers.pt")
+OUTPUTS = (
+    *("training_history.json", "best_model.pt", "last_checkpoint.pt", "last_checkpoint.towers.pt"),
+    *("last_checkpoint.ceiling.pt", "last_checkpoint.ceiling.towers.pt"),
+)
 
 
 def write_history(output_dir: str, history: dict) -> None:

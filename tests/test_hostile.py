@@ -355,7 +355,7 @@ def test_a_last_checkpoint_of_odd_values_is_refused_before_anything_follows_from
         put("args", "embedding_dim", value=0),
         put("args", "pooling", value="zzz"),
         put("args", "similarity_metric", value="zz"),
-        put("args", "loss_type", value=5),
+        put("args", "unscaled", value=5),
         put("args", "max_length", value=0),
     ],
 )

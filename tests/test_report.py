@@ -427,7 +427,7 @@ def test_reliability_shows_the_bins_and_pools_seeds_by_their_battles(write, draw
     for dots in axes.collections:
         assert dots.get_offsets().tolist() == [[pytest.approx(0.55), pytest.approx(0.45)], [0.85, 0.9]]
         assert np.diff(dots.get_sizes()) == pytest.approx(600 * (10 - 4) / 14)
-    assert "ECE 0.200 at T = 1 (grey), 0.100 at the fitted T (blue)" in axes.get_title()
+    assert "ECE 0.200 as trained (grey), 0.100 at the fitted T (blue)" in axes.get_title()
 
 
 def test_baselines_show_intervals_and_differences(write, drawn, default_run):
