@@ -88,6 +88,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
     from support.averaging import RunningMean
     from support.batches import begin
     from support.beginning import begin_batches, begin_optimiser, begin_router
+    from support.comparison import link_margin
 
     timing, saved, towers = history["timing"], last.saved, None
     if last.towers:
@@ -103,7 +104,7 @@ def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, 
         if not towers:
             print(f"cluster  {args.num_clusters} clusters of {min(sizes)} to {max(sizes)} training queries")
 
-    margin = args.margin if args.loss_type == "bpr" else 0.0  # at which scores are read as probabilities, as they are
+    margin = link_margin(args)
     loss_of = {
         "bpr": partial(bpr_loss, margin=args.margin),
         "bce": bce_loss,

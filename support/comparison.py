@@ -103,6 +103,11 @@ class Judge:
         return rows
 
 
+def link_margin(args: argparse.Namespace) -> float:
+    """The margin at which scores are read as probabilities as they are, by `metrics.log_win_probability`."""
+    return args.margin if args.loss_type == "bpr" else 0.0
+
+
 def test(args: argparse.Namespace, split, router, trained: tuple, pretrained: tuple, history: dict) -> None:
     """Test, once, with the weights that were kept, and beside the baselines; fills `history`.
 
@@ -110,10 +115,9 @@ def test(args: argparse.Namespace, split, router, trained: tuple, pretrained: tu
     that it began with, which are what baselines get.
     """
     asked, timing = split.test.fought[0], history["timing"]
-    margin = args.margin if args.loss_type == "bpr" else 0.0
     with timed(timing, "evaluate"):
         test_scores = router.score(*(column[asked] for column in trained))  # (Q, M)
-        judge = Judge(split, test_scores, margin, router.temperature, args.seed)
+        judge = Judge(split, test_scores, link_margin(args), router.temperature, args.seed)
         history |= judge.results()
         if args.num_clusters:
             history["clusters"] = describe_clusters(router, *trained, split.train)
