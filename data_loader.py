@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import UserError, content_hash
-from support.layouts import Rows, find_layout, listed
-from support.tables import SUFFIXES, find_files, open_table
+from support.data.formats import SUFFIXES, find_files, open_table
+from support.data.layouts import Rows, find_layout, listed
+from support.system.errors import UserError
+from support.system.files import content_hash
 
 COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, (N,) each
 DOWNLOAD = (
@@ -21,10 +22,10 @@ DOWNLOAD = (
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The R rows of score tables, with what each of M models scored on a query."""
+    """R rows of score tables: a query and what each of the M models scored on it."""
 
     query_idx: np.ndarray  # (R,) int64 into the queries of the battles
-    scores: np.ndarray  # (R, M) float64, higher is better, NaN where a model has none
+    scores: np.ndarray  # (R, M) float64, higher is better, NaN where missing
 
 
 @dataclass(frozen=True)
@@ -37,37 +38,46 @@ class Battles:
     model_a_idx: np.ndarray  # (N,) int64 into model_names
     model_b_idx: np.ndarray  # (N,) int64 into model_names
     outcome: np.ndarray  # (N,) float32, P(a is better): 1, 0, or 0.5 for a tie
-    table: ScoreTable | None = None  # the score tables that battles come from
+    table: ScoreTable | None = None  # the score tables from which battles were made
 
     def __len__(self) -> int:
         return len(self.outcome)
 
     @cached_property
-    def fought(self) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct queries of the battles, into `queries` (Qd,), and each battle's place among them (N,)."""
-        return np.unique(self.query_idx, return_inverse=True)
+    def unique_queries(self) -> np.ndarray:
+        """The distinct queries of the battles, sorted: int64 (Qd,) into `queries`."""
+        return np.unique(self.query_idx)
+
+    @cached_property
+    def query_rows(self) -> np.ndarray:
+        """Each battle's row in `unique_queries`: int64 (N,)."""
+        return np.searchsorted(self.unique_queries, self.query_idx)
+
+    @cached_property
+    def unique_models(self) -> np.ndarray:
+        """The distinct models of the battles, sorted: int64 into `model_names`."""
+        return np.union1d(self.model_a_idx, self.model_b_idx)
 
     def margins(self, scores: np.ndarray) -> np.ndarray:
-        """Margins d (N,) of the battles from scores (Qd, M) of their distinct queries, as `fought` orders them.
+        """Margins d = s_a - s_b of the battles, (N,).
 
-        Scores that are the same for every query may be one row (1, M).
+        scores: (Qd, M), a row per query of `unique_queries`; or (1, M), where scores ignore the query.
         """
-        queries, row = self.fought
-        scores = np.broadcast_to(scores, (len(queries), len(self.model_names)))  # (Qd, M)
-        return scores[row, self.model_a_idx] - scores[row, self.model_b_idx]
+        scores = np.broadcast_to(scores, (len(self.unique_queries), len(self.model_names)))  # (Qd, M)
+        return scores[self.query_rows, self.model_a_idx] - scores[self.query_rows, self.model_b_idx]
 
     def select(self, keep: np.ndarray) -> "Battles":
-        """The battles of a boolean mask (N,) or of indices; queries, models and the table stay as they are."""
+        """The battles that `keep`, a boolean mask (N,) or indices, selects; queries, models and table are shared."""
         return replace(self, **{name: getattr(self, name)[keep] for name in COLUMNS})
 
-    def joined(self, other: "Battles") -> "Battles":
-        """These battles and those of another selection of the same ones."""
+    def concatenate(self, other: "Battles") -> "Battles":
+        """These battles followed by those of `other`, a selection from the same queries and models."""
         return replace(self, **{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in COLUMNS})
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training, validation and test battles over one list of queries, those in use, and of models, those trained."""
+    """Training, validation and test battles, which share their lists of queries (used) and models (trained)."""
 
     train: Battles
     val: Battles  # no ties
@@ -75,7 +85,7 @@ class Split:
 
 
 def data_files(path: str) -> list[Path]:
-    """The files at `path`. Raises `UserError`, with the way to get Chatbot Arena, where there are none."""
+    """The data files at `path`. Raises `UserError`, which says how to get Chatbot Arena, if there are none."""
     files = find_files(path)
     if not files:
         raise UserError(f"no data at {path}: expected a file, a glob, or a folder of {listed(SUFFIXES)}; {DOWNLOAD}")
@@ -85,12 +95,17 @@ def data_files(path: str) -> list[Path]:
 def load_battles(
     path: str, score_columns: list[str] | None = None, limit: int | None = None, seed: int = 42
 ) -> tuple[Battles, dict]:
-    """Read the battles at `path` (a file, a folder, or a glob of shards) and count what was left out and why.
+    """Load the battles at `path`, and count the rows that were dropped by reason.
 
-    Queries are distinct up to white space and keep the first spelling seen. Every pair of models in a row of a
-    score table is a battle. `score_columns` names the models of a wide score table outright; `limit` keeps the
-    battles of that many queries, drawn by `seed`. Returns the battles and the counts for the history. Raises
-    `UserError` where a file cannot be read, has no known layout, or leaves no battle.
+    Queries that differ only in white space are the same, spelled as they first occur. Each pair of models scored in
+    the same row of a score table becomes a battle.
+
+    path: a file, a folder, or a glob.
+    score_columns: the columns of a wide score table that are models; by default all that can be.
+    limit: keep the battles of this many queries, drawn with `seed`; by default all.
+
+    Returns the battles and the counts for the history. Raises `UserError` where a file cannot be read or has no known
+    layout, or no battle is left.
     """
     files = data_files(path)
     rows, layouts = Rows(), set()
@@ -100,41 +115,39 @@ def load_battles(
         layouts.add(layout)
         for chunk in table.read(layout.columns):
             rows.add(chunk, layout)
-    queries, model_names, fights, scores, outside_limit = rows.finish(limit, seed)
-    query_idx, model_a_idx, model_b_idx = fights[:, :3].astype(np.int64).T  # (N,) each
-    outcome = fights[:, 3].astype(np.float32)  # (N,)
+    model_names, pairs, scores, outside_limit = rows.finish(limit, seed)
+    if not len(pairs):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items()) or "none"
+        found = f"{rows.num_read} rows read, rows dropped: {reasons}"
+        raise UserError(f"no usable battle in {path}: {found}; expected battles between at least two models")
+    query_idx, model_a_idx, model_b_idx = pairs[:, :3].astype(np.int64).T  # (N,) each
+    queries, outcome = [text for _, text in rows.queries.values()], pairs[:, 3].astype(np.float32)  # (Q,), (N,)
     table = _score_table(scores, len(model_names)) if len(scores) else None
     battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, outcome, table)
-    if len(battles) == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items()) or "none"
-        raise UserError(
-            f"no usable battle in {path}: {rows.read} rows read, rows dropped: {reasons}; "
-            "expected battles between at least two models"
-        )
     counts = {
         "path": str(path),
         "content_hash": content_hash(files),
         "layouts": sorted({layout.kind for layout in layouts}),
         "score_columns": sorted({name for layout in layouts for name in layout.models}),
-        "rows_read": rows.read,
+        "rows_read": rows.num_read,
         "rows_dropped": dict(rows.dropped),
         "scores_missing": rows.scores_missing,
         "queries_repaired": rows.repaired,
         "queries_outside_limit": outside_limit,
         "battles": len(battles),
         "ties": int((battles.outcome == 0.5).sum()),
-        "queries": len(np.unique(battles.query_idx)),
-        "models": len(np.union1d(battles.model_a_idx, battles.model_b_idx)),
+        "queries": len(battles.unique_queries),
+        "models": len(battles.unique_models),
     }
     return battles, counts
 
 
 def _score_table(scores: np.ndarray, num_models: int) -> ScoreTable:
-    """Scores (S, 4) as row, query, model, score, with a line a row."""
+    """The table of single scores (S, 4): table row, query, model, score."""
     _, first, row = np.unique(scores[:, 0], return_index=True, return_inverse=True)  # (R,), (S,)
     table = np.full((len(first), num_models), np.nan)  # (R, M)
     table[row, scores[:, 2].astype(np.int64)] = scores[:, 3]
-    return ScoreTable(scores[first, 1].astype(np.int64), table)
+    return ScoreTable(query_idx=scores[first, 1].astype(np.int64), scores=table)
 
 
 def split_battles(
@@ -145,92 +158,113 @@ def split_battles(
     pairs_per_query: int | None = None,
     hold_out: str | None = None,
 ) -> tuple[Split, dict]:
-    """Split battles 80/10/10 into training, validation and test, by `seed`.
+    """Split battles 80/10/10 into training, validation and test.
 
-    `by` "query" puts all battles of a query on one side; "battle" draws single battles, as published code
-    does. Ties are left out of validation and test, and of training where `ties` is "drop"; the sides themselves
-    do not depend on it, nor on `hold_out`, a model whose battles are left out. Of a query's training battles at most
-    `pairs_per_query` are drawn. Battles of a model that training never saw are left out of validation and test. A side
-    holds those rows of a score table that are of its queries and whose scores differ; where single battles are drawn,
-    it holds none, as no row is of one side.
-    Returns the split and its counts. Raises `UserError` where a side is left empty, or no model is named `hold_out`.
+    seed: alone decides which queries (or battles) are on which side, and which battles `pairs_per_query` draws.
+    by: "query" keeps all battles of a query on one side; "battle" draws single battles, as published code does.
+    ties: "drop" leaves ties out of training, "half" keeps them; validation and test never have any.
+    pairs_per_query: draw at most this many training battles of each query; by default all.
+    hold_out: the name of a model to leave out, with all its battles.
+
+    Returns the split and its counts. Raises `UserError` where a side is empty or no model is named `hold_out`.
     """
-    units = battles.query_idx if by == "query" else np.arange(len(battles))
-    distinct, unit_idx = np.unique(units, return_inverse=True)  # (U,), (N,)
-    order = np.random.default_rng(seed).permutation(len(distinct))  # (U,)
-    tenth = max(1, round(len(distinct) / 10))
-    side_of_unit = np.full(len(distinct), "train")  # (U,)
-    side_of_unit[order[:tenth]] = "test"
-    side_of_unit[order[tenth : 2 * tenth]] = "val"
-    side = side_of_unit[unit_idx]  # (N,)
+    # 1. The side of each query, or of each single battle.
+    units = battles.unique_queries if by == "query" else np.arange(len(battles))  # (U,)
+    side_of_unit = _draw_sides(len(units), seed)  # (U,)
+    side = side_of_unit[battles.query_rows] if by == "query" else side_of_unit  # (N,)
 
-    tie = battles.outcome == 0.5
-    in_train = (side == "train") & (~tie if ties == "drop" else True)  # (N,)
-    num_train = int(in_train.sum())
-    if pairs_per_query:
-        in_train = _draw(in_train, battles.query_idx, pairs_per_query, seed)  # (N,)
-    num_drawn = int(in_train.sum())
-    if hold_out is not None:
-        if hold_out not in battles.model_names:
-            raise UserError(f"no model is named {hold_out!r}; found {listed(battles.model_names)}")
-        number = battles.model_names.index(hold_out)
-        in_train &= (battles.model_a_idx != number) & (battles.model_b_idx != number)  # (N,)
-    seen = np.union1d(battles.model_a_idx[in_train], battles.model_b_idx[in_train])  # (M,)
-    known = np.isin(battles.model_a_idx, seen) & np.isin(battles.model_b_idx, seen)  # (N,)
-    held_out = (side != "train") & ~tie & known  # (N,)
-    used = np.unique(battles.query_idx[in_train | held_out])  # (Q,)
-    renumbered = Battles(
-        queries=[battles.queries[i] for i in used],
-        model_names=[battles.model_names[i] for i in seen],
-        query_idx=np.searchsorted(used, battles.query_idx),
-        model_a_idx=np.searchsorted(seen, battles.model_a_idx),
-        model_b_idx=np.searchsorted(seen, battles.model_b_idx),
-        outcome=battles.outcome,
-    )
-    masks = {"train": in_train, "val": held_out & (side == "val"), "test": held_out & (side == "test")}  # (N,) each
-    split = Split(**{name: renumbered.select(mask) for name, mask in masks.items()})
-    sizes = {name: {"battles": len(part), "queries": len(part.fought[0])} for name, part in vars(split).items()}
-    empty = [name for name, size in sizes.items() if size["battles"] == 0]
-    if empty:
-        raise UserError(
-            f"the split leaves no battle for {listed(empty)}: found {len(battles)} battles, {int(tie.sum())} of "
-            f"them ties, over {len(np.unique(battles.query_idx))} queries; more battles are needed"
-        )
-    table_rows = None
-    if battles.table is not None and by == "query":
-        scores = battles.table.scores[:, seen]  # (R, M)
-        differ = np.fmax.reduce(scores, axis=1) > np.fmin.reduce(scores, axis=1)  # (R,), fmax and fmin pass NaN over
-        row_side = side_of_unit[np.searchsorted(distinct, battles.table.query_idx)]  # (R,)
-        rows_of = {name: differ & (row_side == name) for name in masks}  # (R,) each
-        table_rows = {name: int(rows.sum()) for name, rows in rows_of.items()}
-        table_rows["without_a_difference"] = int((~differ).sum())
-        if table_rows["train"] and table_rows["test"]:  # one without the other says nothing
-            query_idx = np.searchsorted(used, battles.table.query_idx)  # (R,)
-            tables = {name: ScoreTable(query_idx[rows], scores[rows]) for name, rows in rows_of.items()}
-            split = Split(**{name: replace(part, table=tables[name]) for name, part in vars(split).items()})
+    # 2. Training battles: ties dropped, pairs drawn, a model held out, each if requested.
+    is_tie = battles.outcome == 0.5  # (N,)
+    candidates = (side == "train") & (~is_tie if ties == "drop" else True)  # (N,)
+    drawn = _draw_battles(candidates, battles.query_idx, pairs_per_query, seed) if pairs_per_query else candidates
+    in_train = drawn if hold_out is None else drawn & ~_has_model(battles, hold_out)  # (N,)
+
+    # 3. Validation and test battles: no ties, and only models that training saw.
+    trained = battles.select(in_train).unique_models  # (M,)
+    is_trained = np.isin(battles.model_a_idx, trained) & np.isin(battles.model_b_idx, trained)  # (N,)
+    decisive = (side != "train") & ~is_tie  # (N,)
+    in_use = in_train | (decisive & is_trained)  # (N,)
+
+    # 4. Only the queries and models in use, renumbered; these models are `trained`.
+    kept = battles.select(in_use)
+    renumbered = _renumber(kept)
+    split = Split(**{name: renumbered.select(side[in_use] == name) for name in ("train", "val", "test")})
+    if empty := [name for name, part in vars(split).items() if not len(part)]:
+        found = f"{len(battles)} battles, {is_tie.sum()} of them ties, over {len(battles.unique_queries)} queries"
+        raise UserError(f"the split leaves no battle for {listed(empty)}: found {found}; more battles are needed")
+
+    # 5. The rows of a score table, on the side of their query. A split by battle has no side for a row.
+    table, table_rows = battles.table, None
+    if table is not None and by == "query":
+        row_side = side_of_unit[np.searchsorted(units, table.query_idx)]  # (R,)
+        table = ScoreTable(np.searchsorted(kept.unique_queries, table.query_idx), table.scores[:, trained])
+        split, table_rows = _with_tables(split, table, row_side)
+
     counts = {
-        "split": sizes,
-        "ties_left_out": int((tie & ((side != "train") | (ties == "drop"))).sum()),
-        "training_battles_not_drawn": num_train - num_drawn,
-        "training_battles_held_out": num_drawn - int(in_train.sum()),
+        "split": {name: {"battles": len(b), "queries": len(b.unique_queries)} for name, b in vars(split).items()},
+        "ties_left_out": int((is_tie & ((side != "train") | (ties == "drop"))).sum()),
+        "training_battles_not_drawn": int((candidates & ~drawn).sum()),
+        "training_battles_held_out": int((drawn & ~in_train).sum()),
         "table_rows": table_rows,
-        "unseen_model_battles": int(((side != "train") & ~tie & ~known).sum()),
+        "unseen_model_battles": int((decisive & ~is_trained).sum()),
         "test_queries_in_train": len(np.intersect1d(split.train.query_idx, split.test.query_idx)),
     }
     return split, counts
 
 
-def query_ids(queries: list[str]) -> np.ndarray:
-    """A number (Q,), int64, for each query, by its text with white space folded: 64 bits of its SHA-256."""
-    digests = (hashlib.sha256(" ".join(query.split()).encode()).digest()[:8] for query in queries)
-    return np.frombuffer(b"".join(digests), np.int64).copy()  # (Q,), to write to, as torch wants it
+def _draw_sides(num_units: int, seed: int) -> np.ndarray:
+    """The side of each unit, (U,): a tenth "test", a tenth "val", the rest "train"."""
+    order = np.random.default_rng(seed).permutation(num_units)  # (U,)
+    tenth = max(1, round(num_units / 10))
+    side = np.full(num_units, "train")  # (U,)
+    side[order[:tenth]], side[order[tenth : 2 * tenth]] = "test", "val"
+    return side
 
 
-def _draw(mask: np.ndarray, query_idx: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """A mask (N,) of at most `most` battles of each query among those of `mask` (N,), drawn by `seed`."""
+def _draw_battles(mask: np.ndarray, query_idx: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """A mask (N,) of at most `most` battles of each query, drawn from those of `mask` (N,)."""
+    import pandas as pd
+
     shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(mask))  # (n,)
-    shuffled = shuffled[np.argsort(query_idx[shuffled], kind="stable")]  # (n,), a query's battles side by side
-    _, first, row = np.unique(query_idx[shuffled], return_index=True, return_inverse=True)  # (q,), (n,)
-    drawn = np.zeros(len(mask), bool)  # (N,)
-    drawn[shuffled[np.arange(len(shuffled)) - first[row] < most]] = True
-    return drawn
+    place = pd.Series(query_idx[shuffled]).groupby(query_idx[shuffled]).cumcount()  # (n,) among those of its query
+    return np.isin(np.arange(len(mask)), shuffled[place < most])  # (N,)
+
+
+def _has_model(battles: Battles, name: str) -> np.ndarray:
+    """Which battles the model takes part in, (N,)."""
+    if name not in battles.model_names:
+        raise UserError(f"no model is named {name!r}; found {listed(battles.model_names)}")
+    model_idx = battles.model_names.index(name)
+    return (battles.model_a_idx == model_idx) | (battles.model_b_idx == model_idx)
+
+
+def _renumber(battles: Battles) -> Battles:
+    """The battles over only the queries and models that occur in them, without their score table."""
+    return Battles(
+        queries=[battles.queries[i] for i in battles.unique_queries],
+        model_names=[battles.model_names[i] for i in battles.unique_models],
+        query_idx=battles.query_rows,
+        model_a_idx=np.searchsorted(battles.unique_models, battles.model_a_idx),
+        model_b_idx=np.searchsorted(battles.unique_models, battles.model_b_idx),
+        outcome=battles.outcome,
+    )
+
+
+def _with_tables(split: Split, table: ScoreTable, row_side: np.ndarray) -> tuple[Split, dict[str, int]]:
+    """Split the rows of a score table whose scores differ by `row_side` (R,), and count them.
+
+    Training chooses the best single model on its rows and test evaluates it, so without rows on both no side has any.
+    """
+    differ = np.fmax.reduce(table.scores, axis=1) > np.fmin.reduce(table.scores, axis=1)  # (R,), NaN is ignored
+    masks = {name: differ & (row_side == name) for name in vars(split)}  # (R,) each
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    if counts["train"] and counts["test"]:
+        tables = {name: ScoreTable(table.query_idx[mask], table.scores[mask]) for name, mask in masks.items()}
+        split = Split(**{name: replace(side, table=tables[name]) for name, side in vars(split).items()})
+    return split, counts | {"without_a_difference": int((~differ).sum())}
+
+
+def query_ids(queries: list[str]) -> np.ndarray:
+    """An id for each query's text with white space folded: the first 64 bits of its SHA-256, int64 (Q,)."""
+    digests = (hashlib.sha256(" ".join(query.split()).encode()).digest()[:8] for query in queries)
+    return np.frombuffer(b"".join(digests), np.int64).copy()  # (Q,), writable, as torch expects

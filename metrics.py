@@ -1,84 +1,120 @@
-"""Metrics of pairwise routing, from plain arrays of decisive battles.
+"""Metrics of pairwise routing, computed from plain arrays of decisive battles.
 
-Throughout, `d` (N,) is score of a - score of b, `outcome` (N,) is 1 where a won and 0 where b won, and a
-battle with d = 0 counts one half. A metric that is undefined on the data (N = 0) is None.
+Throughout, `d` (N,) is score of a - score of b, `outcome` (N,) is 1 where a won and 0 where b won, and a battle with
+d = 0 counts one half. `weights` (R, N) count how often each battle occurs in each of R bootstrap samples: with them
+(N >= 1) a metric is an array (R,), without them a float, or None where it is undefined (N = 0).
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# scikit-learn and scipy are imported inside the functions: `route.py` needs no more than a probability of us.
+# scipy is imported inside the functions: `route.py` needs only a probability from this file.
 
-WEIGHTS_AT_ONCE = 2**22  # of bootstrap samples: 32 MB
+WEIGHTS_AT_ONCE = 2**18  # entries of the bootstrap weights: 2 MB as float64, about a core's cache
+
+Metric = float | np.ndarray | None
+Weights = np.ndarray | None
 
 
-def accuracy(d: np.ndarray, outcome: np.ndarray) -> float | None:
+def accuracy(d: np.ndarray, outcome: np.ndarray, weights: Weights = None) -> Metric:
     """Share of battles whose winner is scored higher."""
-    return float(np.mean(_right(d, outcome))) if len(d) else None
+    return _mean(_is_correct(d, outcome), weights)
 
 
-def _right(d: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+def _is_correct(d: np.ndarray, outcome: np.ndarray) -> np.ndarray:
     return np.where(d == 0, 0.5, (d > 0) == (outcome == 1))  # (N,)
 
 
-def auc(d: np.ndarray, outcome: np.ndarray) -> float | None:
+def _mean(values: np.ndarray, weights: Weights) -> Metric:
+    if weights is None:
+        return float(values.mean()) if len(values) else None
+    sums = [chunk.astype(np.float64) @ values for chunk in _chunks(weights)]  # (r,) each
+    return np.concatenate(sums) / weights.sum(1)  # (R,)
+
+
+def _chunks(weights: np.ndarray) -> list[np.ndarray]:
+    """Weights (R, N) in parts (r, N), of which a float64 copy is small."""
+    return np.array_split(weights, -(-weights.size // WEIGHTS_AT_ONCE))
+
+
+def auc(d: np.ndarray, outcome: np.ndarray, weights: Weights = None) -> Metric:
     """ROC AUC of d against the outcome, over both orientations (d, y) and (-d, 1 - y) of each battle.
 
-    So it does not depend on which of the two was called a, and both classes are always present.
+    The winner of battle i leads by l_i, so the positives are the l_i and the negatives the -l_j: the AUC is
+    P(l_i > -l_j) + P(l_i = -l_j) / 2 over all pairs (i, j). It does not depend on which of the two models is a, and
+    both classes are always present. Raises `ValueError` where a d is not finite.
     """
-    from sklearn.metrics import roc_auc_score
-
     if len(d) == 0:
         return None
-    both_outcomes = np.concatenate([outcome, 1 - outcome])  # (2N,)
-    both_d = np.concatenate([d, -d])  # (2N,)
-    return float(roc_auc_score(both_outcomes, both_d))
+    if not np.isfinite(d).all():
+        raise ValueError("expected finite differences of scores")
+    lead = np.where(outcome == 1, d, -d)  # (N,)
+    order = np.argsort(lead)  # (N,)
+    lead = lead[order]  # (N,)
+    # Of the pairs with winner i, those with l_j < -l_i are lost; those with l_j = -l_i count one half.
+    fewer, at_most = np.searchsorted(lead, -lead, "left"), np.searchsorted(lead, -lead, "right")  # (N,) each
+    if weights is None:
+        return float(1 - (fewer + at_most).sum() / (2 * len(lead) ** 2))
+    parts = []
+    for chunk in _chunks(weights):
+        weight = chunk.take(order, axis=1).astype(np.float64)  # (r, N)
+        cumulative = np.pad(weight.cumsum(1), ((0, 0), (1, 0)))  # (r, N + 1), weight of the first n battles
+        twice_lost = cumulative.take(fewer, axis=1) + cumulative.take(at_most, axis=1)  # (r, N)
+        lost = np.einsum("rn,rn->r", weight, twice_lost) / 2  # (r,)
+        parts.append(1 - lost / cumulative[:, -1] ** 2)  # (r,)
+    return np.concatenate(parts)  # (R,)
 
 
 def precision_recall_f1(
-    d: np.ndarray, outcome: np.ndarray, model_a_idx: np.ndarray, model_b_idx: np.ndarray
-) -> tuple[float | None, float | None, float | None]:
-    """Macro precision, recall and F1 over models: the model chosen of the two, against the model that won.
+    d: np.ndarray, outcome: np.ndarray, model_a_idx: np.ndarray, model_b_idx: np.ndarray, weights: Weights = None
+) -> tuple[Metric, Metric, Metric]:
+    """Macro precision, recall and F1 over models: the model chosen from the two, against the model that won.
 
     The classes are all models that won or were chosen; a division by zero counts as 0. A battle with d = 0
     chooses each of its models with weight one half.
     """
-    from sklearn.metrics import precision_recall_fscore_support
+    from scipy.sparse import coo_array
 
     if len(d) == 0:
         return None, None, None
-    won = np.where(outcome == 1, model_a_idx, model_b_idx)
-    if_a_takes_ties = np.where(d >= 0, model_a_idx, model_b_idx)
-    if_b_takes_ties = np.where(d > 0, model_a_idx, model_b_idx)
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        np.concatenate([won, won]),  # (2N,)
-        np.concatenate([if_a_takes_ties, if_b_takes_ties]),  # (2N,)
-        sample_weight=np.full(2 * len(d), 0.5),
-        average="macro",
-        zero_division=0,
-    )
-    return float(precision), float(recall), float(f1)
+    won = np.where(outcome == 1, model_a_idx, model_b_idx)  # (N,)
+    lost = np.where(outcome == 1, model_b_idx, model_a_idx)  # (N,)
+    correct, battle, num_models = _is_correct(d, outcome), np.arange(len(d)), max(won.max(), lost.max()) + 1
+    # What each battle adds to its models' hits (chosen and won), wins, and choices: three blocks of columns.
+    columns = np.concatenate([won, num_models + won, 2 * num_models + won, 2 * num_models + lost])  # (4N,)
+    values = np.concatenate([correct, np.ones(len(d)), correct, 1 - correct])  # (4N,)
+    counts = coo_array((values, (np.tile(battle, 4), columns)), (len(d), 3 * num_models)).tocsr()  # (N, 3M)
+    samples = np.ones((1, len(d))) if weights is None else weights  # (R, N)
+    sums = np.concatenate([chunk.astype(np.float64) @ counts for chunk in _chunks(samples)])  # (R, 3M)
+    hits, wins, chosen = np.split(sums, 3, axis=1)  # (R, M) each
+    num_classes = (wins + chosen > 0).sum(1)  # (R,)
+    results = []
+    for numerator, denominator in ((hits, chosen), (hits, wins), (2 * hits, wins + chosen)):
+        per_model = np.divide(numerator, denominator, out=np.zeros_like(hits), where=denominator > 0)  # (R, M)
+        results.append(per_model.sum(1) / num_classes)  # (R,)
+    return tuple(float(values[0]) if weights is None else values for values in results)
 
 
 def log_win_probability(d: np.ndarray, margin: float = 0.0, temperature: float = 1.0) -> np.ndarray:
-    """Log probability (N,) that a wins, read off its lead d in score.
+    """Log probability (N,) that a wins.
 
-    p = sigmoid(margin + d/T) / (sigmoid(margin + d/T) + sigmoid(margin - d/T)): what the minimum of BPR with
-    that margin means. It is sigmoid(d/T) at margin 0, the right link for every other method, and for any that is
-    calibrated: training that stops early is not at that minimum, and a fitted temperature alone reads it better.
+    p = sigmoid(margin + d/T) / (sigmoid(margin + d/T) + sigmoid(margin - d/T)), the probability at which the expected
+    BPR loss with that margin is least. At margin 0 it is sigmoid(d/T): the right link for every other method, and for
+    every calibrated one, since training that stops early does not reach that minimum and a fitted temperature alone
+    predicts better.
     """
     for_a = -np.logaddexp(0, -(margin + d / temperature))  # log sigmoid, which does not overflow
     for_b = -np.logaddexp(0, -(margin - d / temperature))
     return for_a - np.logaddexp(for_a, for_b)
 
 
-def log_loss(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperature: float = 1.0) -> float | None:
-    """Mean -log probability of the winner, in nats; ln 2 for a scorer that knows nothing."""
-    if len(d) == 0:
-        return None
-    winner_lead = np.where(outcome == 1, d, -d)
-    return float(-np.mean(log_win_probability(winner_lead, margin, temperature)))
+def log_loss(
+    d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperature: float = 1.0, weights: Weights = None
+) -> Metric:
+    """Mean -log probability of the winner, in nats; ln 2 where all scores are equal."""
+    lead = np.where(outcome == 1, d, -d)  # (N,) of the winner
+    return _mean(-log_win_probability(lead, margin, temperature), weights)
 
 
 def log_odds(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -86,65 +122,66 @@ def log_odds(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     from scipy.special import logsumexp
 
     log_p = log_win_probability(scores[:, None] - scores, temperature=temperature)  # (M, M), row beats column
-    np.fill_diagonal(log_p, -np.inf)  # nobody meets itself
+    np.fill_diagonal(log_p, -np.inf)  # no model meets itself
     return logsumexp(log_p, axis=1) - logsumexp(log_p, axis=0)  # (M,)
 
 
 def fit_temperature(d: np.ndarray, outcome: np.ndarray) -> float:
-    """The temperature T in [0.01, 100] with the least log loss on these battles; fit it on validation.
+    """The temperature T in [0.01, 100] with the least log loss on these battles, to be fitted on validation.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     from scipy.optimize import minimize_scalar
 
-    best = minimize_scalar(
-        lambda log_t: log_loss(d, outcome, temperature=np.exp(log_t)),
-        bounds=np.log([0.01, 100]),
-        method="bounded",
-    )
+    best = minimize_scalar(lambda log_t: log_loss(d, outcome, temperature=np.exp(log_t)), bounds=np.log([0.01, 100]))
     return float(np.exp(best.x))
 
 
 def reliability(
     d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperature: float = 1.0, num_bins: int = 10
 ) -> dict:
-    """`expected_calibration_error`, and `bins` of a reliability diagram, of the probability that the chosen model wins.
+    """Expected calibration error and reliability diagram of the probability that the chosen model wins; N >= 1.
 
-    N >= 1. That probability lies in [0.5, 1], which the bins divide evenly; each holds its bounds `low` and `high`,
-    `battles`, their mean `probability`, and the share `won` by the chosen model. Bins without battles are left out. The
-    error is the mean over battles of |probability - won| of their bins.
+    That probability lies in [0.5, 1], which is divided into `num_bins` bins of equal width. Returns the mean over
+    battles of |probability - won| of their bin as `expected_calibration_error`, and `bins`, each with its bounds `low`
+    and `high`, the number of its `battles`, their mean `probability`, and the share `won` by the chosen model. Bins
+    without battles are left out.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     p = np.exp(log_win_probability(np.abs(d), margin, temperature))  # (N,)
-    right = _right(d, outcome)  # (N,)
+    correct = _is_correct(d, outcome)  # (N,)
     edges = np.linspace(0.5, 1, num_bins + 1).round(6)  # (num_bins + 1,)
-    place = np.digitize(p, edges[1:-1])  # (N,)
+    bin_idx = np.digitize(p, edges[1:-1])  # (N,)
     bins = []
-    for k in np.unique(place):
-        inside = place == k  # (N,)
-        means = {"probability": float(p[inside].mean()), "won": float(right[inside].mean())}
+    for k in np.unique(bin_idx):
+        inside = bin_idx == k  # (N,)
+        means = {"probability": float(p[inside].mean()), "won": float(correct[inside].mean())}
         bins.append({"low": float(edges[k]), "high": float(edges[k + 1]), "battles": int(inside.sum())} | means)
     error = sum(part["battles"] * abs(part["probability"] - part["won"]) for part in bins) / len(d)
     return {"expected_calibration_error": float(error), "bins": bins}
 
 
 def route(scores: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What choosing the highest-scored model gets on each row of a score table: its score, and whether none is better.
+    """Routes each row of a score table to the model with the highest router score.
 
-    `scores` (R, M), or (1, M) for all rows; `table` (R, M), NaN where a model is not to be had. Returns (R,) each, the
-    second 1 or 0; where several scores are the highest, the mean over their models.
+    `scores` (R, M) are the router's, or (1, M) for all rows; `table` (R, M) has NaN where a model is unavailable.
+    Returns the table's score of the chosen model and whether it is a best one of the row, 1 or 0: (R,) each. Where
+    several models have the highest router score, both are means over them.
     """
-    offered = np.where(np.isnan(table), -np.inf, scores)  # (R, M)
-    chosen = offered == offered.max(1, keepdims=True)  # (R, M)
+    available = np.where(np.isnan(table), -np.inf, scores)  # (R, M)
+    chosen = available == available.max(1, keepdims=True)  # (R, M)
     is_best = table == np.nanmax(table, 1, keepdims=True)  # (R, M)
     num_chosen = chosen.sum(1)  # (R,)
     return np.where(chosen, table, 0).sum(1) / num_chosen, (chosen & is_best).sum(1) / num_chosen
 
 
 def gap_closed(score: np.ndarray, single: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """Share of the way from what the best single model gets to what an oracle gets; NaN where that is no more."""
-    way, whole = np.subtract(score, single), np.subtract(oracle, single)
-    return np.divide(way, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+    """(score - single) / (oracle - single), the share of the gap that routing closes; NaN where there is no gap.
+
+    `score`, `single` and `oracle` are the mean scores of the router, the best single model and the oracle.
+    """
+    gain, gap = np.subtract(score, single), np.subtract(oracle, single)
+    return np.divide(gain, gap, out=np.full(np.shape(gap), np.nan), where=gap > 0)
 
 
 def evaluate(
@@ -153,34 +190,35 @@ def evaluate(
     model_a_idx: np.ndarray,
     model_b_idx: np.ndarray,
     margin: float = 0.0,
-) -> dict[str, float | None]:
+    weights: Weights = None,
+) -> dict[str, Metric]:
     """All metrics of N decisive battles: accuracy, precision, recall, f1, auc, log_loss (at temperature 1).
 
-    `margin` is the one that BPR trained with, and 0 for every other method (see `log_win_probability`).
+    `margin` is that of the BPR loss in training, and 0 for every other method (see `log_win_probability`).
     """
     d = np.asarray(d, dtype=np.float64)
-    precision, recall, f1 = precision_recall_f1(d, outcome, model_a_idx, model_b_idx)
+    precision, recall, f1 = precision_recall_f1(d, outcome, model_a_idx, model_b_idx, weights)
     return {
-        "accuracy": accuracy(d, outcome),
+        "accuracy": accuracy(d, outcome, weights),
         "precision": precision,
         "recall": recall,
         "f1": f1,
-        "auc": auc(d, outcome),
-        "log_loss": log_loss(d, outcome, margin),
+        "auc": auc(d, outcome, weights),
+        "log_loss": log_loss(d, outcome, margin, weights=weights),
     }
 
 
 def bootstrap_weights(query_idx: np.ndarray, seed: int, resamples: int = 1000) -> np.ndarray:
-    """How often each of N battles stands in each of R bootstrap samples of their queries: int (R, N).
+    """How often each of N battles occurs in each of R bootstrap samples of their queries: int (R, N).
 
-    Queries are drawn and not battles, as the battles of one query are not independent.
+    Queries are drawn rather than battles, because the battles of one query are not independent.
     """
     _, row = np.unique(query_idx, return_inverse=True)  # (N,), into the Q queries
     num_queries = row.max(initial=-1) + 1
     drawn = np.random.default_rng(seed).integers(num_queries, size=(resamples, num_queries))  # (R, Q)
     cells = drawn + num_queries * np.arange(resamples)[:, None]  # (R, Q), into the flattened counts
     counts = np.bincount(cells.ravel(), minlength=resamples * num_queries).reshape(resamples, num_queries)  # (R, Q)
-    return counts.astype(np.min_scalar_type(counts.max(initial=0)))[:, row]  # (R, N)
+    return counts.astype(np.min_scalar_type(counts.max(initial=0))).take(row, axis=1)  # (R, N)
 
 
 def evaluate_resamples(
@@ -192,63 +230,34 @@ def evaluate_resamples(
     margin: float = 0.0,
     temperature: float = 1.0,
 ) -> dict[str, np.ndarray]:
-    """The metrics of `evaluate`, and log_loss_calibrated at the temperature, on each of R samples: (R,) each.
+    """The metrics of `evaluate`, and log_loss_calibrated at the temperature, on each of R bootstrap samples: (R,) each.
 
-    `weights` (R, N) are those of `bootstrap_weights`, N >= 1. Two methods on the same weights are paired.
+    `weights` (R, N) are those of `bootstrap_weights`, N >= 1. Two methods evaluated with the same weights are paired.
     """
-    from scipy.sparse import coo_array
-
-    lead = np.where(outcome == 1, d, -d)  # (N,) of the winner
-    order = np.argsort(lead)  # (N,)
-    lead, won = lead[order], np.where(outcome == 1, model_a_idx, model_b_idx)[order]  # (N,) each
-    lost = np.where(outcome == 1, model_b_idx, model_a_idx)[order]  # (N,)
-    # The winner of battle i outscores the loser of battle j where lead j is above -lead i; an equality is one half.
-    below, up_to = np.searchsorted(lead, -lead, "left"), np.searchsorted(lead, -lead, "right")  # (N,) each
-    right = 0.5 * (1 + np.sign(lead))  # (N,), 1 where the winner is chosen
-    means = {
-        "accuracy": right,
-        "log_loss": -log_win_probability(lead, margin),
-        "log_loss_calibrated": -log_win_probability(lead, temperature=temperature),
-    }
-    shape = len(lead), max(won.max(), lost.max()) + 1
-    rows = np.arange(len(lead))
-    hits = coo_array((right, (rows, won)), shape)  # (N, M), as are the next two
-    is_winner = coo_array((np.ones(len(lead)), (rows, won)), shape)
-    chosen = hits + coo_array((1 - right, (rows, lost)), shape)
-
-    parts = []
-    for some in np.array_split(weights, -(-weights.size // WEIGHTS_AT_ONCE)):
-        weight = some[:, order].astype(np.float64)  # (r, N)
-        total = weight.sum(1)  # (r,)
-        part = {name: weight @ value / total for name, value in means.items()}  # (r,) each
-        cumulated = np.pad(weight.cumsum(1), ((0, 0), (1, 0)))  # (r, N + 1)
-        losses = np.einsum("rn,rn->r", weight, cumulated[:, below] + cumulated[:, up_to])  # (r,)
-        part["auc"] = 1 - losses / (2 * total**2)
-        h, w, c = (weight @ matrix.tocsr() for matrix in (hits, is_winner, chosen))  # (r, M) each
-        classes = np.maximum((w + c > 0).sum(1), 1)  # (r,)
-        for name, numerator, denominator in (("precision", h, c), ("recall", h, w), ("f1", 2 * h, w + c)):
-            per_model = np.divide(numerator, denominator, out=np.zeros_like(h), where=denominator > 0)  # (r, M)
-            part[name] = per_model.sum(1) / classes  # (r,)
-        parts.append(part)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    calibrated = log_loss(d, outcome, temperature=temperature, weights=weights)
+    return evaluate(d, outcome, model_a_idx, model_b_idx, margin, weights) | {"log_loss_calibrated": calibrated}
 
 
 def interval(values: np.ndarray) -> list[float] | None:
-    """The 95 % percentile interval [low, high] of a metric's values (R,) on bootstrap samples, NaN left out."""
+    """The 95 % percentile interval [low, high] of a metric's values (R,) on bootstrap samples, without NaN."""
     values = values[~np.isnan(values)]
     return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else None
+
+
+def intervals(samples: dict[str, np.ndarray]) -> dict[str, list[float] | None]:
+    """The `interval` of each metric, from its values (R,)."""
+    return {name: interval(values) for name, values in samples.items()}
 
 
 def seeds_interval(differences: Sequence[float], test_by_train: float) -> list[float]:
     """The 95 % interval [low, high] of a mean difference over S >= 2 seeds, each with a split of its own.
 
-    mean ± t s sqrt(1/S + n_test/n_train): training sets that overlap make the S differences (S,) dependent, which the
-    second term corrects; `test_by_train` is n_test/n_train.
+    mean ± t s sqrt(1/S + n_test/n_train), where `test_by_train` is n_test/n_train: overlapping training sets make the
+    S differences (S,) dependent, which the second term corrects.
     Source: Nadeau and Bengio, "Inference for the Generalization Error", Machine Learning 2003.
     """
     from scipy.special import stdtrit
 
     count = len(differences)
     half = stdtrit(count - 1, 0.975) * np.std(differences, ddof=1) * np.sqrt(1 / count + test_by_train)
-    mean = np.mean(differences)
-    return [float(mean - half), float(mean + half)]
+    return (np.mean(differences) + half * np.array([-1, 1])).tolist()

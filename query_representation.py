@@ -1,28 +1,40 @@
-"""Query tower: a Hugging Face encoder's embeddings, K-means clusters of them, and an MLP over both."""
+"""Queries: a Hugging Face encoder's embeddings, their K-means clusters, and the query tower over both."""
 
 import sys
 import warnings
-from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
-from support import processes
-from support.encoder import hidden_states, longest_input, plan_batches, tokenize, vocabulary_size
-from support.files import UserError, is_out_of_memory, reason
+from support.encoding.batching import pad, plan_batches, tokenize
+from support.encoding.cache import EmbeddingCache, query_keys
+from support.encoding.huggingface import (
+    encoder_fingerprint,
+    find_encoder,
+    hidden_states,
+    load_encoder,
+    longest_input,
+    pick_dtype,
+    vocabulary_size,
+)
+from support.encoding.lora import load_weights, make_trainable, weights_hash
+from support.system import distributed
+from support.system.command_line import progress_bar
+from support.system.errors import UserError, is_out_of_memory, reason
 
 # Tokens per batch: enough to keep the device busy, few enough that long queries still fit.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768, "mps": 8192}
-ROWS_AT_ONCE = 8192  # embeddings standardised, assigned or scored at a time, for the sake of memory
-LLOYD_QUERIES = 100_000  # with more of them, K-means goes by mini-batches
+ROWS_AT_ONCE = 8192  # embeddings standardized, assigned or scored at a time, to save memory
+LLOYD_QUERIES = 100_000  # above, K-means uses mini-batches
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """One vector per query, in float32, from hidden states (B, T, H) and a right-padded mask (B, T).
 
-    `pooling` is "mean" over the tokens that are no padding, or "last" for the last of them.
+    `pooling` is "mean" over the tokens that are not padding, or "last" for the last of them.
     """
     hidden = hidden.float()
     lengths = mask.sum(1)  # (B,)
@@ -31,161 +43,279 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     return (hidden * mask[:, :, None]).sum(1) / lengths[:, None]  # (B, H)
 
 
-def embed_padded(ids: list[torch.Tensor], network, pooling: str) -> torch.Tensor:
-    """Embeddings (B, H) of queries' token ids, in one pass of the network and on its device."""
-    # Padding is masked, so any token does; a pad token may lie outside the encoder's vocabulary.
-    padded = pad_sequence(ids, batch_first=True).to(network.device)  # (B, T)
-    ends = torch.tensor([len(query_ids) for query_ids in ids], device=network.device)  # (B,)
-    mask = (torch.arange(padded.shape[1], device=network.device) < ends[:, None]).long()  # (B, T)
-    return pool(hidden_states(network, padded, mask), mask, pooling)  # (B, H)
+class QueryEncoder:
+    """Text to embedding: a frozen or finetuned encoder with its cache; loaded only if some query is not cached.
 
+    Args:
+        model_path: a Hugging Face folder or a hub id.
+        device: where the network runs.
+        dtype: "auto", "float32", "bfloat16" or "float16"; see `pick_dtype`.
+        pooling: "mean" or "last"; see `pool`.
+        max_length: longer queries are cut to this number of tokens.
+        tokens_per_batch: default `TOKENS_PER_BATCH` of the device.
+        cache_dir: where embeddings are kept; None reads and keeps none.
+        progress: whether a bar on stderr counts the tokens.
+        download: whether a hub id may be downloaded.
+        finetuned: trained weights: `layers` and `lora_rank` (see `make_trainable`) and `weights` by name.
 
-def embed_batch(ids: list[torch.Tensor], network, pooling: str, budget: int) -> tuple[torch.Tensor, int]:
-    """Embeddings (B, H), on the CPU, of queries' token ids, in one batch; in smaller ones where memory runs out.
-
-    Returns also the tokens per batch that fit: `budget`, or less. Raises `UserError` where not even one query fits.
+    Raises `UserError` where there is no encoder at `model_path`, or the cache cannot be written.
     """
-    lengths = np.array([len(query_ids) for query_ids in ids])  # (B,)
-    first = budget
-    while True:
-        pieces, found = plan_batches(lengths, budget), []  # (b,) each
-        try:
-            for piece in pieces:
-                found.append(embed_padded([ids[i] for i in piece], network, pooling).cpu())  # (b, H)
-            break
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(pieces) == len(ids):
-                raise UserError(
-                    f"out of memory with one query of {lengths.max()} tokens ({reason(error)}); a lower "
-                    "--max_length needs less, or --device cpu"
-                ) from error
-        if network.device.type == "cuda":
-            torch.cuda.empty_cache()
-        budget = max(1, min(budget, len(ids) * int(lengths.max())) // 2)
-    if budget < first:
-        print(
-            f"warning: out of memory with {first} tokens per batch; going on with --encode_tokens {budget}",
-            file=sys.stderr,
+
+    def __init__(
+        self,
+        model_path: str,
+        device: torch.device,
+        *,
+        dtype: str = "auto",
+        pooling: str = "mean",
+        max_length: int = 512,
+        tokens_per_batch: int | None = None,
+        cache_dir: str | Path | None = None,
+        progress: bool = True,
+        download: bool = True,
+        finetuned: dict | None = None,
+    ):
+        self.path, self.folder, self.device = str(model_path), find_encoder(model_path, download), device
+        self.pooling, self.max_length = pooling, max_length
+        self.dtype = pick_dtype(dtype, device)
+        self.tokens_per_batch, self.progress = tokens_per_batch, progress
+        self.usage = {
+            "fingerprint": encoder_fingerprint(self.folder),
+            "pooling": pooling,
+            "max_length": max_length,
+            "dtype": self.dtype,
+        }
+        self.cache_dir, self.finetuned = cache_dir, finetuned
+        separate = {} if finetuned is None else {"trained": weights_hash(finetuned["weights"])}
+        self.cache = None if cache_dir is None else EmbeddingCache(cache_dir, self.usage | separate)
+        self.parameters = {}  # trainable ones by name, see `trainable`
+        self.metadata = None  # what a checkpoint must know of the encoder, once there are embeddings
+
+    @cached_property
+    def loaded(self) -> tuple:
+        """Tokenizer and network."""
+        if self.finetuned is None:
+            return load_encoder(self.folder, self.device, getattr(torch, self.dtype))
+        tokenizer, network, parameters = self._load_trainable(self.finetuned["layers"], self.finetuned["lora_rank"])
+        load_weights(parameters, self.finetuned["weights"])
+        return tokenizer, network.requires_grad_(False)
+
+    def release(self) -> None:
+        """Free the network's memory; `loaded` loads it again."""
+        self.__dict__.pop("loaded", None)
+
+    def _copy(self, finetuned: dict | None, cache_dir: str | Path | None, progress: bool) -> "QueryEncoder":
+        return QueryEncoder(
+            self.path,
+            self.device,
+            dtype=self.dtype,
+            pooling=self.pooling,
+            max_length=self.max_length,
+            tokens_per_batch=self.tokens_per_batch,
+            cache_dir=cache_dir,
+            progress=progress,
+            download=False,
+            finetuned=finetuned,
         )
-    embeddings = torch.empty(len(ids), found[0].shape[1])  # (B, H)
-    embeddings[np.concatenate(pieces)] = torch.cat(found)
-    return embeddings, budget
 
+    def with_finetuned(self, finetuned: dict) -> "QueryEncoder":
+        """This encoder with trained weights; their embeddings have a part of their own in the cache."""
+        return self._copy(finetuned, self.cache_dir, self.progress)
 
-@torch.inference_mode()
-def encode_batches(
-    queries: list[str],
-    tokenizer,
-    network,
-    max_length: int,
-    pooling: str,
-    tokens_per_batch: int | None,
-    stored: np.ndarray,
-    progress: bool = True,
-) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Encode distinct queries batch by batch: indices into them (B,) and their embeddings, float32 (B, H) on the CPU.
+    def trainable(
+        self, layers: int | None, lora_rank: int | None, gradient_checkpointing: bool = False
+    ) -> "QueryEncoder":
+        """A copy without a cache, whose `parameters` can be trained: those that `make_trainable` chooses.
 
-    The batches follow from the set of queries alone, not from their order or from what is stored: the same set
-    gives the same bits, however often it was interrupted, unless memory ran out. Of several processes each encodes a
-    share, by tokens, of what the same `stored` leaves to all of them. `stored` (Q,), bool, is looked at
-    before each batch: one whose queries are all stored is passed over. Queries longer than `max_length` tokens, or
-    than the encoder takes, are cut. With `progress`, a bar on stderr counts tokens. Raises `UserError` where an
-    embedding is not finite, or not one query fits into memory.
-    """
-    from tqdm import tqdm
+        Its weights are float32; the encoder's dtype is that of its matrix products. Raises as `make_trainable` does.
+        """
+        encoder = self._copy(finetuned=None, cache_dir=None, progress=False)
+        tokenizer, network, encoder.parameters = encoder._load_trainable(layers, lora_rank, gradient_checkpointing)
+        encoder.loaded = tokenizer, network
+        distributed.broadcast([parameter.data for parameter in encoder.parameters.values()])  # adapters start random
+        return encoder
 
-    order = np.array(sorted(range(len(queries)), key=queries.__getitem__))  # (Q,)
-    ids = tokenize([queries[i] for i in order], tokenizer, min(max_length, longest_input(tokenizer, network)))
-    lengths = np.array([len(query_ids) for query_ids in ids])  # (Q,)
-    vocabulary = vocabulary_size(network)
-    highest = max(int(query_ids.max()) for query_ids in ids)
-    if highest >= vocabulary:
-        raise UserError(
-            f"the tokenizer gives token {highest}, the encoder knows {vocabulary}: they are not of one model"
-        )
-    budget = tokens_per_batch or TOKENS_PER_BATCH[network.device.type]
-    batches = plan_batches(lengths, budget)  # (B,) each
-    batches = [batch for batch in batches if not stored[order[batch]].all()]
-    batches = [batches[i] for i in processes.share(np.array([lengths[batch].sum() for batch in batches]))]
-    # The longest first, which shows at once whether they fit. The rest in any order: the time left is then right from
-    # the start, and runs side by side work on different batches.
-    rest = batches[1:]
-    batches[1:] = [rest[i] for i in np.random.default_rng().permutation(len(rest))]
-    total = int(sum(lengths[batch].sum() for batch in batches))
-    every = 0.1 if sys.stderr and sys.stderr.isatty() else 30  # seconds; a log file need not hold every step
-    look = {"unit": "tok", "unit_scale": True, "delay": 1, "mininterval": every}
-    with tqdm(total=total, desc="encode", disable=not (progress and sys.stderr), **look) as bar:
-        for batch in batches:
-            if not stored[order[batch]].all():
-                embeddings, budget = embed_batch([ids[i] for i in batch], network, pooling, budget)  # (B, H)
-                if not embeddings.isfinite().all():
-                    one = queries[order[batch[0]]][:40]
+    def _load_trainable(self, layers: int | None, lora_rank: int | None, gradient_checkpointing: bool = False) -> tuple:
+        tokenizer, network = load_encoder(self.folder, self.device, torch.float32)
+        if self.dtype != "float32":
+            autocast = torch.autocast(self.device.type, getattr(torch, self.dtype))
+            network.forward = autocast(network.forward)
+        if gradient_checkpointing:
+            network.activation_checkpointing_enable({"use_reentrant": False})
+            for module in network.modules():
+                if getattr(module, "gradient_checkpointing", False):  # needs training mode; dropout inside stays off
+                    module.training = True
+        return tokenizer, network, make_trainable(network, layers, lora_rank)
+
+    @cached_property
+    def tokens_read(self) -> int:
+        """How many tokens of a query are read: `max_length`, or fewer where the encoder takes fewer."""
+        return min(self.max_length, longest_input(*self.loaded))
+
+    def tokenize(self, queries: list[str]) -> list[torch.Tensor]:
+        """Token ids of each query: Q int64 tensors (T,). Raises `UserError` where the encoder cannot take them."""
+        tokenizer, network = self.loaded
+        ids = tokenize(queries, tokenizer, self.tokens_read)
+        highest, vocabulary = max(int(query_ids.max()) for query_ids in ids), vocabulary_size(network)
+        if highest >= vocabulary:
+            raise UserError(
+                f"the tokenizer gives token {highest}, the encoder's vocabulary has {vocabulary}: they do not belong "
+                "together; get the model's files again"
+            )
+        return ids
+
+    def embed_tokens(self, ids: list[torch.Tensor]) -> torch.Tensor:
+        """Embeddings (B, H) of queries' token ids, in one pass of the network, on its device, differentiable."""
+        _, network = self.loaded
+        padded, mask = pad(ids, network.device)  # (B, T) each
+        return pool(hidden_states(network, padded, mask), mask, self.pooling)  # (B, H)
+
+    def embed(self, queries: list[str]) -> tuple[torch.Tensor, int]:
+        """Embeddings of distinct queries, float32 (Q, H) on the CPU, and the number of them that this call encoded.
+
+        Where all are cached, neither encoder nor tokenizer is loaded. All processes of a run must call it. Raises
+        `UserError` where the encoder cannot encode them, or the cache cannot be written.
+        """
+        cache = self.cache or EmbeddingCache(None, self.usage)
+        keys = query_keys(queries)
+        cache.refresh()
+        stored = self._stored_at_rank0(cache, keys)  # (Q,)
+        tokens_read, num_encoded = distributed.broadcast_from_rank0((cache.metadata or {}).get("tokens_read")), 0
+        if tokens_read is None or not stored.all():
+            tokens_read = self.tokens_read
+            cache.describe({"path": str(self.folder.absolute()), "tokens_read": tokens_read})
+            if not stored.all():
+                (num_encoded,) = distributed.totals(self._encode(queries, keys, stored, cache))
+        cache.refresh()
+        embeddings = self._read(cache, keys)  # (Q, H)
+        self.metadata = self.usage | {"path": self.path, "max_length": tokens_read, "width": embeddings.shape[1]}
+        return embeddings, num_encoded
+
+    @torch.inference_mode()
+    def _encode(self, queries: list[str], keys: list[bytes], stored: np.ndarray, cache: EmbeddingCache) -> int:
+        """Encode the queries that are not `stored` (Q,) into the cache; returns how many this process encoded.
+
+        The batches follow from the set of queries alone, not from their order or from what is stored: the same set
+        gives the same bits, however often it was interrupted, unless memory ran out. A batch that is stored
+        completely is skipped. Several processes share the batches, by tokens.
+        """
+        order = np.array(sorted(range(len(queries)), key=queries.__getitem__))  # (Q,)
+        ids = self.tokenize([queries[i] for i in order])
+        lengths = np.array([len(query_ids) for query_ids in ids])  # (Q,)
+        budget = self.tokens_per_batch or TOKENS_PER_BATCH[self.device.type]
+        batches = [batch for batch in plan_batches(lengths, budget) if not stored[order[batch]].all()]  # (B,) each
+        batches = [batches[i] for i in distributed.assign(np.array([lengths[batch].sum() for batch in batches]))]
+        # The longest first, which shows at once whether it fits. The rest in random order: the progress bar's estimate
+        # is then right from the start, and runs side by side work on different batches.
+        batches[1:] = [batches[1 + i] for i in np.random.default_rng().permutation(len(batches[1:]))]
+        total, num_encoded = int(sum(lengths[batch].sum() for batch in batches)), 0
+        with progress_bar("encode", total=total, unit="tok", unit_scale=True, disable=not self.progress) as bar:
+            try:
+                for batch in batches:
+                    batch_keys = [keys[i] for i in order[batch]]
+                    missing = ~cache.has(batch_keys)  # (B,): another run may have stored some
+                    if missing.any():
+                        embeddings, budget = self._embed_in_memory([ids[i] for i in batch], budget)  # (B, H)
+                        self._refuse_not_finite(embeddings, queries[order[batch[0]]])
+                        cache.add(batch_keys, embeddings)
+                        num_encoded += int(missing.sum())
+                    bar.update(int(lengths[batch].sum()))
+            finally:  # what was encoded before an error or Ctrl-C is kept too
+                cache.flush()
+        return num_encoded
+
+    def _embed_in_memory(self, ids: list[torch.Tensor], budget: int) -> tuple[torch.Tensor, int]:
+        """Embeddings (B, H) of a batch, on the CPU; in smaller batches where memory runs out.
+
+        Returns also the tokens per batch that fit: `budget`, or fewer. Raises `UserError` where one query does not.
+        """
+        lengths = np.array([len(query_ids) for query_ids in ids])  # (B,)
+        first = budget
+        while True:
+            pieces, parts = plan_batches(lengths, budget), []  # (b,) each
+            try:
+                for piece in pieces:
+                    parts.append(self.embed_tokens([ids[i] for i in piece]).cpu())  # (b, H)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(pieces) == len(ids):
                     raise UserError(
-                        f"embeddings of {len(batch)} queries, such as {one!r}, are not finite in {network.dtype}; "
-                        "try --dtype float32, and if it is that already, get the encoder's weights again"
-                    )
-                yield order[batch], embeddings
-            bar.update(int(lengths[batch].sum()))
+                        f"out of memory with one query of {lengths.max()} tokens ({reason(error)}); a lower "
+                        "--max_length needs less, or --device cpu"
+                    ) from error
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            budget = max(1, min(budget, len(ids) * int(lengths.max())) // 2)
+        if budget < first:
+            message = f"out of memory with {first} tokens per batch; continuing with --encode_tokens {budget}"
+            print(f"warning: {message}", file=sys.stderr)
+        embeddings = torch.empty(len(ids), parts[0].shape[1])  # (B, H)
+        embeddings[np.concatenate(pieces)] = torch.cat(parts)
+        return embeddings, budget
 
+    def _refuse_not_finite(self, embeddings: torch.Tensor, query: str) -> None:
+        if not embeddings.isfinite().all():
+            raise UserError(
+                f"embeddings of {len(embeddings)} queries, such as {query[:40]!r}, are not finite in {self.dtype}; "
+                "try --dtype float32, and if it is that already, get the encoder's weights again"
+            )
 
-def encode(
-    queries: list[str],
-    tokenizer,
-    network,
-    max_length: int = 512,
-    pooling: str = "mean",
-    tokens_per_batch: int | None = None,
-    progress: bool = True,
-) -> torch.Tensor:
-    """Embeddings of distinct queries in their order: float32 (Q, H), on the CPU, as `encode_batches` makes them."""
-    embeddings, own = torch.empty(len(queries), 0), [np.empty(0, np.int64)]  # (Q, 0)
-    how = max_length, pooling, tokens_per_batch, np.zeros(len(queries), bool), progress
-    for batch, vectors in encode_batches(queries, tokenizer, network, *how):
-        if not embeddings.shape[1]:
-            embeddings = torch.empty(len(queries), vectors.shape[1])  # (Q, H)
-        embeddings[batch] = vectors
-        own.append(batch)
-    return exchange(embeddings, np.concatenate(own))
+    def _stored_at_rank0(self, cache: EmbeddingCache, keys: list[bytes]) -> np.ndarray:
+        """Which queries the cache of rank 0 holds (Q,): the caches of other machines may hold others."""
+        stored = torch.from_numpy(cache.has(keys))  # (Q,)
+        distributed.broadcast([stored])
+        return stored.numpy()
 
-
-def exchange(embeddings: torch.Tensor, own: np.ndarray) -> torch.Tensor:
-    """Embeddings (Q, H), of which each process has the rows `own` (q,), with those of all others too.
-
-    A process that has none may give any (Q, 0).
-    """
-    if processes.size() == 1:
+    def _read(self, cache: EmbeddingCache, keys: list[bytes]) -> torch.Tensor:
+        """Embeddings (Q, H) of queries each of which is in the cache of some process, the same for all of them."""
+        if distributed.size() == 1:
+            return cache.read(keys)
+        has = cache.has(keys)  # (Q,)
+        known = cache.read([keys[i] for i in np.flatnonzero(has)]) if has.any() else torch.empty(0, 0)  # (q, H)
+        width = max(int(width) for width in distributed.all_gather(torch.tensor([known.shape[1]])))
+        embeddings = torch.empty(len(keys), width)  # (Q, H)
+        embeddings[has] = known.view(-1, width)
+        missing = np.flatnonzero(~self._stored_at_rank0(cache, keys))  # (n,)
+        if len(missing):  # the machines have no common folder
+            own = missing[has[missing]]  # (m,)
+            rows = torch.cat(distributed.all_gather(torch.from_numpy(own)))  # (n,)
+            embeddings[rows] = torch.cat(distributed.all_gather(embeddings[own]))  # (n, H)
+            if distributed.rank() == 0:
+                cache.store([keys[i] for i in missing], embeddings[missing])
+        distributed.broadcast([embeddings])
         return embeddings
-    row = torch.cat(processes.gathered(torch.from_numpy(own)))  # (n,)
-    vectors = torch.cat(processes.gathered(embeddings[own].reshape(-1))).view(len(row), -1)  # (n, H)
-    if not embeddings.shape[1]:
-        embeddings = torch.empty(len(embeddings), vectors.shape[1])  # (Q, H)
-    embeddings[row] = vectors
-    return embeddings
 
 
-def fit_centroids(points: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:
-    """K-means centroids (K, H) of points (Q, H), Q >= K, by one k-means++ start; of many points by mini-batches."""
+def fit_centroids(x: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:
+    """K-means centroids (K, H) of standardized embeddings (Q, H), Q >= K, from one k-means++ initialization."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1), warnings.catch_warnings():  # with more threads one seed gives several results
-        warnings.simplefilter("ignore", ConvergenceWarning)  # where fewer than K points differ, clusters stay empty
-        method = KMeans if len(points) <= LLOYD_QUERIES else MiniBatchKMeans
-        kmeans = method(num_clusters, n_init=1, random_state=seed).fit(points.numpy())
+    with threadpool_limits(1), warnings.catch_warnings():  # with more threads the same seed can give different results
+        warnings.simplefilter("ignore", ConvergenceWarning)  # with fewer than K distinct points, clusters stay empty
+        method = KMeans if len(x) <= LLOYD_QUERIES else MiniBatchKMeans
+        kmeans = method(num_clusters, n_init=1, random_state=seed).fit(x.numpy())
     return torch.from_numpy(kmeans.cluster_centers_)  # (K, H)
 
 
 class QueryTower(nn.Module):
-    """Maps queries into the shared space.
+    """Maps queries into the shared space: projected embedding and cluster embedding, concatenated, through an MLP.
 
-    Embeddings are standardised with training statistics: decoder states have a few huge dimensions that would
-    own every distance. The standardised embedding, projected, and the learned embedding of its nearest K-means
-    centroid are concatenated and go through an MLP. Statistics and centroids are buffers, so a checkpoint holds
-    them. With `num_clusters` 0 there are no cluster features. The MLP's last layer begins with weights of 0, so that
-    no query is told from another before training; with `random_start` it begins as the other layers do.
+    Embeddings are standardized with training statistics: decoder states have a few very wide dimensions that would
+    dominate every distance. The cluster of a query is the nearest K-means centroid of its standardized embedding.
+    Statistics and centroids are buffers, so a checkpoint holds them. A new feature of the query is one
+    more output of `inputs`, and one more part of `forward`'s concatenation.
+
+    Args:
+        encoder_width: H, the width of the encoder's embeddings.
+        embedding_dim: D, the width of the shared space.
+        num_clusters: K; 0 leaves the cluster embedding out.
+        cluster_dim: width of a cluster's learned embedding.
+        dropout: within the MLP, from 0 to below 1.
+        zero_init: whether the last layer's weights start at 0: every query has the same vector before training.
     """
 
     def __init__(
@@ -195,7 +325,7 @@ class QueryTower(nn.Module):
         num_clusters: int = 50,
         cluster_dim: int = 32,
         dropout: float = 0.5,
-        random_start: bool = False,
+        zero_init: bool = True,
     ):
         super().__init__()
         self.register_buffer("mean", torch.zeros(encoder_width))
@@ -209,11 +339,11 @@ class QueryTower(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(embedding_dim, embedding_dim),
         )
-        if not random_start:
+        if zero_init:
             nn.init.zeros_(self.mlp[-1].weight)
 
     def fit(self, embeddings: torch.Tensor, seed: int) -> None:
-        """Take statistics and centroids from the embeddings (Q, H) of the distinct training queries."""
+        """Compute statistics and centroids from the embeddings (Q, H) of the distinct training queries."""
         from sklearn.preprocessing import StandardScaler
 
         scaler = StandardScaler()  # gives constant dimensions the scale 1
@@ -222,24 +352,28 @@ class QueryTower(nn.Module):
         self.mean.copy_(torch.from_numpy(scaler.mean_))
         self.scale.copy_(torch.from_numpy(scaler.scale_))
         if len(self.centroids):
-            self.centroids.copy_(fit_centroids(self.standardise(embeddings), len(self.centroids), seed))
+            self.centroids.copy_(fit_centroids(self.standardize(embeddings), len(self.centroids), seed))
 
-    def standardise(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Encoder embeddings (Q, H) in the space of the centroids and of `forward` (Q, H)."""
+    def standardize(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Standardized embeddings (Q, H), the space of the centroids and the input of `forward`, from the encoder's."""
         return (embeddings - self.mean).div_(self.scale)  # (Q, H), without a third array of that size
 
-    def assign(self, points: torch.Tensor) -> torch.Tensor:
-        """Index of the nearest centroid of each standardised embedding (Q, H): int64 (Q,), zeros if K is 0."""
+    def assign(self, x: torch.Tensor) -> torch.Tensor:
+        """Index of the nearest centroid of each standardized embedding (Q, H): int64 (Q,), zeros if K is 0."""
         if not len(self.centroids):
-            return torch.zeros(len(points), dtype=torch.int64, device=points.device)
+            return torch.zeros(len(x), dtype=torch.int64, device=x.device)
         # |x - c|² without |x|², which is the same for every centroid
         offset = self.centroids.square().sum(1)  # (K,)
-        chunks = points.split(ROWS_AT_ONCE)
-        return torch.cat([(offset - 2 * chunk @ self.centroids.T).argmin(1) for chunk in chunks])  # (Q,)
+        return torch.cat([(offset - 2 * chunk @ self.centroids.T).argmin(1) for chunk in x.split(ROWS_AT_ONCE)])  # (Q,)
 
-    def forward(self, points: torch.Tensor, cluster_idx: torch.Tensor) -> torch.Tensor:
-        """Standardised embeddings (B, H) and their clusters (B,), as `standardise` and `assign` give them: (B, D)."""
-        features = self.semantic(points)  # (B, D)
+    def inputs(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inputs of `forward`, standardized embeddings (Q, H) and clusters (Q,), from the encoder's embeddings."""
+        x = self.standardize(embeddings)  # (Q, H)
+        return x, self.assign(x)
+
+    def forward(self, x: torch.Tensor, cluster_idx: torch.Tensor) -> torch.Tensor:
+        """Queries in the shared space, float (B, D), from standardized embeddings (B, H) and clusters int64 (B,)."""
+        features = self.semantic(x)  # (B, D)
         if self.cluster is not None:
             features = torch.cat([features, self.cluster(cluster_idx)], dim=1)  # (B, D + cluster_dim)
         return self.mlp(features)  # (B, D)

@@ -1,352 +1,348 @@
 """Train RankRouter on battles between models and keep the checkpoint with the best validation AUC."""
 
+from support.system.command_line import run_command
+from support.training.options import parse_args, router_options
+
+if __name__ == "__main__":
+    run_command(parse_args)  # --help and mistyped flags are answered before torch is imported
+
 import argparse
-import hashlib
-import signal
-from collections.abc import Iterator
-from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from support import printing, processes, runs, signals
-from support.command_line import run_command
-from support.files import UserError, cache_folder, locked, make_folder, one_line, reason
-from support.selection import best_moment, waited
-from support.train_flags import parse_args
+import numpy as np
+import torch
 
-# torch, scikit-learn and the files that need them are imported inside the functions below, after the flags have
-# been checked: --help and a typo answer at once.
-
-WRITE, STOP = 1, 2  # what a process may ask for after a step; that of rank 0 alone asks for the first
-
-
-def train_epoch(router, optimiser, loss_of, batches, epoch) -> Iterator[None]:
-    """Take the steps of an epoch that are left, all processes together; yields after each, and fills `epoch.losses`."""
-    import torch
-
-    weights = [weight for group in optimiser.param_groups for weight in group["params"] if weight.requires_grad]
-    while epoch.taken < len(epoch.steps):
-        if not router.training:
-            router.train()
-        optimiser.zero_grad()
-        step, mean = epoch.steps[epoch.taken], torch.zeros((), device=batches.device)
-        size = batches.size_of(step)
-        for queries, row, models, outcome in batches.parts(step):  # (b,), (B,), (B, 2), (B,)
-            scores = router(*batches.embed(queries))[row]  # (B, M)
-            score_a, score_b = scores.gather(1, models).unbind(1)  # (B,) each
-            loss = loss_of(score_a, score_b, outcome) * (len(outcome) / size)
-            loss.backward()
-            mean += loss.detach()
-        if processes.size() > 1:
-            for weight in weights:  # a process may have no part in a step
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            processes.add_up([*(weight.grad for weight in weights), mean, *batches.moved])
-        optimiser.step()
-        batches.follow()
-        epoch.losses[epoch.taken] = mean * size
-        epoch.taken += 1
-        yield
+import metrics
+from data_loader import Split, query_ids
+from loss import LOSSES, link_margin
+from model_profiling import initial_capabilities
+from query_representation import QueryEncoder
+from rankrouter import Metadata, RankRouter, RouterConfig
+from support.data.demo import true_skills
+from support.evaluation import baselines
+from support.evaluation.cold_start import cold_start, held_out_battles
+from support.evaluation.comparison import TestEvaluation, compare_with_truth, describe_clusters
+from support.reporting import console
+from support.system import device, distributed, signals
+from support.system.errors import UserError
+from support.system.files import cache_folder, locked, make_folder
+from support.training.batches import BattleBatches, QueryBatches
+from support.training.checkpoint import Checkpoint, TrainingState, check_outputs, experiment
+from support.training.history import Best, History
+from support.training.inputs import Data, find_inputs, load_data
+from support.training.optimization import EMA, make_optimizer, set_learning_rates, warmup_then_decay
 
 
-def copied(weights) -> dict:
-    """A copy of named weights."""
-    return {name: weight.detach().clone() for name, weight in weights.items()}
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that all its steps share."""
 
-
-def mean_loss(epoch, batches) -> float:
-    """Of a battle in the steps taken; losses are looked at here and not at each step, for which a GPU would wait."""
-    losses = epoch.losses[: epoch.taken].cpu()
-    bad = (~losses.isfinite()).nonzero()[:, 0]  # (steps that failed,)
-    if len(bad):
-        lower = "--encoder_lr, --lr" if batches.learned else "--lr"
-        raise UserError(f"the loss is {losses[bad[0]]} at step {bad[0]}; try a lower {lower} or --margin")
-    return losses.double().sum().item() / sum(map(batches.size_of, epoch.steps[: epoch.taken]))
-
-
-def evaluate(router, points, cluster_idx, battles, margin: float) -> tuple:
-    """The router's margins d (N,) on decisive battles, and their metrics, from the points of the queries fought."""
-    import metrics
-
-    d = battles.margins(router.score(points, cluster_idx))  # (N,)
-    return d, metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx, margin)
-
-
-def fit(args: argparse.Namespace, split, embeddings, encoder, profiles, device, history: dict, last, keep):
-    """Train a router on the embeddings (Q, H) of the split's queries; the moment of the best validation AUC counts.
-
-    Fills `history`, calls `keep(router, improved)` after each validation, and goes on from `last.saved`, where there is
-    such. An encoder that is trained waits for its towers, which learn alone first: it would follow their random
-    beginnings. Returns the router with its facts, and the points (Q, H) and clusters (Q,) that it began with.
-    """
-    import numpy as np
-    import torch
-
-    import metrics
-    from data_loader import query_ids
-    from loss import bce_loss, bpr_loss, hinge_loss
-    from support import baselines
-    from support.averaging import RunningMean
-    from support.batches import begin
-    from support.beginning import begin_batches, begin_optimiser, begin_router
-    from support.comparison import link_margin
-
-    timing, saved, towers = history["timing"], last.saved, None
-    if last.towers:
-        towers = fit_towers(args, split, embeddings, encoder, profiles, device, history, last.towers, keep)
-    with runs.timed(timing, "cluster"):
-        router, points, cluster_idx, profile_facts = begin_router(
-            args, split, embeddings, profiles, device, last, towers
-        )
-    if args.num_clusters:
-        train_queries = torch.from_numpy(split.train.fought[0])  # (Qt,)
-        sizes = torch.bincount(cluster_idx.cpu()[train_queries], minlength=args.num_clusters).tolist()  # (K,)
-        history["clusters"] = [{"size": size} for size in sizes]
-        if not towers:
-            print(f"cluster  {args.num_clusters} clusters of {min(sizes)} to {max(sizes)} training queries")
-
-    margin = link_margin(args)
-    loss_of = {
-        "bpr": partial(bpr_loss, margin=args.margin),
-        "bce": bce_loss,
-        "hinge": partial(hinge_loss, margin=args.margin),
-    }[args.loss_type]
-    batches = begin_batches(args, split, router, points, cluster_idx, encoder, timing)
-    best_single = baselines.best_single_model(split)
-    seen = query_ids([split.train.queries[i] for i in np.union1d(split.train.query_idx, split.val.query_idx)])  # (Q,)
-
-    def progress() -> float:  # at the middle of the next step
-        return (len(history["train_losses"]) + (now.taken + 0.5) / len(now.steps)) / args.epochs
-
-    optimiser = begin_optimiser(args, router, batches, progress)
-    # Where an encoder learns there is no mean: rates fall to 0 instead, and centroids follow the weights as they are.
-    averaged = RunningMean([] if batches.learned else list(router.parameters()), args.ema_decay)
-    best, begun = {"weights": None, "facts": None}, None
-    if saved:
-        last.verify(router, batches, history["data"]["embeddings_hash"])
-        last.restore(router, batches, optimiser, averaged, timing)
-        best, begun = saved["best"], saved["begun"]
-        if best["weights"]:  # the file may be of the epoch after it, or lost
-            router.load_state_dict(best["weights"])
-            router.facts = best["facts"] = best["facts"] | {"args": vars(args), "encoder": encoder.facts}
-            keep(router, True)
-            router.load_state_dict(saved["router"])
-
-    def validate(epoch, step: int | None) -> None:
-        nonlocal best
-        loss, points = mean_loss(epoch, batches), batches.points_of(split.val.fought[0])  # (q, H), (q,)
-        d, val = evaluate(router, *points, split.val, margin)  # (N,)
-        val, before = processes.from_main(val), best_moment(history)
-        improved = before is None or val["auc"] > before[2]["auc"]
-        if step is None:
-            history["train_losses"].append(loss)
-            history["val_metrics"].append(val)
-        else:
-            history["validations"].append({"epoch": number, "step": step} | val)
-        if improved:
-            router.facts = {
-                "args": vars(args),
-                "encoder": encoder.facts,
-                "content_hash": history["data"]["content_hash"],
-                "seen_queries": torch.from_numpy(seen),
-                "profiles": profile_facts,
-                "epoch": number,
-                "step": step,
-                "val_metrics": val,
-                "temperature": metrics.fit_temperature(d, split.val.outcome),
-                "best_single_model": best_single,
-            }
-            if batches.learned:
-                router.facts["trained"] = {"layers": args.finetune_layers, "lora_rank": args.lora_rank}
-                router.facts["trained"]["weights"] = copied(batches.learned)
-            best = {"weights": copied(router.state_dict()), "facts": router.facts}
-        keep(router, improved)
-        if improved or step is None or batches.learned:
-            printing.print_validation(number, step, len(epoch.steps), loss, val, improved)
-
-    def is_over() -> bool:
-        return args.patience is not None and waited(history) >= args.patience
-
-    with signals.between_steps() as asked:
-        for number in range(len(history["train_losses"]), args.epochs):
-            if is_over():
-                break
-            now, begun = begin(batches, begun), None
-            try:
-                with runs.timed(timing, "train") as lap:
-                    for _ in train_epoch(router, optimiser, loss_of, batches, now):
-                        averaged.update()
-                        if args.eval_every and now.taken % args.eval_every == 0 and now.taken < len(now.steps):
-                            lap()
-                            with averaged.in_place():
-                                validate(now, now.taken)
-                            lap("evaluate")
-                            if is_over():
-                                break
-                        is_due = processes.rank() == 0 and last.is_due()
-                        said = processes.total(STOP * (asked() is not None) + WRITE * is_due)
-                        if said and now.losses.isfinite().all():  # else the epoch fails, and is not gone on with
-                            lap()
-                            last.write(router, batches, optimiser, averaged, history, best, now.begun)
-                        if said >= STOP:
-                            raise signals.Stopped(asked() or signal.SIGTERM)
-                if now.taken < len(now.steps):  # patience is over, and the epoch ends here
-                    history["train_losses"].append(mean_loss(now, batches))
-                    _, _, *metrics_then = history["validations"][-1].items()  # but for the epoch and the step
-                    history["val_metrics"].append(dict(metrics_then))
-                else:
-                    with runs.timed(timing, "evaluate"), averaged.in_place():
-                        validate(now, None)
-            except UserError as error:
-                raise UserError(f"epoch {number}: {error}") from error
-            last.write(router, batches, optimiser, averaged, history, best)
-    if is_over():
-        print(f"patience {args.patience} validations since the best one: stopped")
-    router.load_state_dict(best["weights"])
-    return router, points, cluster_idx
-
-
-def fit_towers(args: argparse.Namespace, split, embeddings, encoder, profiles, device, history: dict, last, keep):
-    """A router on embeddings (Q, H) that stand, from which an encoder is trained; fills `history`.
-
-    `last` has no towers before it, so that `fit` trains once; `best_model.pt` is not of this part.
-    """
-    alone = vars(args) | {"finetune_encoder": False, "epochs": args.tower_epochs, "patience": None}
-    found = last.history | {"timing": {}, "data": history["data"]}
-    history["towers_alone"] = {name: found[name] for name in ("train_losses", "val_metrics", "validations")}
-    print(f"towers   alone first, epochs: {args.tower_epochs}")
-    how = encoder, profiles, device, found, last, lambda *_: keep(None, False)
-    router, *_ = fit(argparse.Namespace(**alone), split, embeddings, *how)
-    history["timing"]["towers_alone"] = sum(found["timing"].values())
-    return router
-
-
-def points_of(router, encoder, queries: list[str], embeddings, device) -> tuple:
-    """Standardised embeddings (Q, H) and clusters (Q,) of queries, as the router sees them.
-
-    `embeddings` (Q, H) are the encoder's, which stand where it was not trained with the router.
-    """
-    if trained := router.facts.get("trained"):
-        embeddings, _ = encoder.trained_further(trained).embed(queries)  # (Q, H)
-    points = router.query_tower.standardise(embeddings.to(device))  # (Q, H)
-    return points, router.query_tower.assign(points)
-
-
-def run(args: argparse.Namespace, inputs, encoder, device, last, history: dict) -> None:
-    """Encode, train, and test once; fills `history`, and writes it and the checkpoints as it goes."""
-    runs.tune_cpu()
-    split, whole, profiles, timing = inputs.split, inputs.whole, inputs.profiles, history["timing"]
-    checkpoint, is_main = Path(args.output_dir) / "best_model.pt", processes.rank() == 0
-    if last.saved is None and is_main:
-        runs.set_aside(checkpoint)
-        last.make_room()
-    runs.write_history(args.output_dir, history)
-
-    queries = whole.train.queries
-    with runs.timed(timing, "encode"):
-        embeddings, num_encoded = encoder.embed(queries)  # (Q, H)
-        encoder.release()  # its network takes memory that training may need
-    timing |= {"queries_encoded": num_encoded, "queries_from_cache": len(queries) - num_encoded}
-    history["encoder"], history["environment"] = encoder.facts, runs.environment(device, encoder.facts["dtype"])
-    history["data"]["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
-    printing.print_encoding(encoder.facts, timing, args.max_length)
-
-    def keep(router, improved: bool) -> None:
-        if improved and is_main:
-            router.save(checkpoint, **router.facts)
-            checkpoint.with_name("best_model.earlier.pt").unlink(missing_ok=True)
-        if improved:
-            history["best_epoch"], history["best_step"] = router.facts["epoch"], router.facts["step"]
-        runs.write_history(args.output_dir, history)
-
-    place = {query: i for i, query in enumerate(queries)}
-    own = embeddings if whole is split else embeddings[[place[query] for query in split.train.queries]]  # (Q, H)
-    router, *pretrained = fit(args, split, own, encoder, profiles, device, history, last, keep)
-    trained = pretrained
-    if args.finetune_encoder:  # from here on its encoder stands, as a frozen one does
-        with runs.timed(timing, "encode"):
-            trained = points_of(router, encoder, split.train.queries, own, device)  # (Q, H), (Q,)
-    if is_main:
-        from support.comparison import test
-
-        test(args, split, router, trained, pretrained, history)
-    if args.hold_out_model is not None:
-        from support.cold_start import cold_start
-
-        print(f"\nceiling  the same with the battles of {one_line(args.hold_out_model)}")
-        with runs.timed(timing, "cold_start"):
-            last = last.of("ceiling")
-            beside = last.history | {"timing": {}, "data": history["data"]}
-            ceiling, *_ = fit(args, whole, embeddings, encoder, profiles, device, beside, last, lambda *_: None)
-            both = [(each, *points_of(each, encoder, queries, embeddings, device)) for each in (router, ceiling)]
-            if is_main:
-                history["cold_start"] = cold_start(args.hold_out_model, split, whole, *both, profiles, args.seed)
-
-
-def train(args: argparse.Namespace) -> None:
-    """Train in an output folder that is this process's alone, and go on there where a run was stopped."""
-    from support.inputs import find_inputs, read_inputs
-
-    if args.deterministic:
-        runs.make_deterministic()
-    runs.check_outputs(args.output_dir)
-    truth, resume = find_inputs(args), vars(args).pop("resume")  # `args` are as if it had never stopped
-    device, timing = runs.pick_device(args.device), {}
-    inputs = read_inputs(args, timing)
-
-    from support.cached_encoder import Encoder
-    from support.resume import LastCheckpoint, experiment
-
-    how = args.dtype, args.pooling, args.max_length, args.encode_tokens, cache_folder(args.cache_dir, args.no_cache)
-    encoder = Encoder(args.model_path, device, *how)
-    path, what = Path(args.output_dir) / "last_checkpoint.pt", experiment(vars(args), inputs.counts, encoder.usage)
-    last = LastCheckpoint(path, what, args.epochs, args.checkpoint_minutes, resume, tower_epochs=args.tower_epochs or 0)
-    history = {"status": "running", "args": vars(args)} | last.history
-    history |= {"test_metrics": None, "test_intervals": None, "baselines": {}, "data": inputs.counts, "timing": timing}
-    earlier = runs.read_history(args.output_dir)
-    if resume:
-        print(f"resume   {last.told}")
-        if processes.from_main(processes.rank() == 0 and last.is_finished(earlier, vars(args))):
-            print(f"finished already, with a test AUC of {earlier['test_metrics']['auc']:.4f}: {args.output_dir}")
-            return
-    elif earlier.get("status") != "finished" and any(each.is_file() for each in (path, path.with_suffix(".towers.pt"))):
-        print("aside    an unfinished run, until this one writes its first checkpoint; --resume would go on with it")
-    try:
-        run(args, inputs, encoder, device, last, history)
-        if truth is not None and processes.rank() == 0:
-            from support.comparison import compare_with_truth
-            from support.demo import true_skills
-
-            test = inputs.split.test
-            skills = true_skills(truth, test.queries, test.model_names)  # (Q, M), (M,)
-            history["demo"] = compare_with_truth(test, *skills, history["test_metrics"]["auc"])
-        history["status"] = "finished"
-        runs.write_history(args.output_dir, history)
-    except BaseException as error:
-        history["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        with suppress(UserError):  # the disk may be full, which is told already
-            runs.write_history(args.output_dir, history)
-        if isinstance(error, signals.Stopped):
-            told = f"interrupted after {len(history['train_losses'])} of {args.epochs} epochs"
-            raise signals.Stopped(error.number, f"{told}; the same command with --resume goes on from there") from error
-        if args.deterministic and isinstance(error, RuntimeError) and "deterministic" in str(error):
-            raise UserError(f"--deterministic cannot be kept: {reason(error)}; leave it out") from error
-        if isinstance(error, UserError) and history["best_epoch"] is not None:
-            raise UserError(f"{error}; the checkpoint of epoch {history['best_epoch']} is kept") from error
-        raise
-    if processes.rank() == 0:
-        printing.print_test(history)
+    args: argparse.Namespace
+    data: Data
+    encoder: QueryEncoder
+    history: History
+    checkpoint: Checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train as the flags say. Raises `UserError` on anything the user can mend, `Stopped` on a signal."""
+    """Train as the flags say. Raises `UserError` on anything the user can fix, `Stopped` on a signal."""
     args = parse_args(argv)
-    with processes.joined():
-        if processes.rank():
+    if args.loss_type not in LOSSES:
+        raise UserError(f"--loss_type {args.loss_type!r} is unknown; expected one of {', '.join(LOSSES)}")
+    with device.deterministic(args.deterministic), distributed.init():
+        if distributed.rank():
             train(args)
             return
         args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
         with locked(Path(args.output_dir), "--output_dir"):
             train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Load data and encoder, start or resume the run, and print its test; the history records the outcome."""
+    resume, overwrite = vars(args).pop("resume"), vars(args).pop("overwrite")  # not part of the experiment
+    check_outputs(args.output_dir, resume, overwrite)
+    demo = find_inputs(args)
+    timing, chosen_device = device.Timing(), device.pick_device(args.device)
+    with timing("load"):
+        data = load_data(args)
+    console.print_data(data.counts, args.split_by)
+    if data.profiles is not None:
+        console.print_profiles(data.profiles, data.full_split.train.model_names)
+    if args.hold_out_model is not None:
+        held_out_battles(args.hold_out_model, data.split, data.full_split)  # raises where there are none
+    encoder = QueryEncoder(
+        args.model_path,
+        chosen_device,
+        dtype=args.dtype,
+        pooling=args.pooling,
+        max_length=args.max_length,
+        tokens_per_batch=args.encode_tokens,
+        cache_dir=cache_folder(args.cache_dir, args.no_cache),
+    )
+    history = History(args.output_dir, vars(args), data.counts, timing)
+    checkpoint = Checkpoint(history, experiment(vars(args), data.counts, encoder.usage), resume=resume)
+    if resume and console.print_resume(checkpoint.message, checkpoint.finished_auc(), args.output_dir):
+        return
+    checkpoint.start()
+    device.tune_cpu()
+    with history.recorded():
+        run_method(Run(args, data, encoder, history, checkpoint), demo)
+    if distributed.rank() == 0:
+        console.print_test(history.as_dict())
+
+
+def run_method(run: Run, demo: Path | None) -> None:
+    """Encode the queries, train the router, test it once; with a held-out model, train once more and compare."""
+    args, data, encoder, history = run.args, run.data, run.encoder, run.history
+    queries, split = data.full_split.train.queries, data.split
+    with history.timing("encode"):
+        embeddings, num_encoded = encoder.embed(queries)  # (Q, H)
+        encoder.release()  # training may need its network's memory
+    history.add_encoding(encoder, num_encoded, embeddings)
+    console.print_encoding(encoder.metadata, history.as_dict()["timing"], args.max_length)
+
+    row_of_query = {query: i for i, query in enumerate(queries)}
+    split_embeddings = embeddings[[row_of_query[query] for query in split.train.queries]]  # (Q, H)
+    router, *pretrained = train_router(run, split, split_embeddings)
+    inputs = represent(router, encoder, split.train.queries, split_embeddings)  # (Q, H), (Q,)
+    if distributed.rank() == 0:
+        test(run, router, inputs, pretrained)
+        if demo is not None:
+            skills = true_skills(demo, split.test.queries, split.test.model_names)  # (Q, M), (M,)
+            auc = history.results["test_metrics"]["auc"]
+            history.results["demo"] = compare_with_truth(split.test, *skills, auc)
+
+    if args.hold_out_model is not None:  # compared with an upper bound: a router trained with that model's battles
+        console.print_ceiling(args.hold_out_model)
+        with history.timing("cold_start"):
+            ceiling, *_ = train_router(run, data.full_split, embeddings, is_ceiling=True)
+            both = [(each, *represent(each, encoder, queries, embeddings)) for each in (router, ceiling)]
+            if distributed.rank() == 0:
+                history.results["cold_start"] = cold_start(
+                    args.hold_out_model, split, data.full_split, *both, data.profiles, args.seed
+                )
+
+
+def train_router(run: Run, split: Split, embeddings: torch.Tensor, is_ceiling: bool = False) -> tuple:
+    """Build a router and fit its towers on frozen embeddings (Q, H); with --finetune_encoder then its encoder, too.
+
+    Returns the router, and the standardized embeddings (Q, H) and clusters (Q,) on which the towers were fitted.
+    """
+    args, history = run.args, run.history
+    towers, finetuning = ("ceiling", "ceiling_encoder") if is_ceiling else ("towers", "encoder")
+    router, x, cluster_idx = build(run, split, embeddings, towers)
+    batches = BattleBatches(x, cluster_idx, split.train, args.batch_size)
+    if not args.finetune_encoder:
+        with history.curves[towers].timing("train"):
+            fit(run, router, batches, split, phase=towers, epochs=args.epochs, patience=args.patience)
+        return router, x, cluster_idx
+    # Train the towers first; otherwise the encoder adapts to random towers.
+    console.print_towers(args.tower_epochs)
+    cuda = [run.encoder.device] if run.encoder.device.type == "cuda" else []
+    # What follows has the same random numbers after any number of tower epochs.
+    with torch.random.fork_rng(cuda), history.curves[towers].timing("train"):
+        fit(run, router, batches, split, phase=towers, epochs=args.tower_epochs, patience=None)
+    trainable = run.encoder.trainable(args.finetune_layers, args.lora_rank, args.gradient_checkpointing)
+    batches = QueryBatches(
+        split.train, router.query_tower, cluster_idx, trainable, tokens=args.batch_tokens, accumulate=args.accumulate
+    )
+    history.counts["tokens_per_epoch"] = int(batches.lengths.sum())
+    console.print_finetuning(batches.parameters, history.counts["tokens_per_epoch"])
+    with history.curves[finetuning].timing("train"):
+        fit(run, router, batches, split, phase=finetuning, epochs=args.epochs, patience=args.patience)
+    return router, x, cluster_idx
+
+
+def build(run: Run, split: Split, embeddings: torch.Tensor, phase: str) -> tuple:
+    """A router for the split's models, the same in all processes.
+
+    Statistics, clusters and initial capability vectors are computed from training queries only.
+
+    Returns also the standardized embeddings (Q, H) of the split's queries, and their clusters (Q,).
+    """
+    args, names = run.args, split.train.model_names  # (M,)
+    train_queries = torch.from_numpy(split.train.unique_queries)  # (Qt,)
+    torch.manual_seed(args.seed)
+    router = RankRouter(names, embeddings.shape[1], RouterConfig(**router_options(args)))
+    with run.history.curves[phase].timing("cluster"):
+        is_resumed = run.checkpoint.load_router(router, phase)  # with its statistics and centroids
+        if not is_resumed and distributed.rank() == 0:
+            router.query_tower.fit(embeddings[train_queries], args.seed)
+    distributed.broadcast(list(router.state_dict().values()))
+    router.to(run.encoder.device)
+    x, cluster_idx = router.query_tower.inputs(embeddings.to(run.encoder.device))  # (Q, H), (Q,)
+    vectors, profile_metadata = initial_capabilities(
+        split.train,
+        profiles=run.data.profiles,
+        allow_missing=args.allow_missing_profiles,
+        num_clusters=args.num_clusters if args.capability_init == "win_rate" else None,
+        cluster_idx=cluster_idx.cpu(),
+    )
+    if vectors is not None and not is_resumed:
+        router.model_tower.set_capabilities(vectors)  # (M, C)
+    if args.freeze_capabilities:
+        router.model_tower.capability.weight.requires_grad_(False)
+    distributed.broadcast(list(router.state_dict().values()))
+    if distributed.rank():  # each process draws its own dropout; rank 0 draws that of a run with one process
+        torch.manual_seed(args.seed + distributed.rank())
+    seen = np.union1d(split.train.query_idx, split.val.query_idx)  # (Qs,)
+    router.metadata = Metadata(
+        args=vars(args),
+        encoder=run.encoder.metadata,
+        content_hash=run.data.counts["content_hash"],
+        seen_queries=torch.from_numpy(query_ids([split.train.queries[i] for i in seen])),  # (Qs,)
+        profiles=profile_metadata,
+        best_single_model=baselines.best_single_model(split),
+    )
+    if args.num_clusters:
+        sizes = cluster_idx.cpu()[train_queries].bincount(minlength=args.num_clusters).tolist()  # (K,)
+        run.history.add_clusters(sizes)
+        console.print_clusters(sizes)
+    return router, x, cluster_idx
+
+
+@signals.deferred()
+def fit(
+    run: Run,
+    router: RankRouter,
+    batches: BattleBatches | QueryBatches,
+    split: Split,
+    *,
+    phase: str,
+    epochs: int,
+    patience: int | None,
+) -> None:
+    """Train until epochs or patience run out; the router then has the weights of the best validation AUC."""
+    args, history, checkpoint, curves = run.args, run.history, run.checkpoint, run.history.curves[phase]
+    optimizer = make_optimizer(
+        towers=router.parameters(),
+        encoder=batches.parameters.values(),
+        lr=args.lr,
+        encoder_lr=args.encoder_lr,
+        weight_decay=args.weight_decay,
+    )
+    # While an encoder is trained, weights are not averaged: learning rates decay to 0 instead.
+    ema = EMA([] if batches.trains_encoder else list(router.parameters()), args.ema_decay)
+    state = TrainingState(router, batches, optimizer, ema, curves, epochs)
+    checkpoint.restore(state, phase)
+    while state.epoch < epochs and not curves.out_of_patience(patience):
+        for batch in console.with_progress(state.remaining_batches(), state):  # after a resume, inside an epoch
+            loss = train_step(args, state, batch)
+            ema.update()
+            state.record(loss)
+            if args.eval_every and state.step_in_epoch % args.eval_every == 0 and not state.epoch_is_over:
+                validate(args, state, split, history)
+                if curves.out_of_patience(patience):
+                    break
+            checkpoint.after_step(state)  # saves when it is time; raises `Stopped` after a signal
+        if state.epoch_is_over:
+            validate(args, state, split, history)
+        else:  # patience ran out
+            curves.end_epoch_early(state.mean_loss())
+        state.next_epoch()
+        checkpoint.save(state)
+    if curves.out_of_patience(patience):
+        print(f"stopped  no new best in {patience} validations")
+    if curves.best is not None:
+        router.load_state_dict(curves.best.weights)
+        router.metadata = curves.best.metadata
+
+
+def train_step(args: argparse.Namespace, state: TrainingState, batch: object) -> torch.Tensor:
+    """One step of the optimizer on a batch; returns the mean loss of its battles, a scalar tensor."""
+    router, batches, optimizer = state.router, state.batches, state.optimizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not router.training:
+        router.train()
+    optimizer.zero_grad()
+    mean_loss, num_battles = torch.zeros((), device=batches.device), batches.num_battles(batch)
+    for queries, row, models, outcome in batches.parts(batch):  # (b,), (B,), (B, 2), (B,): this process's share
+        # Forward: the scores of all models for each query, then those of the two models of each battle.
+        x, cluster_idx = batches.embed(queries)  # (b, H), (b,)
+        scores = router(x, cluster_idx)[row]  # (B, M)
+        score_a, score_b = scores.gather(1, models).unbind(1)  # (B,) each
+        # Loss: the mean over the battles of the whole batch, of which these are a part.
+        losses = LOSSES[args.loss_type](score_a, score_b, outcome, args.margin)  # (B,)
+        loss = losses.sum() / num_battles
+        # Backward: the gradients of all parts add up.
+        loss.backward()
+        mean_loss += loss.detach()
+    # All-reduce: the gradients of all processes add up, and what the centroids follow.
+    distributed.all_reduce_gradients(parameters, mean_loss, *batches.cluster_sums)
+    # With a trained encoder: clip the gradients of towers and encoder together; learning rates rise, then fall to 0.
+    if batches.trains_encoder:
+        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        set_learning_rates(optimizer, warmup_then_decay(state.progress, args.warmup))
+    # Step of AdamW, after which the centroids follow the encoder.
+    optimizer.step()
+    batches.update_centroids()
+    return mean_loss
+
+
+def validate(args: argparse.Namespace, state: TrainingState, split: Split, history: History) -> None:
+    """Evaluate on the validation battles; the weights with the highest AUC are kept, the earliest of equals.
+
+    They are the averaged weights where there is an average.
+    """
+    router, curves, val = state.router, state.curves, split.val
+    step = None if state.epoch_is_over else state.step_in_epoch
+    loss = state.mean_loss()
+    with curves.timing("evaluate"), state.ema.applied():
+        d = val.margins(state.scores(val.unique_queries))  # (N,)
+        margin = link_margin(args.loss_type, args.margin)
+        val_metrics = metrics.evaluate(d, val.outcome, val.model_a_idx, val.model_b_idx, margin)
+        val_metrics = distributed.broadcast_from_rank0(val_metrics)
+        is_best = curves.add(state.epoch, step, loss, val_metrics)
+        if is_best:
+            router.metadata = replace(
+                router.metadata,
+                epoch=state.epoch,
+                step=step,
+                val_metrics=val_metrics,
+                temperature=metrics.fit_temperature(d, val.outcome),
+                trained=state.batches.finetuned_weights(args.finetune_layers, args.lora_rank),
+            )
+            weights = {name: weight.detach().clone() for name, weight in router.state_dict().items()}
+            # Only the main training writes best_model.pt: not the towers before an encoder, nor the upper bound.
+            if curves is history.main and distributed.rank() == 0:
+                router.save(history.best_path)  # before `curves.best` changes: if it fails, the previous best remains
+            curves.best = Best(weights, router.metadata)
+    history.write()
+    if is_best or step is None or state.batches.trains_encoder:
+        console.print_validation(state.epoch, step, len(state.planned), loss, val_metrics, is_best)
+
+
+def represent(router: RankRouter, encoder: QueryEncoder, queries: list[str], embeddings: torch.Tensor) -> tuple:
+    """Standardized embeddings (Q, H) and clusters (Q,) of queries as a trained router sees them.
+
+    `embeddings` (Q, H) are those of the pretrained encoder, for a router whose encoder was not finetuned.
+    """
+    if router.metadata.trained is not None:
+        embeddings, _ = encoder.with_finetuned(router.metadata.trained).embed(queries)  # (Q, H)
+    return router.query_tower.inputs(embeddings.to(encoder.device))  # (Q, H), (Q,)
+
+
+def test(run: Run, router: RankRouter, inputs: tuple, pretrained: tuple) -> None:
+    """Test the router once, and the baselines beside it.
+
+    `inputs` are the standardized embeddings (Q, H) and clusters (Q,) that the router sees, `pretrained` those that the
+    baselines get: of the encoder before any finetuning.
+    """
+    args, split, history = run.args, run.data.split, run.history
+    with history.timing("evaluate"):
+        scores = router.score(*(column[split.test.unique_queries] for column in inputs))  # (Q, M)
+        margin = link_margin(args.loss_type, args.margin)
+        evaluation = TestEvaluation(split, scores, margin, router.temperature, args.seed)
+        history.results |= evaluation.results()
+        if args.num_clusters:
+            history.results["clusters"] = describe_clusters(router, *inputs, split.train)
+    if args.baselines != "none":
+        with history.timing("baselines"):
+            x, cluster_idx = (column.cpu().numpy() for column in pretrained)  # (Q, H), (Q,)
+            fitted = baselines.fit(split, x, cluster_idx, args.num_clusters, args.baselines == "all", args.seed)
+            history.results["baselines"] = evaluation.compare(fitted)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""What the tests share: a demo in a temporary folder, and commands run in this process."""
+"""Shared by the tests: a demo in a temporary folder, and commands run in this process or in forked ones."""
 
+import functools
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -11,11 +13,12 @@ import pytest
 import torch
 
 import query_representation
-import support.embedding_cache
+import support.encoding.cache
 import train
 from rankrouter import RankRouter
-from support.command_line import run_command
-from support.demo import demo_folder
+from support.data.demo import demo_folder
+from support.system.command_line import run_command
+from support.training.checkpoint import Checkpoint
 
 torch.set_num_threads(1)  # the tests' networks are tiny, and threads that wait for a busy core cost minutes
 
@@ -30,7 +33,7 @@ def cache_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def denormals():
-    """A run flushes denormal numbers to zero for its whole process; the next test has them again."""
+    """A run flushes denormal numbers to zero in its whole process; this is undone after each test."""
     yield
     torch.set_flush_denormal(False)
 
@@ -52,7 +55,7 @@ def run_demo(demo_dir, demo, tmp_path_factory):
 
     def run(*flags: str):
         output = tmp_path_factory.mktemp("outputs")
-        same = ("--demo", "--demo_dir", str(demo_dir), "--dtype", "float32")  # on every machine
+        same = ("--demo", "--demo_dir", str(demo_dir), "--dtype", "float32")  # the same on every machine
         train.main([*same, "--output_dir", str(output), *flags])
         return json.loads((output / "training_history.json").read_text()), output
 
@@ -61,7 +64,7 @@ def run_demo(demo_dir, demo, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def default_run(run_demo):
-    """`python train.py --demo`, once for all tests that look at it; not mixed with what other runs have cached."""
+    """`python train.py --demo`, once for all tests that look at it, without the cache of other runs."""
     return run_demo("--no_cache")
 
 
@@ -81,22 +84,47 @@ def fails(capsys):
     return run
 
 
-class Killed:
-    """A command run in a forked process that is stopped at a moment counted in events, not in seconds.
+def every_step(set_attribute=setattr):
+    """Let runs save their state after each step instead of each minute.
 
-    Events are steps of the optimiser, passes of the encoder, K-means, and each call that makes, replaces or deletes a
-    file, before and after it. `act` is called in the child at event number `moment` (from 0).
+    For `patch=every_step` of a forked run, or `every_step(monkeypatch.setattr)` in this process and those it forks.
+    """
+    set_attribute(train, "Checkpoint", functools.partial(Checkpoint, interval=0.0))
+
+
+def after_step(step, fit=None):
+    """An event for `forked`: after a step (from 1) of the current or the given call of `train.fit` (from 0)."""
+
+    def reached(events):
+        if events[-1] != "after-step" or fit not in (None, events.count("before-fit") - 1):
+            return False
+        return events[::-1][: events[::-1].index("before-fit")].count("after-step") == step
+
+    return reached
+
+
+def kill():
+    """End this process at once, as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Forked:
+    """Runs a command in a forked process, and calls a function there at an event, so that no test needs a clock.
+
+    Events are calls of `train.fit`, steps of the optimizer, passes of the encoder, K-means, and each call that syncs,
+    replaces or deletes a file, before and after it. `act` is called in the child at the event number `when` (from 0),
+    or where `when` returns true for the names of the events so far.
     """
 
     def __init__(self, folder):
         self.folder, self.count = folder, 0
 
-    def __call__(self, command, flags, moment=None, act=None, patch=None):
-        """Returns the exit code (minus a signal's number), the events' names, and the lines on stdout and stderr."""
-        return self._wait(self._start(command, flags, moment, act, patch, {}))
+    def __call__(self, command, flags, when=None, act=None, patch=None):
+        """Returns the exit code (negative: of a signal), the events' names, and the lines on stdout and stderr."""
+        return self._wait(self._start(command, flags, when, act, patch, {}))
 
     def together(self, command, flags, count, acts=None, patch=None):
-        """The same of several processes of one run, as `torchrun` starts them; `acts` are moment and act by rank."""
+        """The same for several processes of one run, as `torchrun` starts them; `acts` has (when, act) by rank."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -107,13 +135,13 @@ class Killed:
         ]
         return [self._wait(one) for one in started]
 
-    def _start(self, command, flags, moment, act, patch, environment):
+    def _start(self, command, flags, when, act, patch, environment):
         self.count += 1
         files = [self.folder / f"{self.count}.{name}" for name in ("out", "err", "events")]
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            self._child(command, flags, moment, act, patch, environment, files)
+            self._child(command, flags, when, act, patch, environment, files)
         return pid, files
 
     def _wait(self, started):
@@ -121,7 +149,7 @@ class Killed:
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return code, seen.read_text().split(), out.read_text().splitlines(), err.read_text().splitlines()
 
-    def _child(self, command, flags, moment, act, patch, environment, files):
+    def _child(self, command, flags, when, act, patch, environment, files):
         code = 99
         try:
             os.environ.update(environment)
@@ -129,13 +157,12 @@ class Killed:
                 os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
             sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns of the fork
-            events, number = os.open(files[2], os.O_CREAT | os.O_WRONLY), 0
+            log, events = os.open(files[2], os.O_CREAT | os.O_WRONLY), []
 
             def event(name):
-                nonlocal number
-                os.write(events, f"{name}\n".encode())
-                number += 1
-                if number - 1 == moment:
+                os.write(log, f"{name}\n".encode())
+                events.append(name)
+                if when(events) if callable(when) else len(events) - 1 == when:
                     act()
 
             def watch(owner, name, called):
@@ -149,12 +176,13 @@ class Killed:
 
                 setattr(owner, name, watched)
 
+            watch(train, "fit", "fit")
             watch(torch.optim.AdamW, "step", "step")
             watch(query_representation, "hidden_states", "pass")
             watch(query_representation, "fit_centroids", "clusters")
             for name in ("fsync", "replace", "unlink"):
                 watch(os, name, name)
-            support.embedding_cache.SECONDS_PER_SHARD = 0  # a shard per batch
+            support.encoding.cache.SECONDS_PER_SHARD = 0  # a shard per batch
             if patch:
                 patch()
             run_command(lambda: command(flags))
@@ -169,32 +197,56 @@ class Killed:
 
 @pytest.fixture
 def forked(tmp_path_factory):
-    return Killed(tmp_path_factory.mktemp("forked"))
+    return Forked(tmp_path_factory.mktemp("forked"))
 
 
 @pytest.fixture(scope="session")
 def small(demo, tmp_path_factory):
-    """Flags of a run of a second, on the first battles of the demo."""
+    """Flags of a run that takes a second, on the first battles of the demo."""
     data = tmp_path_factory.mktemp("small") / "battles.parquet"
     pd.read_parquet(demo / "battles.parquet")[:320].to_parquet(data)
     tiny = "--epochs 2 --num_clusters 3 --embedding_dim 8 --capability_dim 4 --batch_size 40 --encode_tokens 512"
     flags = ["--data_path", str(data), "--model_path", str(demo / "encoder"), "--dtype", "float32", *tiny.split()]
     flags += ["--baselines", "none"]
     folder = str(tmp_path_factory.mktemp("warm"))
-    train.main([*flags, "--output_dir", folder, "--cache_dir", folder])  # imports what the forked ones need
+    train.main([*flags, "--output_dir", folder, "--cache_dir", folder])  # imports what forked runs need
     return flags
 
 
 def result(output):
-    """The history but for its timing and place, and the tensors of the best checkpoint."""
+    """What a run leaves, without times and folders: history, weights of the best checkpoint, and the last checkpoint.
+
+    The last checkpoint holds more than the history: the state of the optimizer, and the curves of the ceiling.
+    """
     history = json.loads((output / "training_history.json").read_text())
-    del history["timing"], history["args"]["output_dir"], history["args"]["cache_dir"]
-    return history, RankRouter.load(output / "best_model.pt").state_dict()
+    last = torch.load(output / "last_checkpoint.pt", weights_only=True)
+    best = [curves["best"] for curves in last["curves"].values() if curves["best"] is not None]
+    for args in (history["args"], *(each["metadata"]["args"] for each in best)):
+        args.pop("output_dir", None), args.pop("cache_dir", None)  # some of these are one object
+    for timed in (history.pop("timing"), *(curves.pop("seconds") for curves in last["curves"].values())):
+        assert all(seconds >= 0 for seconds in timed.values())
+    del last["training"]["random"]["python"], last["training"]["random"]["numpy"]  # those of the tests, in a fork
+    router = RankRouter.load(output / "best_model.pt")
+    encoder = {} if router.metadata.trained is None else router.metadata.trained["weights"]
+    return history, router.state_dict() | encoder, last
+
+
+def same(one, other):
+    """Whether nested tensors and Python values are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
 
 
 def assert_same(output, expected):
-    history, weights = result(output)
+    """A run's folder holds a finished run that ended exactly as the `result` of another."""
+    history, weights, last = result(output)
     assert history == expected[0]
     assert history["status"] == "finished"
-    assert weights.keys() == expected[1].keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected[1].items())
+    assert same(weights, expected[1])
+    for name, value in expected[2].items():
+        assert same(last[name], value), name

@@ -1,0 +1,130 @@
+"""Hugging Face encoders: find, fingerprint and load them; a folder that does not load completely is refused."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from support.system.errors import UserError, is_out_of_memory, reason
+from support.system.files import content_hash
+
+
+def is_hub_id(model_path: str) -> bool:
+    """Whether `model_path` is not a local folder and has the form of a hub id, `owner/name`."""
+    return not os.path.exists(os.path.expanduser(model_path)) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", model_path))
+
+
+def find_encoder(model_path: str, download: bool = True) -> Path:
+    """The folder of an encoder, given as a folder or as a hub id; `download` allows fetching the latter on first use.
+
+    Raises `UserError` where there is no such folder, or no model in it.
+    """
+    folder = _from_hub(model_path, download) if is_hub_id(model_path) else Path(os.path.expanduser(model_path))
+    if not model_path or not os.path.isdir(folder):
+        raise UserError(
+            f"no model folder at {model_path}; get Qwen2-0.5B with `hf download Qwen/Qwen2-0.5B --local-dir "
+            "../model/Qwen2-0.5B`, or name another folder or hub id (owner/name) with --model_path, or use --demo"
+        )
+    needed = {
+        "config.json": ["config.json"],
+        "weights (*.safetensors)": ["*.safetensors", "*.bin"],
+        "a tokenizer": ["tokenizer*", "vocab*", "*.model"],
+    }
+    missing = [part for part, patterns in needed.items() if not any(any(folder.glob(name)) for name in patterns)]
+    if missing:
+        raise UserError(
+            f"{model_path} is not a Hugging Face model: it lacks {', '.join(missing)}; expected what "
+            "`hf download OWNER/NAME --local-dir FOLDER` or `save_pretrained(FOLDER)` leaves there"
+        )
+    return folder
+
+
+def _from_hub(hub_id: str, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    unused = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.gguf"]  # formats that are not read here
+    try:
+        return Path(snapshot_download(hub_id, ignore_patterns=unused, local_files_only=not download))
+    except Exception as error:  # the hub's client raises errors without a common base class
+        problem = f"{hub_id} is not a local folder and could not be downloaded as a hub id: {reason(error)}"
+        if not download:
+            problem = f"the encoder {hub_id} has not been downloaded; --model_path {hub_id} downloads it"
+        raise UserError(problem) from error
+
+
+def encoder_fingerprint(folder: Path) -> str:
+    """SHA-256 (hex) of an encoder's weights, configuration and tokenizer; the folder's place does not matter."""
+    kinds = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
+    return content_hash(sorted(file for kind in kinds for file in folder.glob(kind)))
+
+
+def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
+    """An encoder's tokenizer and network, frozen, on `device`. Raises `UserError` where any weight is missing."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        local = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+        network, info = transformers.AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **local)
+    except Exception as error:  # a broken folder raises whatever its parsers raise
+        raise UserError(f"{folder} could not be loaded as a Hugging Face encoder: {reason(error)}") from error
+    # A pooler's output is never used, so its weights may be missing; any other missing weight would stay random.
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing or info["mismatched_keys"]:
+        raise UserError(
+            f"the weights in {folder} do not fill the encoder of its config.json: {len(missing)} missing "
+            f"({', '.join(missing[:3]) or 'none'}), {len(info['mismatched_keys'])} of a different shape"
+        )
+    if network.config.is_encoder_decoder:
+        network = network.get_encoder()
+    network.config.use_cache = False  # no text is generated, so keys and values are not needed
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer in {folder} has no pad, eos or unk token; expected at least one of them")
+    return tokenizer, network.to(device).eval().requires_grad_(False)
+
+
+def longest_input(tokenizer, network) -> int:
+    """The longest input of an encoder in tokens; `sys.maxsize` where it states no limit."""
+    positions = getattr(network.config, "max_position_embeddings", None) or 0
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # RoBERTa and its relatives number positions from there
+    stated = [limit for limit in (tokenizer.model_max_length, positions) if isinstance(limit, int) and limit > 0]
+    return min(stated, default=sys.maxsize)
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The dtype that `--dtype` names; "auto" is bfloat16 where the device multiplies it faster than float32."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+
+
+def vocabulary_size(network) -> int:
+    """The size of an encoder's vocabulary; `sys.maxsize` where it has no table of tokens."""
+    try:
+        return network.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):  # an encoder of characters, for example
+        return sys.maxsize
+
+
+def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Hidden states (B, T, H) of token ids (B, T). Raises `UserError` where the encoder cannot take them."""
+    try:
+        return network(input_ids=ids, attention_mask=mask).last_hidden_state
+    except Exception as error:  # a model for images, for example, raises its own errors
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{type(network).__name__} cannot encode {ids.shape[0]} texts of {ids.shape[1]} tokens "
+            f"({type(error).__name__}: {reason(error)}); expected a text encoder"
+        ) from error

@@ -1,0 +1,158 @@
+"""Read finished runs back from their `training_history.json`, checking every value that a report uses."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.training.options import NO_EXPERIMENT
+
+NO_HISTORY = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # raised by `parse`
+TEST_SET = ("split_by", "limit", "score_columns", "hold_out_model")  # flags that determine the test battles
+REQUIRED = ("auc", "accuracy", "log_loss")  # metrics of the test
+LARGEST = 1e100  # far above any value of a real run; a mean or a picture of larger values could overflow
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run; metrics and baselines are named as in `training_history.json`."""
+
+    name: str
+    flags: dict  # those that affect the result, with hashes for the data and the encoder
+    paths: dict[str, str]  # "data_path" and "model_path"
+    seed: int
+    split_seed: int
+    test_set: tuple  # what determines the test battles, except the split seed
+    test_queries: int
+    test_by_train: float  # n_test / n_train, counted in the unit that is split: queries or battles
+    train_losses: list[float]  # per epoch
+    val_aucs: list[float]  # per epoch
+    best_epoch: int
+    val_auc: float  # of the best validation, at the end of best_epoch or within it
+    test: dict[str, float | None]
+    intervals: dict[str, list[float] | None]
+    calibration: dict[str, dict]  # "calibrated" and "uncalibrated": expected calibration error, bins
+    baselines: dict[str, dict]
+    score_table: dict[str, float]  # mean score of "best_single" and "oracle"; empty without a score table
+    clusters: list[dict]  # the nonempty ones: size, central_queries, log_odds by model
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        return self.split_seed, self.seed
+
+    @property
+    def experiment(self) -> str:
+        """Equal for runs that differ only in their seeds."""
+        return json.dumps(self.flags, sort_keys=True)
+
+
+def read_runs(paths: list[str]) -> tuple[list[Run], list[str]]:
+    """Read the finished runs at `paths`, folders or history files.
+
+    Returns: the runs, and for every path without one a message that gives the reason.
+    """
+    runs, problems, seen = [], [], set()
+    for path in paths:
+        file = Path(path) / "training_history.json" if os.path.isdir(path) else Path(path)
+        name = str(file.parent if file.name == "training_history.json" else file)
+        if os.path.realpath(file) in seen:  # `outputs/* outputs/best` names one twice
+            continue
+        seen.add(os.path.realpath(file))
+        try:
+            if os.path.exists(file) and not os.path.isfile(file):  # reading a pipe might never end
+                raise OSError("it is not a regular file")
+            history = json.loads(file.read_bytes())
+            if history["status"] == "finished":
+                runs.append(parse(name, history))
+            else:
+                problems.append(f"{name}: {history['status']} after {len(history['val_metrics'])} epochs; left out")
+        except OSError as error:
+            problems.append(f"{path}: no history ({error.strerror or error}); left out")
+        except KeyError as error:
+            problems.append(f"{file}: it lacks {error}, which a history of this version has; left out")
+        except NO_HISTORY as error:
+            problems.append(f"{file}: not a history of ours ({error}); left out")
+    return runs, problems
+
+
+def parse(name: str, history: dict) -> Run:
+    """Parse the history of a finished run. Raises one of `NO_HISTORY` where a value is missing or malformed."""
+    args, data, encoder, test = history["args"], history["data"], history["encoder"], history["test_metrics"]
+    split, unit = data["split"], "battles" if args["split_by"] == "battle" else "queries"
+    losses, vals = _read(history["train_losses"], [_number]), _read(history["val_metrics"], [{"auc": _number}])
+    epoch, step = _integer(history["best_epoch"]), history["best_step"]
+    if not epoch < len(vals) == len(losses):
+        raise ValueError(f"best_epoch is {epoch} of {len(vals)} epochs and {len(losses)} losses")
+    within = [val for val in history["validations"] if (val["epoch"], val["step"]) == (epoch, step)]
+    (best,) = vals[epoch : epoch + 1] if step is None else within
+    flags = {"data_path": str(data["content_hash"]), "model_path": str(encoder["fingerprint"])}
+    flags |= {"dtype": str(encoder["dtype"])} | {flag: args[flag] for flag in args if flag not in NO_EXPERIMENT}
+    # The shapes of what is read; without a gap between the best single model and the oracle, no method closes any.
+    metrics, intervals = (dict.fromkeys([*test, *REQUIRED], check) for check in (_number, _interval))
+    if "gap_closed" in test and test["gap_closed"] is None:
+        metrics["gap_closed"] = intervals["gap_closed"] = None
+    differences = {"intervals": intervals, "difference": metrics, "difference_intervals": intervals}
+    part = dict.fromkeys(("low", "high", "probability", "won"), _number) | {"battles": _positive}
+    calibration = {"expected_calibration_error": _number, "bins": [part]}
+    ends = ("best_single", "oracle") if "score_table" in history or "mean_score" in test else ()
+    clusters = [cluster for cluster in history.get("clusters", []) if cluster["log_odds"]]
+    log_odds = dict.fromkeys(clusters[0]["log_odds"] if clusters else (), _number)
+    cluster = {"size": _positive, "central_queries": [str], "log_odds": log_odds}
+    return Run(
+        name=name,
+        flags=flags,
+        paths={"data_path": str(data["path"]), "model_path": str(encoder["path"])},
+        seed=_integer(args["seed"]),
+        split_seed=_integer(args["split_seed"]),
+        test_set=(flags["data_path"], *(str(args.get(flag)) for flag in TEST_SET)),
+        test_queries=_positive(split["test"]["queries"]),
+        test_by_train=_positive(split["test"][unit]) / _positive(split["train"][unit]),
+        train_losses=losses,
+        val_aucs=[val["auc"] for val in vals],
+        best_epoch=epoch,
+        val_auc=_number(best["auc"]),
+        test=_read(test, metrics),
+        intervals=_read(history["test_intervals"], intervals),
+        calibration={
+            "calibrated": _read(history["calibration"], calibration),
+            "uncalibrated": _read(history["calibration"]["uncalibrated"], calibration),
+        },
+        baselines={
+            baseline: {"metrics": _read(row, metrics)} | _read(row, differences)
+            for baseline, row in history["baselines"].items()
+        },
+        score_table={end: _number(history["score_table"][end]["mean_score"]) for end in ends},
+        clusters=[_read(row, cluster) for row in clusters],
+    )
+
+
+def _read(value: object, shape: object) -> object:
+    """A value of JSON by its shape: a dict of shapes, a list of one shape, a function that checks it, or None."""
+    if isinstance(shape, dict):
+        return {key: _read(value[key], part) for key, part in shape.items()}
+    if isinstance(shape, list):
+        if not value:
+            raise ValueError("a list is empty")
+        return [_read(part, shape[0]) for part in value]
+    return None if shape is None else shape(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
+        raise ValueError(f"{str(value)[:40]!r} is not a number that a run writes")
+    return float(value)
+
+
+def _integer(value: object, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{str(value)[:40]!r} is not an integer of at least {least}")
+    return value
+
+
+def _positive(value: object) -> int:
+    return _integer(value, least=1)
+
+
+def _interval(value: object) -> list[float]:
+    low, high = value
+    return [_number(low), _number(high)]

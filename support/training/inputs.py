@@ -1,0 +1,65 @@
+"""What a run reads: battles, their split, and benchmark scores, checked before anything slow."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_loader import Split, data_files, load_battles, split_battles
+from support.data.benchmarks import Profiles, read_profiles
+from support.data.demo import demo_folder
+from support.encoding.huggingface import find_encoder, is_hub_id
+from support.system.errors import UserError
+from support.system.files import content_hash
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on."""
+
+    split: Split
+    full_split: Split  # with the model of --hold_out_model, which `split` leaves out; else the same
+    profiles: Profiles | None  # of --capability_file
+    counts: dict  # the `data` of the history
+
+
+def find_inputs(args: argparse.Namespace) -> Path | None:
+    """Fill in the demo's paths that `args` leaves open, and check that data and encoder exist, before anything slow.
+
+    Returns the demo's folder if the battles are the demo's. Raises `UserError` where something is missing.
+    """
+    is_demo, folder = args.data_path is None, None
+    if not is_demo:
+        data_files(args.data_path)
+    if is_demo or args.model_path is None:
+        folder = demo_folder(args.demo_dir)
+        args.data_path = str(folder / "battles.parquet") if is_demo else args.data_path
+        args.model_path = str(folder / "encoder") if args.model_path is None else args.model_path
+    if not is_hub_id(args.model_path):
+        find_encoder(args.model_path)  # a download can wait until the data are read
+    return folder if is_demo else None
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """Read and split the battles, read the benchmarks, and set `args.capability_dim`.
+
+    Raises `UserError` where a file cannot be read or does not fit the flags.
+    """
+    battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed)
+    options = {"by": args.split_by, "ties": args.ties, "pairs_per_query": args.pairs_per_query}
+    split, split_counts = split_battles(battles, args.split_seed, **options, hold_out=args.hold_out_model)
+    full_split = split if args.hold_out_model is None else split_battles(battles, args.split_seed, **options)[0]
+    counts |= split_counts
+    train_queries = counts["split"]["train"]["queries"]
+    if args.num_clusters > train_queries:
+        raise UserError(
+            f"--num_clusters {args.num_clusters} is more than the {train_queries} distinct training queries; "
+            f"choose at most {train_queries}, or 0 for no cluster features"
+        )
+    profiles = None
+    if args.capability_file is not None:
+        profiles = read_profiles(args.capability_file)
+        counts["capability_file_hash"] = content_hash([profiles.path])
+        profiles.of(full_split.train.model_names, args.allow_missing_profiles)  # raises where a row is missing
+    if args.capability_dim is None:
+        args.capability_dim = args.num_clusters if profiles is None else len(profiles.columns)
+    return Data(split, full_split, profiles, counts)

@@ -1,0 +1,186 @@
+"""The flags of `train.py`, and which of them exclude each other."""
+
+import argparse
+
+from support.system.command_line import OneLineParser, comma_separated, real_number, some_path, whole_number
+
+# Flags that do not define an experiment: places, seeds, speed. Data and encoder count by content.
+NO_EXPERIMENT = {
+    *("output_dir", "data_path", "model_path", "demo", "demo_dir", "cache_dir", "no_cache", "seed", "split_seed"),
+    *("device", "dtype", "encode_tokens", "baselines", "deterministic", "accumulate", "gradient_checkpointing"),
+}
+
+# Defaults of --recipe original; it also leaves the dot product unscaled and the query tower's last layer random.
+ORIGINAL_RECIPE = {"dropout": 0.1, "id_dropout": 0.0, "ema_decay": 0.0, "eval_every": 0}
+
+# Defaults of the flags that need --finetune_encoder.
+FINETUNING = {
+    "tower_epochs": 2,
+    "encoder_lr": 5e-5,
+    "warmup": 0.1,
+    "max_grad_norm": 1.0,
+    "batch_tokens": 2048,
+    "accumulate": 1,
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; with --demo, paths that are not given are None. Raises `UserError` where they exclude each other."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    # Parsed again with other defaults: a flag that is given explicitly wins.
+    if args.demo:
+        parser.set_defaults(data_path=None, model_path=None)
+    if args.capability_file is not None or args.capability_init != "random":
+        parser.set_defaults(capability_dim=None)
+    if args.recipe == "original":
+        parser.set_defaults(**ORIGINAL_RECIPE)
+    args = parser.parse_args(argv)
+    if args.split_seed is None:
+        args.split_seed = args.seed
+    if args.finetune_encoder:
+        for name, default in FINETUNING.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+    _check(parser, args)
+    return args
+
+
+def router_options(args: argparse.Namespace) -> dict:
+    """The flags as arguments of `RouterConfig`."""
+    same = ("embedding_dim", "num_clusters", "cluster_dim", "capability_dim", "dropout", "id_dropout")
+    return {name: getattr(args, name) for name in (*same, "similarity_metric")} | {
+        "use_capability": not args.no_capability,
+        "use_model_id": not args.no_model_id,
+        "scale_dot": args.recipe != "original",
+        "zero_init": args.recipe != "original",
+    }
+
+
+def _check(parser: OneLineParser, args: argparse.Namespace) -> None:
+    if args.finetune_encoder and args.dtype == "float16":
+        parser.error("--dtype float16 does not train; give bfloat16 or float32 with --finetune_encoder")
+    if not args.finetune_encoder:
+        given = [name for name in ("finetune_layers", "lora_rank", *FINETUNING) if getattr(args, name) is not None]
+        given += ["gradient_checkpointing"] * args.gradient_checkpointing
+        if given:
+            parser.error(f"--{given[0]} needs --finetune_encoder")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    profiled = args.capability_file is not None or args.capability_init == "win_rate"
+    if args.no_model_id and args.no_capability:
+        parser.error("--no_model_id and --no_capability together leave the model tower without input")
+    if args.no_capability and (profiled or args.freeze_capabilities or args.hold_out_model is not None):
+        parser.error("--no_capability leaves no capability vectors to initialize, freeze, or give to a new model")
+    if args.capability_file is not None and args.capability_init == "win_rate":
+        parser.error("--capability_file and --capability_init win_rate exclude each other")
+    if profiled and args.capability_dim is not None:
+        parser.error("--capability_dim is for random vectors; others have one value per cluster or benchmark")
+    if args.capability_init == "win_rate" and not args.num_clusters:
+        parser.error("--capability_init win_rate is per cluster; it needs --num_clusters of at least 1")
+    if args.allow_missing_profiles and args.capability_file is None:
+        parser.error("--allow_missing_profiles needs --capability_file")
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser("Train RankRouter on battles; keep the checkpoint with the best validation AUC.")
+    seed, dim, count = whole_number(0, 2**32 - 1), whole_number(1, 8192), whole_number(1)
+    positive = real_number("above 0", lambda x: x > 0)
+    not_negative = real_number("of at least 0", lambda x: x >= 0)
+    share = real_number("from 0 to below 1", lambda x: 0 <= x < 1)
+    switch = {"action": "store_true"}
+
+    add = parser.add_argument_group("data").add_argument
+    arena = "../data/chatbot_arena/data/train-00000-of-00001-cced8514c7ed782a.parquet"
+    add("--data_path", default=arena, help="battles or score table: parquet, CSV or JSON; a file, a folder, or a glob")
+    models = "the models' columns of a wide score table; default: its numeric columns"
+    add("--score_columns", metavar="A,B,...", type=comma_separated, help=models)
+    add("--ties", choices=["drop", "half"], default="drop", help="in training: left out, or half a win for each model")
+    split = (
+        "what is split 80/10/10; battle: test queries also occur in training, and score-table rows are not evaluated"
+    )
+    add("--split_by", choices=["query", "battle"], default="query", help=split)
+    drawn = "at most N training battles of a query, drawn by --split_seed; default: all"
+    add("--pairs_per_query", metavar="N", type=count, help=drawn)
+    add("--limit", metavar="N", type=count, help="only N queries: a quick look")
+    add("--demo", **switch, help="synthetic battles, tiny Qwen2; paths that are given are used")
+    add("--demo_dir", metavar="DIR", help="folder of the demo; default: the user's cache folder")
+    add("--output_dir", default="./outputs", help="folder of history and checkpoints; one run at a time")
+
+    add = parser.add_argument_group("encoder").add_argument
+    add("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")
+    add("--pooling", choices=["mean", "last"], default="mean", help="how a query's token states are pooled")
+    add("--max_length", type=whole_number(1, 2**20), default=512, help="tokens read of a query")
+    add("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: cuda, else mps, else cpu")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 where that is faster, else float32")
+    budgets = "tokens per batch of queries; default: 2048 on cpu, 32768 on cuda, 8192 on mps"
+    add("--encode_tokens", metavar="N", type=count, help=budgets)
+    add("--cache_dir", metavar="DIR", help="folder of cached embeddings; default: the user's cache folder")
+    add("--no_cache", **switch, help="neither read nor write cached embeddings")
+
+    add = parser.add_argument_group("finetuning", "only with --finetune_encoder").add_argument
+    add("--finetune_encoder", **switch, help="train the encoder with the towers")
+    add("--finetune_layers", metavar="N", type=count, help="only its last N layers; default: all of it")
+    add("--lora_rank", metavar="R", type=dim, help="only LoRA adapters of rank R, at the linear maps of its layers")
+    add("--tower_epochs", metavar="N", type=whole_number(0), help="epochs of the towers alone before that; default: 2")
+    add("--encoder_lr", metavar="LR", type=positive, help="learning rate of the encoder; default: 5e-5")
+    add(
+        "--warmup", metavar="SHARE", type=share, help="fraction of the steps in which learning rates rise; default: 0.1"
+    )
+    add("--max_grad_norm", metavar="X", type=positive, help="gradients are clipped to this norm; default: 1")
+    tokens = "tokens per step, instead of --batch_size battles; default: 2048"
+    add("--batch_tokens", metavar="N", type=whole_number(1, 2**31 - 1), help=tokens)
+    add("--accumulate", metavar="N", type=whole_number(1, 4096), help="parts of a step, to save memory; default: 1")
+    add("--gradient_checkpointing", **switch, help="recompute hidden states instead of keeping them")
+
+    add = parser.add_argument_group("towers").add_argument
+    add("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
+    add("--num_clusters", type=whole_number(0), default=50, help="K-means clusters; 0: no cluster features")
+    add("--cluster_dim", type=dim, default=32, help="width of a cluster's learned embedding")
+    add("--capability_dim", type=dim, default=64, help="width of a random capability vector")
+    initial = "initial capability vectors; win_rate: log-odds of winning per cluster of training queries"
+    add("--capability_init", choices=["random", "win_rate"], default="random", help=initial)
+    scores = "initial capability vectors from benchmark scores: one row per model, one column per benchmark"
+    add("--capability_file", metavar="FILE", type=some_path, help=scores)
+    add("--allow_missing_profiles", **switch, help="models without a row in that file get the mean")
+    add("--freeze_capabilities", **switch, help="do not train the capability vectors")
+    unknown = "probability that a training step treats a model as unknown, without its ID"
+    add("--id_dropout", type=share, default=0.1, help=unknown)
+    add("--no_model_id", **switch, help="ablation: model tower without ID embedding")
+    add("--no_capability", **switch, help="ablation: model tower without capability vector")
+    add("--similarity_metric", choices=["dot", "cosine"], default="dot", help="cosine learns a scale")
+    add("--dropout", type=share, default=0.5, help="in both towers' MLPs")
+
+    add = parser.add_argument_group("training").add_argument
+    recipe = "original: unscaled dot product, default initialization, --dropout 0.1 --id_dropout 0 --ema_decay 0 "
+    recipe += "--eval_every 0, each unless it is given"
+    add("--recipe", choices=["default", "original"], default="default", help=recipe)
+    add(
+        "--loss_type",
+        metavar="LOSS",
+        default="bpr",
+        help="loss on a battle's scores: bpr, bce, hinge, or a new one of loss.py",
+    )
+    add("--margin", type=not_negative, default=1.0, help="lead in score that bpr and hinge demand of a winner")
+    add("--batch_size", type=whole_number(1, 2**31 - 1), default=32, help="battles per step")
+    add("--epochs", type=count, default=10, help="passes over the training battles")
+    add("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
+    within = "validate also after every N steps within an epoch; 0: only after epochs"
+    add("--eval_every", metavar="N", type=whole_number(0), default=100, help=within)
+    add("--patience", metavar="N", type=count, help="stop after N validations without a new best")
+    average = (
+        "decay of the moving average of weights that is validated and kept; 0: none, as while the encoder is trained"
+    )
+    add("--ema_decay", type=share, default=0.999, help=average)
+    add("--weight_decay", type=not_negative, default=0.01, help="decoupled weight decay of AdamW")
+    add("--seed", type=seed, default=42, help="seed of clusters, initial weights and batches")
+    add("--split_seed", type=seed, help="seed of the split and of --limit; default: --seed")
+    add("--deterministic", **switch, help="only algorithms that give the same bits each time, on a GPU too")
+    add("--resume", **switch, help="continue the run in --output_dir where it was stopped; else start it")
+    add("--overwrite", **switch, help="replace an unfinished run in --output_dir")
+    compared = "methods compared on the test set; all: also a linear head and a factorization, which take longer"
+    add("--baselines", choices=["all", "fast", "none"], default="fast", help=compared)
+    held = "train without this model's battles, then evaluate adding it from a few of them"
+    add("--hold_out_model", metavar="NAME", help=held)
+    return parser

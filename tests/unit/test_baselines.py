@@ -1,0 +1,366 @@
+"""Baselines recover planted strengths, equal independent fits, and are compared on the same bootstrap samples."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.special import expit
+
+import metrics
+from data_loader import Battles, ScoreTable, Split, load_battles, split_battles
+from support.evaluation import baselines
+from support.evaluation.comparison import TestEvaluation
+from support.reporting.console import verdict
+
+NAMES = [f"m{i}" for i in range(5)]
+
+
+def draw(strengths, queries, size, seed):
+    """Battles (N,) on random queries, whose outcome follows the strengths (Q, M)."""
+    rng = np.random.default_rng(seed)
+    query, a = rng.integers(queries, size=size), rng.integers(5, size=size)
+    b = (a + rng.integers(1, 5, size)) % 5
+    outcome = rng.random(size) < expit(strengths[query, a] - strengths[query, b])
+    return Battles([f"q{i}" for i in range(queries)], NAMES, query, a, b, outcome.astype(np.float32))
+
+
+def split_of(strengths, queries=300, sizes=(6000, 1500, 1500)):
+    return Split(*(draw(strengths, queries, size, seed) for seed, size in enumerate(sizes)))
+
+
+def test_bradley_terry_recovers_planted_strengths():
+    planted = np.array([-1.5, -0.5, 0.0, 0.5, 1.5])
+    battles = draw(np.tile(planted, (50, 1)), 50, 20000, 0)
+    strengths = baselines.bradley_terry(battles, 1.0)[0]
+    np.testing.assert_allclose(strengths - strengths.mean(), planted, atol=0.08)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("num_clusters", [0, 3])
+def test_bradley_terry_equals_an_independent_fit(ties, num_clusters):
+    battles = draw(np.tile(np.linspace(-1, 1, 5), (50, 1)), 50, 400, 1)
+    if ties:
+        battles.outcome[::4] = 0.5
+    cluster, c = battles.query_idx % 3, 0.3
+
+    def penalized(flat):  # one battle at a time
+        shared, own = flat[:5] * baselines.GLOBAL_SCALE, flat[5:].reshape(num_clusters, 5)
+        loss = 0.0
+        for a, b, y, k in zip(battles.model_a_idx, battles.model_b_idx, battles.outcome, cluster, strict=True):
+            d = shared[a] - shared[b] + (own[k, a] - own[k, b] if num_clusters else 0)
+            loss += c * (y * np.logaddexp(0, -d) + (1 - y) * np.logaddexp(0, d))
+        return loss + flat @ flat / 2
+
+    best = minimize(penalized, np.zeros(5 * (1 + num_clusters)), tol=1e-10).x
+    expected = best[None, :5] * baselines.GLOBAL_SCALE + (best[5:].reshape(num_clusters, 5) if num_clusters else 0)
+    got = baselines.bradley_terry(battles, c, cluster, num_clusters)
+    np.testing.assert_allclose(got, expected, atol=5e-3)
+
+
+def test_bradley_terry_is_finite_where_model_a_always_won():
+    battles = draw(np.zeros((5, 5)), 5, 100, 2)
+    battles.outcome[:] = 1
+    assert np.isfinite(baselines.bradley_terry(battles, 1.0)).all()
+
+
+def test_strengths_of_a_cluster_shrink_to_the_shared_ones():
+    strengths = np.array([np.linspace(-1, 1, 5), np.linspace(1, -1, 5)])[np.arange(100) % 2]  # (Q, M)
+    battles = draw(strengths, 100, 6000, 3)
+    cluster = battles.query_idx % 2
+    shrunk = baselines.bradley_terry(battles, 1e-6, cluster, 2)
+    free = baselines.bradley_terry(battles, 1.0, cluster, 2)
+    np.testing.assert_allclose(shrunk[0], shrunk[1], atol=1e-2)
+    np.testing.assert_allclose(free[0] - free[1], strengths[0] - strengths[1], atol=0.2)
+
+
+def test_neighbors_take_one_newton_step_on_the_nearest_training_queries(monkeypatch):
+    monkeypatch.setattr(baselines, "NEIGHBORS", (3,))
+    monkeypatch.setattr(baselines, "DAMPINGS", (2.0,))
+    rng = np.random.default_rng(0)
+    split = split_of(np.zeros((20, 5)), queries=20, sizes=(60, 30, 30))
+    x, strengths = rng.normal(size=(20, 4)), rng.normal(size=(1, 5))
+    ((chosen, *got),) = baselines.neighbors(split, strengths, x)
+    assert chosen == {"neighbours": 3, "damping": 2.0}
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    train_queries = np.unique(split.train.query_idx)
+    for side, scores in zip((split.val, split.test), got, strict=True):
+        d = side.margins(scores)
+        for battle in range(len(side)):
+            near = train_queries[np.argsort(-(unit[train_queries] @ unit[side.query_idx[battle]]))[:3]]
+            up, down = np.zeros(5), np.full(5, 2.0)
+            for i in np.flatnonzero(np.isin(split.train.query_idx, near)):
+                a, b = split.train.model_a_idx[i], split.train.model_b_idx[i]
+                p = expit(strengths[0, a] - strengths[0, b])
+                up[a], up[b] = up[a] + split.train.outcome[i] - p, up[b] - split.train.outcome[i] + p
+                down[[a, b]] += p * (1 - p)
+            score = strengths[0] + up / down
+            assert d[battle] == pytest.approx(score[side.model_a_idx[battle]] - score[side.model_b_idx[battle]])
+
+
+FAST = ("random", "bradley_terry", "cluster_bradley_terry", "neighbours")
+
+
+def test_each_baseline_recovers_the_structure_planted_for_it():
+    rng = np.random.default_rng(0)
+    cluster = rng.integers(4, size=300)  # (Q,)
+    planted = rng.normal(size=(4, 5))[cluster]  # (Q, M): the best model depends on the cluster
+    x = np.eye(4)[cluster] * 5 + rng.normal(size=(300, 4))
+    split = split_of(planted)
+    fitted = baselines.fit(split, x, cluster, 4, learned=True, seed=0)
+    assert tuple(fitted) == (*FAST, "linear_head", "factorisation")
+    auc = {name: metrics.auc(split.test.margins(scores), split.test.outcome) for name, (_, _, scores) in fitted.items()}
+    truth = metrics.auc(split.test.margins(planted[split.test.unique_queries]), split.test.outcome)
+    assert auc["random"] == 0.5
+    assert auc["cluster_bradley_terry"] > truth - 0.01 > auc["neighbours"] - 0.01 > auc["bradley_terry"] + 0.05
+    for name in ("linear_head", "factorisation"):
+        assert truth + 0.01 > auc[name] > truth - 0.015
+    assert tuple(baselines.fit(split, x, 0 * cluster, 0, learned=False, seed=0)) == FAST[:2] + FAST[3:]
+
+
+def planted_heads(rank, queries=400, width=6, seed=0):
+    """A split whose strengths are linear in x, with weights (H, M) of that rank, plus shared ones (1, M)."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(queries, width))
+    weights = rng.normal(size=(width, rank)) @ rng.normal(size=(rank, 5))
+    shared = np.linspace(-1, 1, 5)[None]
+    return split_of(x @ weights + shared, queries, (12000, 1500, 1500)), x, weights, shared
+
+
+def centered(scores):
+    return scores - scores.mean(1, keepdims=True)
+
+
+def test_the_linear_head_recovers_planted_weights(monkeypatch):
+    monkeypatch.setattr(baselines, "PENALTIES", (0.01,))
+    split, x, weights, shared = planted_heads(rank=4)
+    ((_, _, scores),) = baselines.linear_heads(split, np.zeros((1, 5)), x)
+    truth = centered((x @ weights + shared)[split.test.unique_queries])
+    assert (centered(scores) - truth).std() < 0.1 * truth.std()
+
+
+def test_the_linear_head_is_penalized_logistic_regression(monkeypatch):
+    from sklearn.linear_model import LogisticRegression
+
+    penalty = 3.0
+    monkeypatch.setattr(baselines, "PENALTIES", (50.0, penalty))
+    split, x, *_ = planted_heads(rank=2)
+    *_, (chosen, _, scores) = baselines.linear_heads(split, np.ones((1, 5)), x)
+    identity, train = np.eye(5), split.train
+    signs = identity[train.model_a_idx] - identity[train.model_b_idx]  # (N, M)
+    scaled = x / x.shape[1] ** 0.5  # (Q, H)
+    interactions = (scaled[train.query_idx][:, :, None] * signs[:, None, :]).reshape(
+        len(train), -1
+    ) / penalty**0.5  # (N, H M)
+    model = LogisticRegression(fit_intercept=False, C=1, tol=1e-8, max_iter=1000)
+    model.fit(np.hstack([interactions, baselines.GLOBAL_SCALE * signs]), train.outcome)
+    weights = model.coef_[0, :-5].reshape(-1, 5) / penalty**0.5  # (H, M)
+    expected = scaled[split.test.unique_queries] @ weights + baselines.GLOBAL_SCALE * model.coef_[0, -5:]
+    assert chosen == {"penalty": penalty}
+    np.testing.assert_allclose(centered(scores), centered(expected), atol=0.02)
+
+
+def test_the_factorization_recovers_planted_weights_of_low_rank(monkeypatch):
+    monkeypatch.setattr(baselines, "PENALTIES", (5.0,))
+    split, x, weights, shared = planted_heads(rank=1)
+    ((_, _, scores),) = baselines.factorizations(split, np.zeros((1, 5)), x, seed=0)
+    truth = centered((x @ weights + shared)[split.test.unique_queries])
+    assert (centered(scores) - truth).std() < 0.1 * truth.std()
+    # What the query adds is of rank one, as planted: the penalty of both factors leaves out the rest.
+    values = np.linalg.svd(centered(scores) - centered(scores).mean(0), compute_uv=False)
+    assert values[1] < 0.05 * values[0]
+
+
+@pytest.mark.parametrize("head", [baselines.linear_heads, lambda *args: baselines.factorizations(*args, seed=0)])
+def test_a_strong_penalty_leaves_bradley_terry(monkeypatch, head):
+    monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
+    split, x, *_ = planted_heads(rank=2)
+    ((_, _, scores),) = head(split, np.zeros((1, 5)), x)
+    expected = centered(baselines.bradley_terry(split.train, 1.0))
+    np.testing.assert_allclose(centered(scores), np.broadcast_to(expected, scores.shape), atol=0.01)
+
+
+def test_shared_strengths_are_penalized_as_those_of_bradley_terry(monkeypatch):
+    monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
+    split, x, *_ = planted_heads(rank=2)
+    split = Split(split.train.select(np.arange(40)), split.val, split.test)
+    split.train.outcome[:] = split.train.model_a_idx < split.train.model_b_idx  # only a penalty bounds the strengths
+    ((_, _, scores),) = baselines.linear_heads(split, np.zeros((1, 5)), x)
+    # Of strengths up to 7.6: ten times the penalty moves them by 3, none by 100.
+    np.testing.assert_allclose(centered(scores[:1]), centered(baselines.bradley_terry(split.train, 1.0)), atol=0.4)
+
+
+def test_the_factorization_starts_from_its_seed(monkeypatch):
+    monkeypatch.setattr(baselines, "PENALTIES", (5.0,))
+    split, x, *_ = planted_heads(rank=1)
+    runs = [next(baselines.factorizations(split, np.zeros((1, 5)), x, seed))[2] for seed in (0, 0, 1)]
+    assert np.array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+def test_ties_are_half_a_win_of_each_side_in_the_learned_heads(monkeypatch):
+    monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
+    split, x, *_ = planted_heads(rank=2)
+    split.train.outcome[:] = 0.5
+    ((_, _, scores),) = baselines.linear_heads(split, np.ones((1, 5)) * np.arange(5), x)
+    np.testing.assert_allclose(centered(scores), 0, atol=0.01)
+
+
+def test_a_path_of_penalties_ends_where_validation_auc_falls():
+    planted = np.tile(np.linspace(-1, 1, 5), (300, 1))
+    split = split_of(planted)
+    planted = planted[:1] + np.array([0, 0, 0.1, 0, 0])
+    right, wrong = np.arange(5.0)[None], -np.arange(5.0)[None]
+    path = [({"n": n}, scores, scores) for n, scores in enumerate((0 * right, right, right, wrong, right))]
+    rest = iter(path)
+    assert baselines.best(rest, split, leave_early=True)[0] == {"n": 1}
+    assert len(list(rest)) == 1
+    better = [*path, ({"n": 5}, planted, planted)]
+    assert baselines.best(better, split)[0] == {"n": 5}
+    assert baselines.best(better, split, leave_early=True)[0] == {"n": 1}
+
+
+def test_hyperparameters_are_chosen_on_validation_and_not_on_test():
+    split = split_of(np.tile(np.linspace(-1, 1, 5), (300, 1)))
+    x, zeros = np.random.default_rng(1).normal(size=(300, 4)), np.zeros(300, int)
+    fitted = baselines.fit(split, x, zeros, 0, learned=True, seed=0)
+    split.test.outcome[:] = 1 - split.test.outcome
+    for name, (chosen, *scores) in baselines.fit(split, x, zeros, 0, learned=True, seed=0).items():
+        assert chosen == fitted[name][0]
+        assert all(np.array_equal(got, expected) for got, expected in zip(scores, fitted[name][1:], strict=True))
+    all_aucs = [metrics.auc(split.val.margins(scores), split.val.outcome) for _, scores, _ in all_neighbors(split, x)]
+    assert len(all_aucs) == len(baselines.DAMPINGS) * 4  # 8, 32, 128 and all 300 queries
+    chosen_auc = metrics.auc(split.val.margins(fitted["neighbours"][1]), split.val.outcome)
+    assert chosen_auc == max(all_aucs)
+
+
+def all_neighbors(split, x):
+    strengths = baselines.best(baselines.rankings(split), split)[1]
+    return list(baselines.neighbors(split, strengths, x))
+
+
+def test_differences_are_paired():
+    split = split_of(np.tile(np.linspace(-1, 1, 5), (300, 1)))
+    fitted = baselines.fit(split, np.random.default_rng(1).normal(size=(300, 4)), np.zeros(300, int), 0, False, 0)
+    _, val_scores, scores = fitted["bradley_terry"]
+    temperature = metrics.fit_temperature(split.val.margins(val_scores), split.val.outcome)
+    evaluation = TestEvaluation(split, scores, 0.0, temperature, seed=0)
+    rows, router = evaluation.compare(fitted), evaluation.results()["test_metrics"]
+    # A router with Bradley-Terry's scores differs from it nowhere, though both intervals are wide.
+    assert rows["bradley_terry"]["difference_intervals"] == {name: [0.0, 0.0] for name in router}
+    assert rows["bradley_terry"]["intervals"] == evaluation.results()["test_intervals"]
+    assert rows["random"]["log_loss"] == pytest.approx(np.log(2))
+    low, high = rows["random"]["difference_intervals"]["auc"]
+    assert rows["random"]["difference"]["auc"] == router["auc"] - 0.5
+    assert low < router["auc"] - 0.5 < high
+    assert verdict([low, high], "random", 30) == "better than random"
+
+
+def table_of(*rows):
+    return ScoreTable(np.arange(len(rows)), np.array(rows, float))
+
+
+def test_models_are_ranked_by_their_mean_score():
+    nan = np.nan
+    assert baselines.ranking_by_mean(table_of([0, 1, 0.4], [0.5, 0, 0.7])).tolist() == [[0, 1, 2]]
+    # Means 0.25, 0.5, 0.55; then a fourth, the best where it is, on one row of four: it comes last.
+    assert baselines.ranking_by_mean(table_of([0, 1, 0.4, 1], *3 * [[0.5, 0, 0.7, nan]])).tolist()[0][3] == 0
+    # On two rows of four it counts, and its mean is over those.
+    rows = [[0.5, 0.1, 0.9], [0.5, 0.1, 0.9], [0.5, 0.1, nan], [0.5, 0.1, nan]]
+    assert baselines.ranking_by_mean(table_of(*rows)).tolist() == [[1, 0, 2]]
+    # Where means are equal, the first model is chosen, alone.
+    assert baselines.ranking_by_mean(table_of([0, 1, 0], [1, 0, 0])).tolist() == [[2, 1, 0]]
+
+
+@pytest.fixture
+def table_split():
+    """Battles with tables of several rows a query, in no order, whose best model differs between training and test."""
+    rng, split = np.random.default_rng(0), split_of(np.zeros((60, 5)), queries=60, sizes=(600, 200, 200))
+    sides = {}
+    for name, part in vars(split).items():
+        scores = rng.random((80, 5))
+        scores[:, 1 if name == "train" else 3] += 0.3
+        scores[rng.random((80, 5)) < 0.1] = np.nan
+        sides[name] = replace(part, table=ScoreTable(rng.choice(part.unique_queries, 80), scores))
+    return Split(**sides)
+
+
+def test_the_best_single_model_is_chosen_on_training(table_split):
+    x, zeros = np.random.default_rng(1).normal(size=(60, 4)), np.zeros(60, int)
+    assert baselines.best_single_model(table_split) == "m1"
+    fitted = baselines.fit(table_split, x, zeros, 0, learned=False, seed=0)
+    chosen, val_scores, test_scores = fitted["best_single"]
+    assert chosen == {"model": "m1"}
+    assert val_scores.argmax() == test_scores.argmax() == 1
+    results = TestEvaluation(table_split, test_scores, 0.0, 1.0, seed=0).results()["score_table"]
+    assert results["best_single"]["model"] == "m1"
+    scores, order = table_split.test.table.scores, np.argsort(-np.nanmean(table_split.train.table.scores, 0))
+    single = [next(row[model] for model in order if not np.isnan(row[model])) for row in scores]
+    assert results["best_single"]["mean_score"] == pytest.approx(np.mean(single))
+    assert results["best_single"]["top1_accuracy"] == pytest.approx(np.mean(single == np.nanmax(scores, 1)))
+
+
+def test_rows_of_a_query_are_drawn_together_and_weighted_equally(table_split):
+    table, queries = table_split.test.table, table_split.test.unique_queries
+    mine = np.random.default_rng(2).normal(size=(len(queries), 5))
+    evaluation = TestEvaluation(table_split, mine, 0.0, 1.0, seed=7)
+    row, samples = evaluation.evaluate(mine, 0.0, 1.0)
+    values, hits, oracle = [], [], np.nanmax(table.scores, 1)
+    for query, scores in zip(table.query_idx, table.scores, strict=True):
+        there = np.flatnonzero(~np.isnan(scores))
+        choice = max(there, key=lambda model: mine[list(queries).index(query), model])
+        values.append(scores[choice])
+        hits.append(scores[choice] == np.nanmax(scores))
+    assert (row["mean_score"], row["top1_accuracy"]) == (pytest.approx(np.mean(values)), pytest.approx(np.mean(hits)))
+    single, _ = evaluation.route(baselines.ranking_by_mean(table_split.train.table))
+    weights = metrics.bootstrap_weights(table.query_idx, 7)
+    assert len(np.unique(weights.sum(1))) > 1  # queries differ in their rows
+    for sample in (0, 1, 2):
+        rows = np.repeat(np.arange(80), weights[sample])
+        low, mid, high = (np.array(column)[rows].mean() for column in (single, values, oracle))
+        assert samples["mean_score"][sample] == pytest.approx(mid)
+        assert samples["top1_accuracy"][sample] == pytest.approx(np.array(hits)[rows].mean())
+        assert samples["gap_closed"][sample] == pytest.approx((mid - low) / (high - low))
+    bounds = evaluation.results()["score_table"]
+    assert bounds["oracle"]["intervals"]["top1_accuracy"] == pytest.approx([1, 1])
+    drawn = np.array([oracle[np.repeat(np.arange(80), weight)].mean() for weight in weights])
+    assert bounds["oracle"]["intervals"]["mean_score"] == pytest.approx(metrics.interval(drawn))
+
+
+def test_verdicts():
+    assert verdict([0.01, 0.02], "x", 30) == "better than x"
+    assert verdict([-0.02, -0.01], "x", 30) == "worse than x"
+    assert verdict([-0.02, 0.01], "x", 30) == verdict([0.0, 0.0], "x", 30) == "no difference shown"
+    assert verdict([0.01, 0.02], "x", 29) == "no verdict on fewer than 30 queries"
+
+
+def test_shuffled_outcomes_show_no_difference(demo, run_demo, monkeypatch):
+    def shuffled(*args):
+        battles, counts = load_battles(*args)
+        battles.outcome[:] = np.random.default_rng(0).permutation(battles.outcome)
+        return battles, counts
+
+    monkeypatch.setattr("support.training.inputs.load_battles", shuffled)
+    flags = ("--limit", "2000", "--epochs", "3", "--num_clusters", "10", "--embedding_dim", "48", "--baselines", "all")
+    history, _ = run_demo(*flags)
+    assert len(history["baselines"]) == 6
+    assert abs(history["test_metrics"]["auc"] - 0.5) < 0.06
+    for row in history["baselines"].values():
+        assert verdict(row["difference_intervals"]["auc"], "it", 100) == "no difference shown"
+
+
+def test_a_run_compares_with_the_baselines_of_its_own_split(demo, run_demo):
+    flags = ("--limit", "600", "--epochs", "2", "--num_clusters", "10", "--embedding_dim", "48")
+    history, _ = run_demo(*flags)
+    split, _ = split_battles(load_battles(str(demo / "battles.parquet"), limit=600)[0], 42)
+    strengths = baselines.bradley_terry(split.train, history["baselines"]["bradley_terry"]["chosen"]["inverse_penalty"])
+    d = split.test.margins(strengths)
+    assert history["baselines"]["bradley_terry"]["auc"] == pytest.approx(metrics.auc(d, split.test.outcome), abs=1e-4)
+    # Its margins are log-odds, without the margin of BPR.
+    assert history["baselines"]["bradley_terry"]["log_loss"] == pytest.approx(
+        metrics.log_loss(d, split.test.outcome), abs=1e-4
+    )
+    assert history["timing"]["baselines"] > 0
+    without, _ = run_demo(*flags, "--baselines", "none")
+    assert without["baselines"] == {}
+    assert without["test_metrics"] == history["test_metrics"]

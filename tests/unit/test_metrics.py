@@ -1,0 +1,301 @@
+"""Metrics against hand-worked numbers, scikit-learn and naive loops."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import (
+    f1_score,
+    precision_recall_fscore_support,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
+
+import metrics
+
+
+def random_battles(seed: int, size: int = 400, models: int = 6):
+    """d with zeros and repeated values, outcome, model a, model b."""
+    rng = np.random.default_rng(seed)
+    a = rng.integers(models, size=size)
+    b = (a + rng.integers(1, models, size=size)) % models
+    d = rng.integers(-3, 4, size=size) / 2
+    return d, (rng.random(size) < 1 / (1 + np.exp(-d))).astype(float), a, b
+
+
+battles = st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=1, max_size=30).map(
+    lambda rows: (np.array([float(d) for d, _ in rows]), np.array([float(y) for _, y in rows]))
+)
+
+
+def test_accuracy_by_hand():
+    d, outcome = np.array([2.0, -1.0, 0.0, 3.0]), np.array([1.0, 0.0, 1.0, 0.0])
+    assert metrics.accuracy(d, outcome) == (1 + 1 + 0.5 + 0) / 4
+
+
+def test_auc_by_hand():
+    # Winners lead by 2, 1 and -1: the positives are {2, 1, -1}, the negatives {-2, -1, 1}. Of the nine pairs
+    # (2: 3 wins; 1: 2 wins and a tie; -1: 1 win and a tie) 6 are won and 2 tied: 7 / 9.
+    assert metrics.auc(np.array([2.0, -1.0, -1.0]), np.array([1.0, 0.0, 1.0])) == pytest.approx(7 / 9)
+
+
+def test_auc_is_defined_where_a_always_won():
+    d = np.array([2.0, 1.0, -1.0])
+    assert metrics.auc(d, np.ones(3)) == pytest.approx(7 / 9)
+    assert metrics.auc(np.array([1.0, 2.0]), np.ones(2)) == 1
+    assert metrics.auc(np.array([-1.0, -2.0]), np.ones(2)) == 0
+
+
+@given(battles)
+def test_auc_equals_a_naive_count(rows):
+    d, outcome = rows
+    lead = np.where(outcome == 1, d, -d)
+    wins = [(x > y) + (x == y) / 2 for x in lead for y in -lead]
+    assert metrics.auc(d, outcome) == pytest.approx(sum(wins) / len(wins))
+
+
+@given(battles, st.integers(0, 2**30 - 1))
+def test_metrics_do_not_depend_on_which_model_is_a(rows, flips):
+    d, outcome = rows
+    a, b = np.arange(len(d)) % 3, np.arange(len(d)) % 3 + 1
+    flip = np.array([flips >> i & 1 for i in range(len(d))], bool)
+    swapped = np.where(flip, -d, d), np.where(flip, 1 - outcome, outcome), np.where(flip, b, a), np.where(flip, a, b)
+    assert metrics.evaluate(d, outcome, a, b, 1.0) == pytest.approx(metrics.evaluate(*swapped, 1.0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_scikit_learn_without_ties(seed):
+    d, outcome, a, b = random_battles(seed)
+    d = d + 0.25  # no d = 0
+    won, chosen = np.where(outcome == 1, a, b), np.where(d > 0, a, b)
+    got = metrics.evaluate(d, outcome, a, b)
+    assert got["auc"] == pytest.approx(roc_auc_score(np.r_[outcome, 1 - outcome], np.r_[d, -d]))
+    assert got["accuracy"] == pytest.approx(np.mean(won == chosen))
+    for name, score in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+        assert got[name] == pytest.approx(score(won, chosen, average="macro", zero_division=0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weighted_metrics_equal_scikit_learn_with_sample_weights_and_ties(seed):
+    d, outcome, a, b = random_battles(seed)
+    weights = np.random.default_rng(seed).integers(4, size=(5, 400)).astype(np.uint8)
+    won = np.tile(np.where(outcome == 1, a, b), 2)  # (2N,): a battle with d = 0 is chosen once for each side
+    chosen = np.r_[np.where(d >= 0, a, b), np.where(d > 0, a, b)]
+    aucs, accuracies = metrics.auc(d, outcome, weights), metrics.accuracy(d, outcome, weights)
+    macro = np.array(metrics.precision_recall_f1(d, outcome, a, b, weights))  # (3, R)
+    for sample, weight in enumerate(weights):
+        twice = np.tile(weight, 2)
+        expected = roc_auc_score(np.r_[outcome, 1 - outcome], np.r_[d, -d], sample_weight=twice)
+        assert aucs[sample] == pytest.approx(expected, abs=1e-12)
+        assert accuracies[sample] == pytest.approx(np.average(won == chosen, weights=twice), abs=1e-12)
+        expected = precision_recall_fscore_support(won, chosen, sample_weight=twice, average="macro", zero_division=0)
+        assert macro[:, sample] == pytest.approx(expected[:3], abs=1e-12)
+    assert metrics.auc(d, outcome) == metrics.auc(d, outcome, np.ones((1, 400)))[0]
+
+
+def test_a_score_that_is_not_finite_has_no_auc():
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="expected finite differences"):
+            metrics.auc(np.array([1.0, bad]), np.ones(2))
+
+
+def test_precision_and_recall_equal_a_naive_loop_with_ties():
+    d, outcome, a, b = random_battles(7)
+    hit, chosen, won = np.zeros(6), np.zeros(6), np.zeros(6)
+    for di, y, ai, bi in zip(d, outcome, a, b, strict=True):
+        winner = ai if y == 1 else bi
+        won[winner] += 1
+        for choice in (ai, bi):
+            weight = 0.5 if di == 0 else float((di > 0) == (choice == ai))
+            chosen[choice] += weight
+            hit[choice] += weight * (choice == winner)
+    precision, recall, _ = metrics.precision_recall_f1(d, outcome, a, b)
+    assert precision == pytest.approx(np.mean(hit / chosen))
+    assert recall == pytest.approx(np.mean(hit / won))
+
+
+def test_precision_is_not_one_by_construction():
+    # Model 0 is always chosen and wins one of three; models 1 and 2 win and are never chosen.
+    d, outcome = np.ones(3), np.array([1.0, 0.0, 0.0])
+    precision, recall, f1 = metrics.precision_recall_f1(d, outcome, np.zeros(3, int), np.array([1, 1, 2]))
+    assert precision == pytest.approx((1 / 3 + 0 + 0) / 3)
+    assert recall == pytest.approx((1 + 0 + 0) / 3)
+    assert f1 == pytest.approx((2 * (1 / 3) / (4 / 3)) / 3)
+
+
+def test_win_probability_by_hand():
+    # margin 0: sigmoid(ln 3) = 3/4. margin ln 2, d = ln 2: s(ln 4) = 4/5, s(0) = 1/2, so p = 0.8 / 1.3.
+    assert np.exp(metrics.log_win_probability(np.log([3.0]))) == pytest.approx([0.75])
+    assert np.exp(metrics.log_win_probability(np.log([2.0]), math.log(2))) == pytest.approx([8 / 13])
+    assert np.exp(metrics.log_win_probability(np.log([9.0]), temperature=2)) == pytest.approx([0.75])
+    assert metrics.log_win_probability(np.array([-2000.0, 2000.0]), 1.0) == pytest.approx([-1999.0, 0], abs=1)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
+def test_the_link_is_the_minimum_of_bpr(margin, p):
+    # Where a wins with probability p, the d that minimizes BPR's expected loss must be read as p.
+    d = np.linspace(-12, 12, 240001)
+    expected = p * np.logaddexp(0, margin - d) + (1 - p) * np.logaddexp(0, margin + d)
+    best = d[[expected.argmin()]]
+    assert np.exp(metrics.log_win_probability(best, margin)) == pytest.approx([p], abs=1e-3)
+
+
+def test_equal_scores_give_an_auc_of_one_half_and_a_log_loss_of_ln_2():
+    d, outcome = np.zeros(10), np.r_[np.ones(7), np.zeros(3)]
+    got = metrics.evaluate(d, outcome, np.zeros(10, int), np.ones(10, int), margin=1.0)
+    assert (got["accuracy"], got["auc"]) == (0.5, 0.5)
+    assert got["log_loss"] == pytest.approx(math.log(2))
+
+
+def test_metrics_of_no_battles_are_undefined():
+    empty = np.empty(0)
+    assert set(metrics.evaluate(empty, empty, empty, empty).values()) == {None}
+
+
+def test_the_fitted_temperature_recovers_the_one_that_generated_the_outcomes():
+    rng = np.random.default_rng(0)
+    d = rng.normal(0, 4, 40000)
+    p = np.exp(metrics.log_win_probability(d, temperature=2.5))
+    outcome = (rng.random(len(d)) < p).astype(float)
+    assert metrics.fit_temperature(d, outcome) == pytest.approx(2.5, rel=0.05)
+
+
+def test_reliability_by_hand():
+    # p of the chosen model: 0.75 twice (d = +-ln 3), 0.9 twice (ln 9), 0.5 once (d = 0, which counts one half).
+    d = np.log([3.0, 1 / 3, 9.0, 1 / 9, 1.0])
+    outcome = np.array([1.0, 1.0, 1.0, 0.0, 1.0])
+    error, bins = metrics.reliability(d, outcome, num_bins=5).values()
+    shown = [(part["low"], part["high"], part["battles"], part["probability"], part["won"]) for part in bins]
+    assert shown == [
+        (0.5, 0.6, 1, pytest.approx(0.5), 0.5),
+        (0.7, 0.8, 2, pytest.approx(0.75), 0.5),
+        (0.9, 1.0, 2, pytest.approx(0.9), 1.0),
+    ]
+    assert error == pytest.approx((0 + 2 * 0.25 + 2 * 0.1) / 5)
+    warm = metrics.reliability(2 * d, outcome, temperature=2.0, num_bins=5)
+    assert warm["expected_calibration_error"] == pytest.approx(error)
+    certain = metrics.reliability(np.array([80.0]), np.ones(1))["bins"]
+    assert (certain[0]["high"], certain[0]["won"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0])
+def test_the_calibration_error_is_small_only_for_calibrated_scores(margin):
+    rng = np.random.default_rng(1)
+    d = rng.normal(0, 2, 40000)
+    outcome = (rng.random(len(d)) < np.exp(metrics.log_win_probability(d, margin))).astype(float)
+
+    def error(*args):
+        return metrics.reliability(*args)["expected_calibration_error"]
+
+    assert error(d, outcome, margin) < 0.01
+    assert error(3 * d, outcome, margin) > 0.05
+    assert error(3 * d, outcome, margin, 3.0) < 0.01
+
+
+def test_reliability_does_not_depend_on_which_model_is_a():
+    d, outcome, _, _ = random_battles(4)
+    assert metrics.reliability(d, outcome, 1.0) == metrics.reliability(-d, 1 - outcome, 1.0)
+
+
+def test_log_odds_of_beating_another_at_random_by_hand():
+    # Strengths 0, 0, ln 3: the last beats each other with 3/4; the first beats the second with 1/2, the last with 1/4.
+    got = metrics.log_odds(np.array([0.0, 0.0, np.log(3)]))
+    assert got == pytest.approx([np.log((0.75 / 2) / (1.25 / 2))] * 2 + [np.log(3)])
+    assert metrics.log_odds(np.array([0.0, np.log(9)]), temperature=2) == pytest.approx([-np.log(3), np.log(3)])
+    far_apart = metrics.log_odds(np.array([0.0, 50.0, 900.0]))
+    assert far_apart == pytest.approx([-50 - np.log(2), 0, 850 + np.log(2)], abs=1e-9)
+
+
+TABLE = np.array([[0.9, 0.1, 0.5], [0.2, 0.8, np.nan], [0.3, 0.3, 0.1]])
+
+
+def test_routing_by_hand():
+    scores = np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 9.0], [0.0, 5.0, 5.0]])
+    values, is_best = metrics.route(scores, TABLE)
+    # Row 1: model 2. Row 2: model 2 is unavailable, so model 1. Row 3: models 1 and 2, of which 1 is best.
+    assert values == pytest.approx([0.5, 0.8, 0.2])
+    assert is_best == pytest.approx([0, 1, 0.5])
+
+
+def test_routing_with_equal_scores_and_with_one_ranking():
+    values, is_best = metrics.route(np.zeros((1, 3)), TABLE)
+    assert values == pytest.approx([0.5, 0.5, 0.7 / 3])
+    assert is_best == pytest.approx([1 / 3, 1 / 2, 2 / 3])
+    values, is_best = metrics.route(np.array([[1.0, 2.0, 3.0]]), TABLE)
+    assert values == pytest.approx([0.5, 0.8, 0.1])
+    assert is_best == pytest.approx([0, 1, 0])
+
+
+def test_the_gap_closed():
+    assert metrics.gap_closed(0.7, 0.6, 0.8) == pytest.approx(0.5)
+    assert metrics.gap_closed(0.5, 0.6, 0.8) == pytest.approx(-0.5)
+    got = metrics.gap_closed(np.array([0.7, 0.6]), np.array([0.6, 0.6]), np.array([0.8, 0.6]))
+    assert got[0] == pytest.approx(0.5)
+    assert np.isnan(got[1])
+    assert np.isnan(metrics.gap_closed(0.6, 0.6, 0.6))
+    assert metrics.interval(np.array([np.nan, 1.0, 1.0])) == [1.0, 1.0]
+    assert metrics.interval(np.array([np.nan])) is None
+
+
+def test_the_interval_across_seeds_by_hand():
+    # Mean 2, s 1, t of 2 degrees of freedom 4.302653; sqrt(1/3 + 1/8).
+    half = 4.302653 * math.sqrt(1 / 3 + 1 / 8)
+    assert metrics.seeds_interval(np.array([1.0, 2.0, 3.0]), 1 / 8) == pytest.approx([2 - half, 2 + half], rel=1e-6)
+
+
+def test_the_bootstrap_draws_as_many_whole_queries_as_there_are():
+    query_idx = np.array([7, 3, 7, 7, 9, 3])
+    weights = metrics.bootstrap_weights(query_idx, seed=1, resamples=500)
+    assert weights.shape == (500, 6)
+    assert (weights[:, [2, 3]] == weights[:, [0]]).all()  # query 7
+    assert (weights[:, 5] == weights[:, 1]).all()  # query 3
+    assert (weights[:, [0, 1, 4]].sum(1) == 3).all()
+    np.testing.assert_allclose(weights[:, [0, 1, 4]].mean(0), 1, atol=0.1)
+    assert (metrics.bootstrap_weights(query_idx, seed=1, resamples=500) == weights).all()
+    assert (metrics.bootstrap_weights(query_idx, seed=2, resamples=500) != weights).any()
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0])
+def test_a_resample_equals_its_battles_repeated(margin):
+    d, outcome, a, b = random_battles(5)
+    weights = metrics.bootstrap_weights(np.arange(400) // 3, seed=0, resamples=7)
+    weights[0] = 1
+    got = metrics.evaluate_resamples(d, outcome, a, b, weights, margin, temperature=2.0)
+    for sample, weight in enumerate(weights):
+        i = np.repeat(np.arange(400), weight)
+        expected = metrics.evaluate(d[i], outcome[i], a[i], b[i], margin)
+        expected["log_loss_calibrated"] = metrics.log_loss(d[i], outcome[i], temperature=2.0)
+        assert {name: values[sample] for name, values in got.items()} == pytest.approx(expected, abs=1e-12)
+
+
+def test_chunks_of_weights_do_not_change_the_metrics(monkeypatch):
+    d, outcome, a, b = random_battles(6)
+    weights = metrics.bootstrap_weights(np.arange(400) // 2, seed=0, resamples=50)
+    whole = metrics.evaluate_resamples(d, outcome, a, b, weights)
+    monkeypatch.setattr(metrics, "WEIGHTS_AT_ONCE", 1700)
+    for name, values in metrics.evaluate_resamples(d, outcome, a, b, weights).items():
+        np.testing.assert_allclose(values, whole[name], rtol=1e-12)
+
+
+def test_the_interval_contains_the_middle_95_percent():
+    assert metrics.interval(np.arange(1001.0)) == [25.0, 975.0]
+
+
+def test_the_interval_over_queries_covers_the_truth_in_95_of_100_samples_with_correlated_battles():
+    # The five battles of a query are all right or all wrong: intervals over battles are too narrow by sqrt(5).
+    rng, queries, each = np.random.default_rng(0), 200, 5
+    zeros, covered = np.zeros(queries * each, int), {"by query": 0, "by battle": 0}
+    for drawing in range(400):
+        right = np.repeat(rng.random(queries) < 0.7, each)  # (N,): the winner is chosen with probability 0.7
+        d, outcome = np.where(right, 1.0, -1.0), np.ones(len(right))
+        for name, unit in (("by query", np.repeat(np.arange(queries), each)), ("by battle", np.arange(len(right)))):
+            weights = metrics.bootstrap_weights(unit, seed=drawing, resamples=400)
+            samples = metrics.evaluate_resamples(d, outcome, zeros, zeros + 1, weights)
+            low, high = metrics.interval(samples["accuracy"])
+            covered[name] += low <= 0.7 <= high
+    assert 0.92 <= covered["by query"] / 400 <= 0.98
+    assert covered["by battle"] / 400 < 0.8

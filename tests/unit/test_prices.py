@@ -1,0 +1,117 @@
+"""Prices: budgets against every possible weight, the curve worked by hand, and what is refused."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from support.routing.cost import cheapest_first, choose, curve, mean_price, read_prices, weight_for_budget
+from support.system.errors import UserError
+
+
+def test_the_budget_is_met_by_the_choice_of_the_highest_scores():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        scores, prices = rng.normal(size=(6, 3)), np.sort(rng.random(3))
+        most, least = mean_price(scores, prices, 0.0), prices.min()
+        budget = rng.uniform(least, most)
+        weight = weight_for_budget(scores, prices, budget)
+        chosen = choose(scores, prices, weight)
+        spent, got = prices[chosen].mean(), scores[np.arange(6), chosen].sum()
+        assert spent <= budget * (1 + 1e-9)
+        # Of all 729 ways to choose, none that costs no more than this one scores more.
+        for other in itertools.product(range(3), repeat=6):
+            if prices[list(other)].mean() <= spent:
+                assert scores[np.arange(6), list(other)].sum() <= got + 1e-9
+        # And any lower weight would exceed the budget, unless the router meets it without prices.
+        assert weight == 0 or mean_price(scores, prices, weight * (1 - 1e-9)) > budget
+
+
+def test_a_budget_above_the_routers_own_price_changes_nothing():
+    scores, prices = np.array([[1.0, 3.0], [2.0, 1.0]]), np.array([0.1, 1.0])
+    assert weight_for_budget(scores, prices, 0.55) == 0
+    assert weight_for_budget(scores, prices, 5.0) == 0
+    assert weight_for_budget(scores, prices, 0.5) == pytest.approx(
+        2 / 0.9
+    )  # where the choice of the first query changes
+    with pytest.raises(UserError, match=r"less than the cheapest models cost, 0\.1 per query"):
+        weight_for_budget(scores, prices, 0.09)
+
+
+def test_of_equal_utilities_the_cheaper_is_chosen():
+    assert choose(np.array([[1.0, 1.0]]), np.array([0.1, 0.2]), 0.0).tolist() == [0]
+    names, prices = cheapest_first(["a", "b", "c"], ["a", "b", "c"], {"a": 3.0, "b": 1.0, "c": 2.0}, "prices.csv")
+    assert names == ["b", "c", "a"]
+    assert prices.tolist() == [1, 2, 3]
+
+
+def test_the_curve_by_hand():
+    # Two battles and two models; the expensive one has the higher scores, by 1 and by 3, and wins the second battle.
+    scores, prices = np.array([[0.0, 1.0], [0.0, 3.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])
+    reward = np.array([[1.0, 0.0], [0.0, 1.0]])
+    points = curve(scores, prices, reward, np.array([0, 1]), seed=0, steps=2)
+    assert [point["mean_price"] for point in points] == [2.0, 1.5, 1.0]
+    assert [point["worth"] for point in points] == [0.5, 1.0, 0.5]
+    assert [point["random_mix"] for point in points] == [0.5, 0.5, 0.5]
+    np.testing.assert_allclose([point["cost_weight"] for point in points], [0, 1, 3])
+    assert points[1]["interval"] == [1.0, 1.0]
+    assert points[0]["interval"] == [0.0, 1.0]
+
+
+def test_the_random_mix_lies_between_the_ends_and_battles_of_a_query_are_drawn_together():
+    # The expensive model wins both battles of one query; its choice ends at another cost weight in each.
+    scores, prices = np.array([[0.0, 1.0], [0.0, 3.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])
+    points = curve(scores, prices, np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([0, 1]), seed=0, steps=2)
+    assert [point["worth"] for point in points] == [1.0, 0.5, 0.0]
+    assert [point["random_mix"] for point in points] == [1.0, 0.5, 0.0]
+    (point,) = curve(np.ones((2, 2)), np.ones((2, 2)), np.eye(2), np.array([7, 7]), seed=0)
+    assert point["interval"] == [0.5, 0.5]
+
+
+def test_the_curve_takes_the_cheaper_of_equal_scores():
+    (point,) = curve(np.ones((3, 2)), np.tile([2.0, 1.0], (3, 1)), np.ones((3, 2)), np.arange(3), seed=0)
+    assert (point["mean_price"], point["cost_weight"]) == (1.0, 0.0)
+
+
+def test_an_unavailable_model_is_neither_chosen_nor_the_cheapest():
+    scores, prices = np.array([[-np.inf, 1.0, 2.0]] * 3), np.tile([0.1, 1.0, 5.0], (3, 1))
+    points = curve(scores, prices, np.array([[0.0, 0.2, 0.9]] * 3), np.arange(3), seed=0, steps=4)
+    assert points[-1]["mean_price"] == 1.0
+    assert points[-1]["worth"] == pytest.approx(0.2)
+    assert points[0]["worth"] == pytest.approx(0.9)
+
+
+def test_a_curve_with_equal_prices_is_one_point():
+    (point,) = curve(np.eye(2), np.ones((2, 2)), np.eye(2), np.arange(2), seed=0)
+    assert (point["mean_price"], point["worth"], point["random_mix"]) == (1, 1, 1)
+
+
+def test_prices_per_token_are_converted_to_a_query_with_its_answer(tmp_path):
+    (tmp_path / "p.csv").write_text("model,price_per_million_tokens\na,10\nb,0.5\n")
+    assert read_prices(str(tmp_path / "p.csv"), 2000.0) == pytest.approx({"a": 0.02, "b": 0.001})
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "expected"),
+    [
+        ("model,price\na,1\n", None, "has the columns model, price; expected `model` and one of"),
+        ("model,price_per_query,price_per_million_tokens\na,1,2\n", None, "expected `model` and one of"),
+        ("model,price_per_query\na,1\na,2\n", None, "two prices of a"),
+        ("model,price_per_query\na,-1\n", None, "the price of a is '-1'; expected a number of at least 0"),
+        ("model,price_per_query\na,free\n", None, "the price of a is 'free'"),
+        ("model,price_per_query\na,nan\n", None, "the price of a is 'nan'"),
+        ("model,price_per_million_tokens\na,1\n", None, "which needs --tokens_per_query"),
+        ("model,price_per_query\na,1\n", 100.0, "which takes no --tokens_per_query"),
+    ],
+)
+def test_invalid_price_files_are_refused(tmp_path, text, tokens, expected):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(UserError, match=expected):
+        read_prices(str(tmp_path / "p.csv"), tokens)
+
+
+def test_every_model_needs_a_price_and_every_price_a_model():
+    with pytest.raises(UserError, match=r"p.csv has no price of b; .* --models can choose"):
+        cheapest_first(["a", "b"], ["a", "b"], {"a": 1.0}, "p.csv")
+    with pytest.raises(UserError, match=r"has prices of gtp-4, which the router does not know; it knows a, gpt-4"):
+        cheapest_first(["a"], ["a", "gpt-4"], {"a": 1.0, "gtp-4": 2.0}, "p.csv")

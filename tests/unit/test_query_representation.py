@@ -1,0 +1,397 @@
+"""Pooling and padding against one query at a time, standardization and clusters in one space."""
+
+import contextlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from threadpoolctl import threadpool_info, threadpool_limits
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    ViTConfig,
+    ViTModel,
+)
+
+import query_representation
+from query_representation import QueryEncoder, QueryTower, fit_centroids, pool
+from support.encoding.batching import plan_batches, tokenize
+from support.encoding.huggingface import encoder_fingerprint, find_encoder, load_encoder, longest_input, pick_dtype
+from support.system.errors import UserError
+
+CPU = torch.device("cpu")
+QUERIES = [
+    "a",
+    "write a poem about hope",
+    "prove it " * 40,
+    "Bonjour, \u00e7a va?",
+    "\u4f60\u597d",
+    "x" * 300,
+    "b",
+    " ",
+]
+
+
+@pytest.fixture(scope="module")
+def encoders(demo, tmp_path_factory):
+    """Encoder folders: the demo's Qwen2, the same with a left-padding tokenizer, a tiny BERT and a tiny GPT-2."""
+    base = tmp_path_factory.mktemp("encoders")
+    left = base / "left"
+    shutil.copytree(demo / "encoder", left)
+    config = json.loads((left / "tokenizer_config.json").read_text())
+    (left / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": "left"}))
+    torch.manual_seed(0)
+    small = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for name, network in (("bert", BertModel(BertConfig(**small))), ("gpt2", GPT2Model(GPT2Config(**small)))):
+        shutil.copytree(demo / "encoder", base / name, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+        network.save_pretrained(base / name)
+    return {"qwen2": demo / "encoder", "left": left, "bert": base / "bert", "gpt2": base / "gpt2"}
+
+
+def encoder_at(folder, **options):
+    """The encoder in a folder, in float32 and without a cache."""
+    return QueryEncoder(str(folder), CPU, **{"dtype": "float32", "progress": False} | options)
+
+
+def embed(folder, queries=QUERIES, **options):
+    """Embeddings (Q, H) of queries by the encoder in a folder."""
+    embeddings, num_encoded = encoder_at(folder, **options).embed(queries)
+    assert num_encoded == len(queries)
+    return embeddings
+
+
+def alone(folder, query, pooling, max_length=512):
+    """The embedding of one query by the plain library, without a batch and so without padding."""
+    tokenizer, network = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer(query, return_tensors="pt")["input_ids"][:, :max_length]
+    with torch.no_grad():
+        states = network.eval()(ids).last_hidden_state[0]  # (T, H)
+    return states[-1] if pooling == "last" else states.mean(0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("name", ["qwen2", "left", "bert", "gpt2"])
+def test_embeddings_equal_each_query_alone(encoders, name, pooling):
+    got = embed(encoders[name], pooling=pooling)
+    assert got.dtype == torch.float32
+    expected = torch.stack([alone(encoders[name], query, pooling) for query in QUERIES])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_left_and_right_padding_tokenizers_give_the_same_bits(encoders):
+    got = [embed(encoders[name]) for name in ("qwen2", "left")]
+    assert torch.equal(*got)
+    assert AutoTokenizer.from_pretrained(encoders["left"]).padding_side == "left"  # the fixture does what it says
+
+
+def test_embeddings_do_not_depend_on_the_order_of_the_queries(encoders):
+    for tokens in (2048, 16):
+        encoder = encoder_at(encoders["qwen2"], tokens_per_batch=tokens)
+        (forward, _), (backward, _) = encoder.embed(QUERIES), encoder.embed(QUERIES[::-1])
+        assert torch.equal(forward, backward.flip(0))
+
+
+def test_embeddings_hardly_depend_on_the_batches(encoders):
+    expected = embed(encoders["qwen2"])
+    for tokens in (1, 16, 100):
+        got = embed(encoders["qwen2"], tokens_per_batch=tokens)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"avx2": True}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_the_dtype_is_one_that_the_processor_multiplies_fast(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert pick_dtype("auto", CPU) == expected
+    assert pick_dtype("float16", CPU) == "float16"
+    assert pick_dtype("auto", torch.device("mps")) == "float32"
+
+
+def test_many_queries_are_clustered_by_mini_batches_and_few_by_lloyd(monkeypatch):
+    rng = np.random.default_rng(0)
+    truth = 20 * rng.normal(size=(5, 3))
+    x = torch.from_numpy(truth[rng.integers(5, size=3000)] + 0.1 * rng.normal(size=(3000, 3))).float()
+    monkeypatch.setattr(query_representation, "LLOYD_QUERIES", 2999)
+    calls = []
+    fit = MiniBatchKMeans.fit
+    monkeypatch.setattr(MiniBatchKMeans, "fit", lambda self, x: calls.append(len(x)) or fit(self, x))
+    few = fit_centroids(x[:2999], 5, 0)
+    assert not calls
+    many = fit_centroids(x, 5, 0)
+    assert calls == [3000]
+    for centroids in (few, many):
+        away = torch.cdist(centroids, torch.from_numpy(truth).float()).min(1)
+        assert away.values.max() < 0.2
+        assert sorted(away.indices.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_statistics_and_clusters_do_not_depend_on_the_chunks(monkeypatch):
+    x = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    towers = [QueryTower(6, num_clusters=4) for _ in range(2)]
+    towers[0].fit(x, 0)
+    expected = towers[0].assign(towers[0].standardize(x))
+    monkeypatch.setattr(query_representation, "ROWS_AT_ONCE", 37)
+    towers[1].fit(x, 0)
+    torch.testing.assert_close(towers[1].mean, x.mean(0))
+    torch.testing.assert_close(towers[1].scale, x.std(0, correction=0))
+    torch.testing.assert_close(towers[0].centroids, towers[1].centroids)
+    assert torch.equal(towers[1].assign(towers[1].standardize(x)), expected)
+
+
+def test_queries_are_cut_at_max_length(encoders):
+    got = embed(encoders["qwen2"], max_length=5)
+    expected = torch.stack([alone(encoders["qwen2"], query, "mean", 5) for query in QUERIES])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_maximum_length_without_room_for_a_word_is_refused(encoders, tmp_path):
+    folder = tmp_path / "special"
+    shutil.copytree(encoders["gpt2"], folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token, text = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, text, token],
+        "pair": [token, text, {"Sequence": {"id": "B", "type_id": 0}}, token],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert [len(ids) for ids in tokenize(["word " * 9], tokenizer, 3)] == [3]
+    with pytest.raises(UserError, match="--max_length 2 leaves no room beside 2 special tokens"):
+        tokenize(["word " * 9], tokenizer, 2)
+
+
+def test_learned_positions_limit_the_length(encoders):
+    encoder = encoder_at(encoders["bert"], max_length=10**5)
+    assert longest_input(*encoder.loaded) == encoder.tokens_read == 512
+    embeddings, _ = encoder.embed(["word " * 2000])
+    assert embeddings.isfinite().all()
+    assert encoder.metadata["max_length"] == 512
+    assert encoder_at(encoders["bert"], max_length=7).tokens_read == 7
+
+
+def test_positions_that_start_behind_the_padding_are_not_overrun(encoders, tmp_path):
+    shutil.copytree(
+        encoders["bert"], tmp_path / "roberta", ignore=shutil.ignore_patterns("config.json", "*.safetensors")
+    )
+    sizes = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaModel(RobertaConfig(**sizes, max_position_embeddings=66)).save_pretrained(tmp_path / "roberta")
+    encoder = encoder_at(tmp_path / "roberta")
+    assert longest_input(*encoder.loaded) == 64
+    embeddings, _ = encoder.embed(["word " * 500])
+    assert embeddings.isfinite().all()
+
+
+def test_a_pad_token_outside_the_vocabulary_is_harmless_and_a_foreign_tokenizer_is_refused(encoders):
+    encoder = encoder_at(encoders["gpt2"])
+    expected, _ = encoder.embed(QUERIES)
+    tokenizer, network = encoder.loaded
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    network.resize_token_embeddings(tokenizer.pad_token_id)
+    torch.testing.assert_close(encoder.embed(QUERIES)[0], expected)
+    network.resize_token_embeddings(20)
+    with pytest.raises(UserError, match="the encoder's vocabulary has 20: they do not belong together"):
+        encoder.embed(QUERIES)
+
+
+def test_the_width_is_that_of_the_output_and_not_of_the_configuration(encoders):
+    encoder = encoder_at(encoders["gpt2"])
+    encoder.loaded[1].config.hidden_size = 999
+    assert encoder.embed(QUERIES)[0].shape == (len(QUERIES), 32)
+    assert encoder.metadata["width"] == 32
+
+
+def test_a_network_that_does_not_encode_text_is_refused_in_one_line(encoders, tmp_path):
+    shutil.copytree(encoders["bert"], tmp_path / "vit", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(UserError, match="ViTModel cannot encode 6 texts of 300 tokens"):
+        embed(tmp_path / "vit")
+
+
+@pytest.mark.parametrize("stated", ["512", -1, 0, 10**30])
+def test_a_tokenizer_that_states_no_sensible_limit_sets_none(encoders, stated):
+    tokenizer, network = load_encoder(encoders["qwen2"], CPU, torch.float32)
+    tokenizer.model_max_length = stated
+    assert longest_input(tokenizer, network) == 1024
+
+
+def test_the_encoder_is_frozen(encoders):
+    _, network = load_encoder(encoders["qwen2"], CPU, torch.float32)
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_half_precision_is_pooled_in_float32(encoders):
+    full, half = (embed(encoders["qwen2"], dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, half.bfloat16().float())  # a mean taken in bfloat16 would be one
+    torch.testing.assert_close(half, full, atol=0.1, rtol=0.1)
+
+
+def test_pooling_by_hand():
+    hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [99.0, 99.0]], [[5.0, 1.0], [1.0, 1.0], [0.0, 4.0]]])  # (2, 3, 2)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert pool(hidden, mask, "mean").tolist() == [[2.0, 4.0], [2.0, 2.0]]
+    assert pool(hidden, mask, "last").tolist() == [[3.0, 6.0], [0.0, 4.0]]
+
+
+@given(st.lists(st.integers(1, 600), max_size=80), st.integers(1, 1000))
+def test_batches_hold_each_query_once_within_the_budget(lengths, budget):
+    lengths = np.array(lengths, dtype=np.int64)
+    batches = plan_batches(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
+
+
+def embeddings_with_huge_dimensions(queries=300, width=8):
+    """Two groups that differ in small dimensions, under two huge ones that say nothing."""
+    rng = np.random.default_rng(0)
+    group = rng.integers(2, size=queries)
+    x = rng.normal(0, 0.02, (queries, width)) + np.outer(group, [0, 0, *[1] * (width - 2)])
+    x[:, :2] = rng.normal(300, 500, (queries, 2))
+    return torch.from_numpy(x).float(), group
+
+
+def test_standardization_uses_training_statistics_and_survives_constant_dimensions():
+    embeddings, _ = embeddings_with_huge_dimensions()
+    embeddings[:, 5] = 7.0
+    tower = QueryTower(8, num_clusters=0)
+    tower.fit(embeddings, seed=0)
+    x = tower.standardize(embeddings)
+    torch.testing.assert_close(x.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std(0, correction=0), torch.tensor([1.0] * 5 + [0.0] + [1.0] * 2))
+    other = tower.standardize(embeddings + 1)  # new queries do not move the statistics
+    torch.testing.assert_close(other - x, (1 / tower.scale).expand(300, 8), atol=1e-4, rtol=1e-4)
+
+
+def test_wide_dimensions_do_not_dominate_the_clusters():
+    embeddings, group = embeddings_with_huge_dimensions()
+    tower = QueryTower(8, num_clusters=2)
+    tower.fit(embeddings, seed=0)
+    found = tower.assign(tower.standardize(embeddings)).numpy()
+    assert max(np.mean(found == group), np.mean(found != group)) == 1
+
+
+def test_centroids_lie_where_the_standardized_embeddings_do():
+    embeddings, _ = embeddings_with_huge_dimensions()
+    tower = QueryTower(8, num_clusters=6)
+    tower.fit(embeddings, seed=0)
+    x = tower.standardize(embeddings)
+    cluster_idx = tower.assign(x)
+    for k in range(6):  # what K-means converges to: every centroid is the mean of those assigned to it
+        torch.testing.assert_close(x[cluster_idx == k].mean(0), tower.centroids[k], atol=1e-3, rtol=1e-3)
+    distances = (x[:, None] - tower.centroids[None]).square().sum(2)  # (Q, K), the plain way
+    assert torch.equal(cluster_idx, distances.argmin(1))
+
+
+def test_k_means_runs_on_one_thread(monkeypatch):
+    threads = []
+    fit = KMeans.fit
+
+    def watched(self, x):
+        threads.extend(pool["num_threads"] for pool in threadpool_info())
+        return fit(self, x)
+
+    monkeypatch.setattr(KMeans, "fit", watched)
+    with threadpool_limits(2):
+        fit_centroids(torch.randn(50, 4), 3, seed=0)
+    assert set(threads) == {1}
+
+
+def test_the_cluster_reaches_the_query_vector():
+    tower = QueryTower(8, num_clusters=3, embedding_dim=16, zero_init=False).eval()
+    x = torch.randn(4, 8)
+    assert not torch.allclose(tower(x, torch.zeros(4).long()), tower(x, torch.ones(4).long()))
+    without = QueryTower(8, num_clusters=0, embedding_dim=16)
+    assert without.cluster is None
+    assert without(x, torch.zeros(4).long()).shape == (4, 16)
+
+
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_place(encoders, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(encoders["qwen2"], copy)
+    before = encoder_fingerprint(copy)
+    assert before == encoder_fingerprint(encoders["qwen2"])
+    assert before != encoder_fingerprint(encoders["left"])
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert encoder_fingerprint(copy) != before
+
+
+def test_a_tokenizer_without_pad_token_takes_eos(encoders):
+    assert AutoTokenizer.from_pretrained(encoders["gpt2"]).pad_token is None
+    tokenizer, _ = load_encoder(encoders["gpt2"], CPU, torch.float32)
+    assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_missing_weights_are_refused(encoders, tmp_path):
+    deeper = tmp_path / "deeper"
+    shutil.copytree(encoders["qwen2"], deeper)
+    config = json.loads((deeper / "config.json").read_text())
+    config |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (deeper / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"do not fill the encoder"):
+        load_encoder(deeper, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04}q\x00."])
+def test_corrupt_encoder_files_are_refused_in_one_line(encoders, tmp_path, file, content):
+    folder = tmp_path / "corrupt"
+    shutil.copytree(encoders["qwen2"], folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match="could not be loaded as a Hugging Face encoder") as error:
+        load_encoder(folder, CPU, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_folder_is_not_taken_for_a_hub_id(tmp_path):
+    with pytest.raises(UserError, match=r"hf download Qwen/Qwen2-0\.5B --local-dir"):
+        find_encoder("../model/no-such-model")
+    with pytest.raises(UserError, match=r"lacks config.json, weights \(\*.safetensors\), a tokenizer"):
+        find_encoder(str(tmp_path))
+
+
+def test_a_hub_id_is_downloaded_and_an_offline_hub_is_one_line(encoders, monkeypatch):
+    requested = []
+
+    def snapshot_download(hub_id, **options):
+        requested.append(hub_id)
+        if hub_id == "owner/gone":
+            raise RuntimeError("the hub says\nno")
+        return str(encoders["qwen2"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert find_encoder("owner/name-0.5B") == encoders["qwen2"]
+    with pytest.raises(
+        UserError, match=r"owner/gone is not a local folder and could not be downloaded .* the hub says"
+    ):
+        find_encoder("owner/gone")
+    for path in ("./owner/name", "/owner/name", "name", "a/b/c", str(encoders["qwen2"])):
+        with contextlib.suppress(UserError):
+            find_encoder(path)
+    assert requested == ["owner/name-0.5B", "owner/gone"]
