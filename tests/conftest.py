@@ -21,6 +21,7 @@ from support.system.command_line import run_command
 from support.training.checkpoint import Checkpoint
 
 torch.set_num_threads(1)  # the tests' networks are tiny, and threads that wait for a busy core cost minutes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in the processes that tests start
 
 
 @pytest.fixture(scope="session", autouse=True)
