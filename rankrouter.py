@@ -1,5 +1,6 @@
 """The router: both towers scored together, rankings, adding a model without retraining, and the checkpoint."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -277,21 +278,28 @@ class RankRouter(nn.Module):
         """
         checkpoint = read_checkpoint(path, FORMAT_VERSION)
         try:
-            config = RouterConfig(**checkpoint["config"])
-            metadata = Metadata(**{each.name: checkpoint[each.name] for each in fields(Metadata)})
-            if not config.embedding_dim >= 1:  # torch would only warn
-                raise ValueError("its shared space has no dimension")
-            with torch.device("meta"):  # takes no memory, whatever widths the file claims
-                router = cls(checkpoint["model_names"], metadata.encoder["width"], config)
-            dtypes = {name: tensor.dtype for name, tensor in router.state_dict().items()}
-            router.load_state_dict(checkpoint["model_state_dict"], assign=True)
-            router.metadata = metadata
-            damaged = [part for part, is_valid in router._checks(dtypes) if not is_valid]
+            with warnings.catch_warnings(action="ignore"):  # of torch, about odd values
+                router, dtypes = cls._from_checkpoint(checkpoint)
+                damaged = [part for part, is_valid in router._checks(dtypes) if not is_valid]
         except Exception as error:  # a file that is not ours raises anything
             raise not_ours(path, error) from error
         if damaged:
             raise UserError(f"{path} is a damaged RankRouter checkpoint: {damaged[0]} is not what training writes")
         return router.eval()
+
+    @classmethod
+    def _from_checkpoint(cls, checkpoint: dict) -> tuple["RankRouter", dict[str, torch.dtype]]:
+        """The router, and the dtypes that its weights should have."""
+        config = RouterConfig(**checkpoint["config"])
+        metadata = Metadata(**{each.name: checkpoint[each.name] for each in fields(Metadata)})
+        if not config.embedding_dim >= 1:  # torch would only warn
+            raise ValueError("its shared space has no dimension")
+        with torch.device("meta"):  # takes no memory, whatever widths the file claims
+            router = cls(checkpoint["model_names"], metadata.encoder["width"], config)
+        dtypes = {name: tensor.dtype for name, tensor in router.state_dict().items()}
+        router.load_state_dict(checkpoint["model_state_dict"], assign=True)
+        router.metadata = metadata
+        return router, dtypes
 
     def _checks(self, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str, bool]]:
         """Names, sizes and finiteness of what routing relies on; raises anything where a part is missing."""

@@ -73,7 +73,8 @@ class EmbeddingCache:
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             if path.name not in self.names and SHARD_NAME.fullmatch(path.name):
                 self.names.add(path.name)
-                self._open(path)
+                if path.is_file():  # a pipe would never end
+                    self._open(path)
 
     def has(self, keys: list[bytes]) -> np.ndarray:
         """Which queries were stored at the last `refresh`: bool (Q,)."""
@@ -166,7 +167,7 @@ class EmbeddingCache:
         self._append([keys[32 * row : 32 * row + 32] for row in range(len(embeddings))], embeddings)
 
     def _read_metadata(self) -> dict | None:
-        if self.folder is None:
+        if self.folder is None or not (self.folder / "encoder.json").is_file():
             return None
         try:
             metadata = json.loads((self.folder / "encoder.json").read_bytes())
@@ -175,9 +176,12 @@ class EmbeddingCache:
             return None
 
     def _write(self, name: str, data: bytes) -> None:
+        path = self.folder / name
         try:
+            if os.path.lexists(path) and not path.is_file():
+                raise UserError(f"{path} is not a file")
             self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
-            atomic_write(self.folder / name, data)
+            atomic_write(path, data)
         except (UserError, OSError) as error:
             advice = "Make room there, choose another folder with --cache_dir, or use --no_cache"
             raise UserError(f"{error}; what was stored before remains. {advice}") from error
@@ -185,25 +189,25 @@ class EmbeddingCache:
 
 def parts(cache_dir: str | Path) -> list[dict]:
     """The cached parts, by encoder: the folder's name, `encoder.json`, number of queries, bytes, time of last use."""
+    folders = [folder for folder in sorted(encoders_folder(cache_dir).glob("*/")) if not folder.is_symlink()]
+    return [_part(folder) for folder in folders if re.fullmatch("[0-9a-f]{32}", folder.name)]  # others are not ours
+
+
+def _part(folder: Path) -> dict:
     from safetensors import SafetensorError, safe_open
 
-    found = []
-    for folder in sorted(encoders_folder(cache_dir).glob("*/")):
-        if not re.fullmatch("[0-9a-f]{32}", folder.name) or folder.is_symlink():  # not ours to delete
-            continue
-        row = {"name": folder.name, "metadata": {}, "queries": 0, "bytes": 0, "used": folder.stat().st_mtime}
-        for path in folder.iterdir():
-            # A file may be damaged, or just being replaced.
-            with suppress(OSError, ValueError, TypeError, RecursionError, SafetensorError):
-                row["bytes"] += path.stat().st_size
-                if path.name == "encoder.json":
-                    row["used"], metadata = path.stat().st_mtime, json.loads(path.read_bytes())
-                    row["metadata"] = {name: str(value) for name, value in dict(metadata).items()}
-                elif SHARD_NAME.fullmatch(path.name):
-                    with safe_open(path, framework="np") as shard:
-                        row["queries"] += shard.get_slice("keys").get_shape()[0]
-        found.append(row)
-    return found
+    row = {"name": folder.name, "metadata": {}, "queries": 0, "bytes": 0, "used": folder.stat().st_mtime}
+    for path in (path for path in folder.iterdir() if path.is_file()):
+        # A file may be damaged, or just being replaced.
+        with suppress(OSError, ValueError, TypeError, RecursionError, SafetensorError):
+            row["bytes"] += path.stat().st_size
+            if path.name == "encoder.json":
+                row["used"], metadata = path.stat().st_mtime, json.loads(path.read_bytes())
+                row["metadata"] = {name: str(value) for name, value in dict(metadata).items()}
+            elif SHARD_NAME.fullmatch(path.name):
+                with safe_open(path, framework="np") as shard:
+                    row["queries"] += shard.get_slice("keys").get_shape()[0]
+    return row
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -579,3 +579,22 @@ print(sorted({{"transformers", "tokenizers"}} & set(sys.modules)))
     assert (timing["queries_encoded"], timing["queries_from_cache"]) == (0, queries)
     assert f"{queries} from the cache, 0 encoded" in runs[1].stdout
     assert runs[1].stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "shard"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
+    cache = EmbeddingCache(tmp_path, {"fingerprint": "x"})
+    cache.describe({"tokens_read": 5})
+    cache.store([b"k" * 32], torch.ones(1, 3))
+    path = cache.folder / name if name == "encoder.json" else next(cache.folder.glob("*.safetensors"))
+    path.unlink()
+    os.mkfifo(path)
+    again = EmbeddingCache(tmp_path, {"fingerprint": "x"})
+    again.refresh()
+    if name == "encoder.json":
+        assert again.has([b"k" * 32]).all()
+        with pytest.raises(UserError, match="is not a file"):
+            again.describe({"tokens_read": 5})
+    else:
+        again.store([b"k" * 32], torch.ones(1, 3))
+        assert torch.equal(again.read([b"k" * 32]), torch.ones(1, 3))
