@@ -237,7 +237,9 @@ def as_csv(rows: list[dict]) -> str:
         for name, value in values.items():
             low, high = value.get("interval") or (None, None)
             line |= {name: value.get("mean"), f"{name}_sd": value.get("sd"), f"{name}_low": low, f"{name}_high": high}
-        lines.append({one_line(name): value for name, value in line.items()})  # pandas refuses lone surrogates in names
+        # pandas refuses lone surrogates, and control characters must not reach a terminal.
+        line = {one_line(name): one_line(value) if isinstance(value, str) else value for name, value in line.items()}
+        lines.append(line)
     frame = pd.DataFrame(lines, dtype=object)  # object: an integer beside a missing value stays an integer
     return frame.dropna(axis="columns", how="all").to_csv(index=False, lineterminator="\n")
 

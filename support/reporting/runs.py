@@ -78,6 +78,7 @@ def read_runs(paths: list[str]) -> tuple[list[Run], list[str]]:
 def parse(name: str, history: dict) -> Run:
     """Parse the history of a finished run. Raises one of `NO_HISTORY` where a value is missing or malformed."""
     args, data, encoder, test = history["args"], history["data"], history["encoder"], history["test_metrics"]
+    json.dumps(args, allow_nan=False)  # raises on a number that is not finite
     split, unit = data["split"], "battles" if args["split_by"] == "battle" else "queries"
     losses, vals = _read(history["train_losses"], [_number]), _read(history["val_metrics"], [{"auc": _number}])
     epoch, step = _integer(history["best_epoch"]), history["best_step"]

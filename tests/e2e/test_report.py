@@ -191,6 +191,7 @@ BROKEN = {
     "deep": lambda history: "[" * 100_000,
     "binary": lambda history: b"\xff\xfe\x00",
     "nan": lambda history: json.dumps(history | {"train_losses": [math.nan]}),
+    "flag": lambda history: json.dumps(history | {"args": history["args"] | {"lr": math.inf}}),
     "text": lambda history: json.dumps(history | {"train_losses": ["high"]}),
     "epoch": lambda history: json.dumps(history | {"best_epoch": 99}),
     "none": lambda history: json.dumps(history | {"test_metrics": None}),
@@ -304,11 +305,12 @@ def test_runs_with_other_test_battles_are_not_compared(write, rows_of, flag, val
     assert not any("beyond_first" in row for row in rows)
 
 
-def test_control_characters_are_not_printed(write, capsys):
+@pytest.mark.parametrize("form", ["text", "markdown", "csv"])
+def test_control_characters_are_not_printed(write, capsys, form):
     write("a", flags={"loss_type": "\x1b[31mred\x07"})
     write("b", seed=1, status="\x1b[2J\nrunning")
     write("c", seed=1)
-    report.main(["a", "b", "c"])
+    report.main(["a", "b", "c", "--format", form])
     output = capsys.readouterr()
     assert "[31mred" in output.out
     assert len(output.err.splitlines()) == 1
