@@ -22,7 +22,7 @@ import numpy as np
 
 from support.system.command_line import OneLineParser, run_command
 from support.system.errors import UserError, one_line, reason
-from support.system.files import atomic_write, make_folder, remove_leftovers, user_cache_folder
+from support.system.files import atomic_write, folder_path, make_folder, remove_leftovers, user_cache_folder
 
 FORMAT_VERSION = 2  # of the shards, and of the arithmetic from text to embedding that they hold
 
@@ -31,10 +31,8 @@ SHARD_NAME = re.compile(r"[0-9]{6}-[0-9a-f]{64}\.safetensors")
 
 
 def encoders_folder(cache_dir: str | Path) -> Path:
-    """The folder of all encoders' parts. Raises `UserError` where `cache_dir` is an empty string."""
-    if not str(cache_dir):
-        raise UserError("--cache_dir is empty; expected a folder")
-    return Path(os.path.expanduser(cache_dir)) / "embeddings"
+    """The folder of all encoders' parts. Raises `UserError` where `cache_dir` is not the path of a folder."""
+    return folder_path(cache_dir, "--cache_dir") / "embeddings"
 
 
 def query_keys(queries: list[str]) -> list[bytes]:

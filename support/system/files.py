@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from support.system.errors import UserError
+from support.system.errors import UserError, valid_unicode
 
 SECONDS_TO_DIE = 5  # a killed process may take this long to free its memory, and then its lock
 
@@ -122,11 +122,16 @@ def atomic_write(path: str | Path, data: bytes) -> None:
         file.write(data)
 
 
+def folder_path(path: str | Path, flag: str) -> Path:
+    """The path of the folder that `flag` names. Raises `UserError` where it is empty or not valid UTF-8."""
+    if not str(path) or str(path) != valid_unicode(str(path)):  # libraries refuse the latter with errors of their own
+        raise UserError(f"{flag} is {'not valid UTF-8' if str(path) else 'empty'}; expected a folder")
+    return Path(os.path.expanduser(path))
+
+
 def make_folder(path: str | Path, flag: str) -> Path:
     """Create the folder that `flag` names, with its parents, and check that it is writable."""
-    if not str(path):
-        raise UserError(f"{flag} is empty; expected a folder")
-    folder = Path(os.path.expanduser(path))
+    folder = folder_path(path, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from support.system.errors import UserError
-from support.system.files import atomic_write, content_hash, user_cache_folder
+from support.system.files import atomic_write, content_hash, make_folder, user_cache_folder
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -77,3 +77,9 @@ def test_two_writers_with_the_same_process_id_do_not_share_a_file(tmp_path, monk
     atomic_write(path, b"first")
     assert [len(seen) for seen in names] == [1, 2]
     assert path.read_bytes() == b"first"
+
+
+@pytest.mark.parametrize(("path", "message"), [("", "is empty"), ("\udcff", "is not valid UTF-8")])
+def test_a_folder_that_no_library_can_open_is_refused(path, message):
+    with pytest.raises(UserError, match=f"--demo_dir {message}; expected a folder"):
+        make_folder(path, "--demo_dir")
