@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,12 @@ class RouterConfig:
     similarity_metric: str = "dot"  # or "cosine"
     scale_dot: bool = True  # a dot product is divided by sqrt(D)
     zero_init: bool = True  # the query tower's last layer starts at 0
+
+    def __post_init__(self):
+        if self.similarity_metric not in ("dot", "cosine"):
+            raise ValueError(f"similarity_metric is {self.similarity_metric!r}, expected 'dot' or 'cosine'")
+        if self.embedding_dim < 1:
+            raise ValueError(f"embedding_dim is {self.embedding_dim}, expected at least 1")
 
 
 @dataclass
@@ -69,7 +75,6 @@ class RankRouter(nn.Module):
         self.metadata = None  # of a trained router
         self.encoder = None  # see `open_encoder`
         self.model_blocks = None  # see `_model_blocks`; None while the weights may change
-        self.register_load_state_dict_post_hook(lambda router, _: setattr(router, "model_blocks", None))
         self.query_tower = QueryTower(
             encoder_width,
             embedding_dim=config.embedding_dim,
@@ -97,6 +102,11 @@ class RankRouter(nn.Module):
         """Training mode, or evaluation mode; what was computed from the weights is computed again."""
         self.model_blocks = None
         return super().train(mode)
+
+    def load_state_dict(self, *args, **kwargs):
+        """As of every module; what was computed from the weights is computed again."""
+        self.model_blocks = None
+        return super().load_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, cluster_idx: torch.Tensor) -> torch.Tensor:
         """Scores (B, M) of every model for standardized embeddings (B, H) and their clusters (B,)."""
@@ -138,7 +148,12 @@ class RankRouter(nn.Module):
     @property
     def temperature(self) -> float:
         """The temperature at which a trained router's differences of scores are log-odds."""
-        return self.metadata.temperature
+        return self._trained().temperature
+
+    def _trained(self) -> Metadata:
+        if self.metadata is None:
+            raise UserError("the router is not trained: it has no metadata; load a checkpoint that training wrote")
+        return self.metadata
 
     def open_encoder(
         self,
@@ -153,7 +168,7 @@ class RankRouter(nn.Module):
 
         The other arguments are those of `QueryEncoder`. Raises `UserError` where there is no encoder, or another one.
         """
-        trained = self.metadata.encoder
+        trained = self._trained().encoder
         encoder = QueryEncoder(
             trained["path"] if model_path is None else model_path,
             torch.device(device),
@@ -218,6 +233,8 @@ class RankRouter(nn.Module):
         """
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}, expected at least 1")
+        if isinstance(models, str):
+            raise UserError("models is one text, expected a list of names")
         model_idx = self.indices(self.model_names if models is None else list(dict.fromkeys(models)))  # (m,)
         scores = self.scores_of(queries)[:, model_idx]  # (Q, m)
         return [
@@ -245,20 +262,29 @@ class RankRouter(nn.Module):
         if self.model_tower.capability is None:
             raise UserError("the router was trained with --no_capability: a new model cannot be described to it")
 
-    def add_model(self, name: str, vector: torch.Tensor) -> None:
+    def add_model(self, name: str, vector: torch.Tensor, source: dict | None = None) -> None:
         """Add a model with this capability vector (C,), NaN where it has no value, without retraining.
 
-        Raises `UserError` as `check_new_name` does, or where the vector has no value at all.
+        `source` says where the vector comes from, for `metadata.added_models`. Raises `UserError` as `check_new_name`
+        does, or where the vector is of another shape, not finite, or has no value at all.
         """
         self.check_new_name(name)
+        metadata, weight = self._trained(), self.model_tower.capability.weight  # (M, C)
+        vector = torch.as_tensor(vector)
+        if vector.shape != weight.shape[1:] or vector.isinf().any():
+            raise UserError(f"a capability vector has {weight.shape[1]} finite values, got {list(vector.shape)}")
         if vector.isnan().all():
             raise UserError(f"nothing is known of {one_line(name)}: its capability vector has no value")
-        self.model_tower.add_model(vector.float().to(self.model_tower.capability.weight.device))
+        self.model_tower.add_model(vector.float().to(weight.device))
         self.model_names.append(name)
         self.model_blocks = None
-        if self.metadata.profiles["kind"] == "win_rate":
-            known = self.metadata.profiles["known"]  # (M, K)
-            self.metadata.profiles = {"kind": "win_rate", "known": torch.cat([known, vector[None].to(known)])}
+        profiles = metadata.profiles
+        if profiles["kind"] == "win_rate":
+            profiles = profiles | {
+                "known": torch.cat([profiles["known"], vector[None].to(profiles["known"])])
+            }  # (M, K)
+        added = [*metadata.added_models, {"model": name, **(source or {})}]
+        self.metadata = replace(metadata, profiles=profiles, added_models=added)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint: config, weights and buffers, model names, and `metadata`, which must be there."""
@@ -268,7 +294,7 @@ class RankRouter(nn.Module):
             "model_names": self.model_names,
             "config": asdict(self.config),
         }
-        write_checkpoint(path, checkpoint | vars(self.metadata))
+        write_checkpoint(path, checkpoint | vars(self._trained()))
 
     @classmethod
     def load(cls, path: str | Path) -> "RankRouter":
@@ -292,8 +318,6 @@ class RankRouter(nn.Module):
         """The router, and the dtypes that its weights should have."""
         config = RouterConfig(**checkpoint["config"])
         metadata = Metadata(**{each.name: checkpoint[each.name] for each in fields(Metadata)})
-        if not config.embedding_dim >= 1:  # torch would only warn
-            raise ValueError("its shared space has no dimension")
         with torch.device("meta"):  # takes no memory, whatever widths the file claims
             router = cls(checkpoint["model_names"], metadata.encoder["width"], config)
         dtypes = {name: tensor.dtype for name, tensor in router.state_dict().items()}
@@ -313,7 +337,6 @@ class RankRouter(nn.Module):
             "a switch of the config",
             all(type(getattr(self.config, name)) is bool for name in ("scale_dot", "zero_init")),
         )
-        yield "the similarity metric", self.config.similarity_metric in ("dot", "cosine")
         yield "the dropout", 0 <= self.config.dropout < 1
         yield "the temperature", 0 < metadata.temperature < np.inf
         yield "the encoder", all(isinstance(encoder[name], str) for name in ("path", "fingerprint"))

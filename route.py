@@ -181,9 +181,7 @@ def add_model(args: argparse.Namespace, router: RankRouter) -> None:
     router.check_new_name(args.add_model)
     from_source = vector_of_profile if args.battles is None else vector_of_battles
     vector, source = from_source(args, router)  # (C,)
-    router.add_model(args.add_model, vector)
-    added = {"model": args.add_model, **source}
-    router.metadata = replace(router.metadata, added_models=[*router.metadata.added_models, added])
+    router.add_model(args.add_model, vector, source)
     router.save(args.save)
     print(f"saved    {one_line(args.save)}: {len(router.model_names)} models")
 

@@ -85,7 +85,6 @@ def train(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint(history, experiment(vars(args), data.counts, encoder.usage), resume=resume)
     if resume and console.print_resume(checkpoint.message, checkpoint.finished_auc(), args.output_dir):
         return
-    checkpoint.start()
     device.tune_cpu()
     with history.recorded():
         run_method(Run(args, data, encoder, history, checkpoint), demo)
@@ -103,10 +102,12 @@ def run_method(run: Run, demo: Path | None) -> None:
     history.add_encoding(encoder, num_encoded, embeddings)
     console.print_encoding(encoder.metadata, history.as_dict()["timing"], args.max_length)
 
+    run.checkpoint.start()  # an earlier run's checkpoints are kept until here
     row_of_query = {query: i for i, query in enumerate(queries)}
     split_embeddings = embeddings[[row_of_query[query] for query in split.train.queries]]  # (Q, H)
     router, *pretrained = train_router(run, split, split_embeddings)
-    inputs = represent(router, encoder, split.train.queries, split_embeddings)  # (Q, H), (Q,)
+    with history.timing("encode"):
+        inputs = represent(router, encoder, split.train.queries, split_embeddings)  # (Q, H), (Q,)
     if distributed.rank() == 0:
         test(run, router, inputs, pretrained)
         if demo is not None:
@@ -148,8 +149,9 @@ def train_router(run: Run, split: Split, embeddings: torch.Tensor, is_ceiling: b
     batches = QueryBatches(
         split.train, router.query_tower, cluster_idx, trainable, tokens=args.batch_tokens, accumulate=args.accumulate
     )
-    history.counts["tokens_per_epoch"] = int(batches.lengths.sum())
-    console.print_finetuning(batches.parameters, history.counts["tokens_per_epoch"])
+    tokens = int(batches.lengths.sum())
+    history.counts.setdefault("tokens_per_epoch", tokens)
+    console.print_finetuning(batches.parameters, tokens)
     with history.curves[finetuning].timing("train"):
         fit(run, router, batches, split, phase=finetuning, epochs=args.epochs, patience=args.patience)
     return router, x, cluster_idx

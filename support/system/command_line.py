@@ -115,10 +115,26 @@ def above_progress_bars() -> Iterator[None]:
         yield
 
 
+class _LogFile:
+    """A bar in a log: lines that end. A stream that fails must not end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.write(f"{text.strip()}\n" if text.strip() else "")
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+
 def progress_bar(description: str, disable: bool = False, **options):
     """A tqdm bar on stderr that appears after a second; without a terminal a line every 30 seconds."""
     from tqdm import tqdm
 
-    seconds = 0.1 if sys.stderr is not None and sys.stderr.isatty() else 30
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    file, seconds = (sys.stderr, 0.1) if is_terminal else (_LogFile(sys.stderr), 30)
     disable = disable or sys.stderr is None
-    return tqdm(desc=description, disable=disable, delay=1, mininterval=seconds, **options)
+    return tqdm(desc=description, file=file, delay=1, mininterval=seconds, disable=disable, **options)

@@ -201,7 +201,10 @@ class Checkpoint:
         if distributed.rank() == 0 and self.path.exists():
             content = read_content(self.path)
         content = distributed.broadcast_bytes(content)
-        return None if content is None else parse_checkpoint(self.path, content, FORMAT_VERSION)
+        try:
+            return None if content is None else parse_checkpoint(self.path, content, FORMAT_VERSION)
+        except UserError as error:
+            raise UserError(f"{error}; start again with --overwrite, or choose another --output_dir") from error
 
     def _check_experiment(self) -> None:
         then, now = self.saved["experiment"], self.experiment
@@ -224,8 +227,8 @@ class Checkpoint:
             raise UserError(f"--resume: {self.path} has {done} epochs{part}; --epochs {self.epochs} is too few")
         if past > 0 and self.epochs != self.saved["epochs"]:
             raise UserError(
-                f"--resume: {self.path} has finished the {self.saved['epochs']} epochs of the router, and is in the "
-                f"training with the held-out model; --epochs {self.epochs} cannot change that any more"
+                f"--resume: {self.path} has finished the {self.saved['epochs']} epochs of the router and started the "
+                f"training with the held-out model; --epochs {self.epochs} is too late"
             )
         within = f" and {steps} steps of the next" if steps else ""
         self.message = f"{f'{phase}: ' if past else ''}after {done} epochs{within}"

@@ -120,8 +120,11 @@ class History:
         history = {"status": self.status, "args": self.args, **self.main.as_dict()}
         history |= {"best_epoch": best and best.metadata.epoch, "best_step": best and best.metadata.step}
         if self.main_phase == "encoder":
-            history["towers_alone"] = self.curves["towers"].as_dict()
-            timing["towers_alone"] = sum(self.curves["towers"].timing.update().values())
+            seconds = dict(self.curves["towers"].timing.update())
+            timing["cluster"] = seconds.pop("cluster", 0.0)
+            if self.args["tower_epochs"]:
+                history["towers_alone"] = self.curves["towers"].as_dict()
+                timing["towers_alone"] = sum(seconds.values())
         empty = {"test_metrics": None, "test_intervals": None, "baselines": {}}
         return history | empty | {"data": self.data, "timing": timing} | self.results
 

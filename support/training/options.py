@@ -8,6 +8,7 @@ from support.system.command_line import OneLineParser, comma_separated, real_num
 NO_EXPERIMENT = {
     *("output_dir", "data_path", "model_path", "demo", "demo_dir", "cache_dir", "no_cache", "seed", "split_seed"),
     *("device", "dtype", "encode_tokens", "baselines", "deterministic", "accumulate", "gradient_checkpointing"),
+    "checkpoint_minutes",  # of histories of earlier versions
 }
 
 # Defaults of --recipe original; it also leaves the dot product unscaled and the query tower's last layer random.

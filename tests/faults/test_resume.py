@@ -174,7 +174,7 @@ def test_epochs_cannot_change_once_the_ceiling_is_trained(small, forked, fails, 
     before = contents(tmp_path / "out")
     message = fails(*flags, "--resume", "--epochs", "4")
     assert "has finished the 2 epochs of the router" in message
-    assert "--epochs 4 cannot change that" in message
+    assert "--epochs 4 is too late" in message
     assert contents(tmp_path / "out") == before
 
 
