@@ -337,3 +337,29 @@ def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path, kind):
         RankRouter.load(path)
     assert "weights_only" not in str(error.value)  # torch's advice to open it all the same
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("similarity_metric", "Cosine"), ("embedding_dim", 0)])
+def test_a_config_that_means_nothing_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is"):
+        RouterConfig(**{name: value})
+
+
+@pytest.mark.parametrize("vector", [torch.zeros(4), torch.zeros(1, 5), torch.full((5,), torch.inf)])
+def test_a_new_model_with_a_wrong_vector_changes_nothing(vector):
+    router, *_ = make()
+    with pytest.raises(UserError, match="5 finite values"):
+        router.add_model("new", vector)
+    assert router.model_names == NAMES
+    assert router.metadata.added_models == []
+
+
+def test_a_router_without_training_says_so_and_can_be_copied():
+    router = RankRouter(NAMES, 8, RouterConfig(**SMALL))
+    for use in (lambda: router.temperature, lambda: router.rank(["q"]), lambda: router.add_model("new", torch.ones(5))):
+        with pytest.raises(UserError, match="is not trained"):
+            use()
+    with pytest.raises(UserError, match="expected a list of names"):
+        router.rank(["q"], models="b, c")
+    again = pickle.loads(pickle.dumps(router))
+    assert again.model_names == NAMES
