@@ -205,7 +205,7 @@ def build(run: Run, split: Split, embeddings: torch.Tensor, phase: str) -> tuple
     return router, x, cluster_idx
 
 
-@signals.deferred()
+@signals.deferred()  # a first signal waits for the end of the step
 def fit(
     run: Run,
     router: RankRouter,
