@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -67,9 +68,11 @@ def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        local = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-        network, info = transformers.AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **local)
+        options = {"local_files_only": True, "trust_remote_code": False}
+        with warnings.catch_warnings(action="ignore"):  # of torch, about damaged weights
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+            options |= {"dtype": dtype, "output_loading_info": True}
+            network, info = transformers.AutoModel.from_pretrained(folder, **options)
     except Exception as error:  # a broken folder raises whatever its parsers raise
         raise UserError(f"{folder} could not be loaded as a Hugging Face encoder: {reason(error)}") from error
     # A pooler's output is never used, so its weights may be missing; any other missing weight would stay random.

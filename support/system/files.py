@@ -161,6 +161,8 @@ def content_hash(files: Iterable[str | Path]) -> str:
     """SHA-256 (hex) of the files' contents in the order given; their names and places do not count."""
     digest = hashlib.sha256()
     for path in files:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device would never end
+            raise UserError(f"{path} is not a file; replace it by one")
         try:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

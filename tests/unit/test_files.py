@@ -83,3 +83,9 @@ def test_two_writers_with_the_same_process_id_do_not_share_a_file(tmp_path, monk
 def test_a_folder_that_no_library_can_open_is_refused(path, message):
     with pytest.raises(UserError, match=f"--demo_dir {message}; expected a folder"):
         make_folder(path, "--demo_dir")
+
+
+def test_a_pipe_is_not_hashed(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not a file"):
+        content_hash([tmp_path / "pipe"])
