@@ -24,6 +24,12 @@ torch.set_num_threads(1)  # the tests' networks are tiny, and threads that wait 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in the processes that tests start
 
 
+def pytest_collection_modifyitems(items):
+    """The mark of a test is the folder it lies in: `unit`, `e2e` or `faults`."""
+    for item in items:
+        item.add_marker(item.path.parent.name)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
     """No test reads or writes the user's own cache folder."""
@@ -65,7 +71,7 @@ def run_demo(demo_dir, demo, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def default_run(run_demo):
-    """`python train.py --demo`, once for all tests that look at it, without the cache of other runs."""
+    """`python train.py --demo`: for tests that look for the planted truth; `tiny_run` takes a tenth of the time."""
     return run_demo("--no_cache")
 
 
@@ -212,6 +218,17 @@ def small(demo, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("warm"))
     train.main([*flags, "--output_dir", folder, "--cache_dir", folder])  # imports what forked runs need
     return flags
+
+
+@pytest.fixture(scope="session")
+def tiny_run(small, tmp_path_factory):
+    """History and folder of a finished run of the flags `small`, for tests that need a checkpoint and not a good one.
+
+    All tests share it: copy what a test changes.
+    """
+    output = tmp_path_factory.mktemp("tiny")
+    train.main([*small, "--output_dir", str(output)])
+    return json.loads((output / "training_history.json").read_text()), output
 
 
 def result(output):

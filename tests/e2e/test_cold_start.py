@@ -155,7 +155,6 @@ def test_shuffled_outcomes_of_the_model_give_an_auc_of_one_half(run_demo, demo, 
             assert row[name]["auc"] == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.slow
 def test_a_profile_from_a_file_needs_no_battle(run_demo, demo, tmp_path):
     truth = json.loads((demo / "truth.json").read_text())
     skills = np.array(truth["skills"]).T  # (M, topics): the scores of an exact benchmark of each topic

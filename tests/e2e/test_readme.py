@@ -102,7 +102,6 @@ def run_lines(block, folder):
     ).stdout
 
 
-@pytest.mark.slow
 def test_the_lines_that_route_run_and_print_what_is_shown(routing):
     (block,) = re.findall(r"```bash\n(.*?)```", section("Routing"), re.DOTALL)
     printed = run_lines(block, routing)

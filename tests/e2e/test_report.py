@@ -585,7 +585,6 @@ def test_the_pngs_have_names_and_can_be_read(write, capsys):
         assert f"drawn    {path}" in lines
 
 
-@pytest.mark.slow
 def test_pictures_of_many_rows_and_of_long_paths(write, capsys):
     names = [write("/".join([*["x" * 60] * 4, f"{i:02d}"]), seed=1, flags={"lr": 1 / (1 + i)}) for i in range(14)]
     report.main([*names, "--plots", "pictures"])

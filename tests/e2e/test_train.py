@@ -422,7 +422,6 @@ ABLATIONS = [
 ]
 
 
-@pytest.mark.slow
 def test_every_ablation_runs_and_differs(run_demo):
     losses = {(): run_demo(*QUICK)[0]["train_losses"][-1]}
     for flags in ABLATIONS:

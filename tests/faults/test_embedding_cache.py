@@ -421,7 +421,6 @@ def test_a_cache_in_memory_keeps_nothing_on_disk(run_embed, tmp_path, monkeypatc
     assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
 
 
-@pytest.mark.slow
 def test_many_processes_fill_one_cache_together(demo, run_embed, tmp_path):
     code = f"""
 import sys
@@ -559,7 +558,6 @@ def test_the_command_deletes_nothing_that_is_not_named_exactly(run_embed, tmp_pa
     assert run_embed(QUERIES)[2] == 0
 
 
-@pytest.mark.slow
 def test_a_cached_run_imports_no_transformers(demo, demo_dir, tmp_path):
     flags = ["--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path / "out"), "--limit", "300"]
     flags += ["--epochs", "1", "--num_clusters", "4", "--cache_dir", str(tmp_path / "cache")]

@@ -308,7 +308,6 @@ def train_on(table, small, tmp_path, *flags):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
-@pytest.mark.slow
 def test_a_query_of_five_megabytes(small, tmp_path):
     rows = list(rows_of())
     rows[0] = ("word " * 400_000 + "x" * 2_000_000 + "é😀" * 170_000, *rows[0][1:])

@@ -192,7 +192,6 @@ def test_shares_of_the_work_are_complete_and_of_similar_cost(monkeypatch):
     assert distributed.assign(costs[:0]).tolist() == []
 
 
-@pytest.mark.slow
 def test_torchrun_itself_starts_it(small, alone, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     flags = [*small, *PLAIN, "--output_dir", str(tmp_path), "--no_cache"]

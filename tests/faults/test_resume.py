@@ -87,7 +87,6 @@ def chosen(events, rng):
     return sorted(numbers + rng.choice(others, EVENTS - len(numbers), replace=False).tolist())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("patch", [every_step, None], ids=["saved every step", "saved every epoch"])
 def test_a_run_killed_at_any_event_continues_to_the_same_bits(small, whole, forked, tmp_path, patch):
     events, expected = whole
