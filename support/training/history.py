@@ -113,7 +113,7 @@ class History:
         self.main = self.curves[self.main_phase]
 
     def as_dict(self) -> dict:
-        """The content of the file; the README explains its keys."""
+        """The content of the file; docs/outputs.md explains its keys."""
         best, timing = self.main.best, self.timing.update() | self.counts
         for name, seconds in self.main.timing.update().items():
             timing[name] = timing.get(name, 0.0) + seconds
