@@ -65,7 +65,7 @@ def _parser() -> OneLineParser:
     add("--models", metavar="A,B,...", type=comma_separated, help="rank only these")
 
     add = parser.add_argument_group("batches").add_argument
-    queries = "queries: a text per line, JSON lines, parquet or CSV with `query` or `prompt`; - is standard input"
+    queries = "queries: a text per line, JSON lines, parquet or CSV with `query`, `prompt` or `question`; - is stdin"
     add("--input", **file, help=queries)
     add("--output", **file, help="JSON lines of query, ranking, scores, or of the curve; default: standard output")
     add("--strict", **switch, help="stop at the first malformed line")

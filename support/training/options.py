@@ -175,7 +175,7 @@ def _parser() -> OneLineParser:
     )
     add("--ema_decay", type=share, default=0.999, help=average)
     add("--weight_decay", type=not_negative, default=0.01, help="decoupled weight decay of AdamW")
-    add("--seed", type=seed, default=42, help="seed of clusters, initial weights and batches")
+    add("--seed", type=seed, default=42, help="seed of clusters, weights, batches, bootstrap")
     add("--split_seed", type=seed, help="seed of the split and of --limit; default: --seed")
     add("--deterministic", **switch, help="only algorithms that give the same bits each time, on a GPU too")
     add("--resume", **switch, help="continue the run in --output_dir where it was stopped; else start it")
