@@ -29,21 +29,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert os.listdir(tmp_path) == ["history.json"]
 
 
-def test_a_reader_sees_the_old_file_until_the_new_one_is_complete(tmp_path, monkeypatch):
-    path = tmp_path / "history.json"
-    atomic_write(path, b"old")
-    seen = []
-    fsync = os.fsync
-
-    def look(descriptor):
-        seen.append(path.read_bytes())
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", look)
-    atomic_write(path, b"new")
-    assert seen == [b"old"]
-
-
 def test_the_hash_is_of_the_contents_in_order(tmp_path):
     for name, content in (("a", b"one"), ("b", b"two"), ("c", b"one")):
         (tmp_path / name).write_bytes(content)
@@ -64,28 +49,28 @@ def test_a_user_without_a_home_folder_learns_which_flags_to_give(monkeypatch):
         user_cache_folder()
 
 
-def test_two_writers_with_the_same_process_id_do_not_share_a_file(tmp_path, monkeypatch):
-    path, fsync, names = tmp_path / "history.json", os.fsync, []
+def test_two_writers_with_the_same_process_id_do_not_share_a_file_and_readers_see_complete_ones(tmp_path, monkeypatch):
+    path, fsync, names, contents = tmp_path / "history.json", os.fsync, [], []
+    atomic_write(path, b"old")
 
     def look(descriptor):
         names.append(os.listdir(tmp_path))
+        contents.append(path.read_bytes())
         if len(names) == 1:
             atomic_write(path, b"second")
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", look)
     atomic_write(path, b"first")
-    assert [len(seen) for seen in names] == [1, 2]
+    assert [len(seen) for seen in names] == [2, 3]
+    assert contents == [b"old", b"old"]
     assert path.read_bytes() == b"first"
 
 
-@pytest.mark.parametrize(("path", "message"), [("", "is empty"), ("\udcff", "is not valid UTF-8")])
-def test_a_folder_that_no_library_can_open_is_refused(path, message):
-    with pytest.raises(UserError, match=f"--demo_dir {message}; expected a folder"):
-        make_folder(path, "--demo_dir")
-
-
-def test_a_pipe_is_not_hashed(tmp_path):
+def test_what_is_no_file_or_folder_is_refused(tmp_path):
+    for path, message in (("", "is empty"), ("\udcff", "is not valid UTF-8")):
+        with pytest.raises(UserError, match=f"--demo_dir {message}; expected a folder"):
+            make_folder(path, "--demo_dir")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="is not a file"):
         content_hash([tmp_path / "pipe"])

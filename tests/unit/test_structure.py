@@ -3,10 +3,9 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "support").rglob("*.py")])
+TREES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in FILES}
 # Each may import what stands before it, and its own package.
 ORDER = [
     *("support.system", "support.data", "support.encoding"),
@@ -32,24 +31,19 @@ def imports(tree: ast.AST) -> set[str]:
     return {package(name) for name in names} & set(ORDER)
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_imports_point_one_way(path):
-    name = package(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    if name in ("support", "support.__init__"):
-        return
-    found = imports(ast.parse(path.read_text())) - {name}
-    assert all(ORDER.index(other) < ORDER.index(name) for other in found), found
-    assert not found & COMMANDS
+def test_imports_point_one_way():
+    for path, tree in TREES.items():
+        name = package(".".join(path.with_suffix("").parts))
+        if name not in ("support", "support.__init__"):
+            imported = imports(tree) - {name}
+            assert all(ORDER.index(other) < ORDER.index(name) for other in imported), (path, imported)
+            assert not imported & COMMANDS, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_nothing_runs_on_import_and_the_first_line_says_what_the_file_is_for(path):
-    tree = ast.parse(path.read_text())
+def test_nothing_runs_on_import_and_every_file_has_a_docstring():
     definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-    rest = [node for node in tree.body if not isinstance(node, definitions)]
-    if tree.body:
-        assert ast.get_docstring(tree).splitlines()[0].strip()
-        rest = rest[1:]  # the docstring
-    for node in rest:  # and what runs of a command
-        assert isinstance(node, ast.If)
-        assert ast.unparse(node.test) == "__name__ == '__main__'"
+    for path, tree in TREES.items():
+        assert ast.get_docstring(tree) or not tree.body, path
+        for node in tree.body[1:]:  # after the docstring
+            is_command = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+            assert isinstance(node, definitions) or is_command, (path, node.lineno)
