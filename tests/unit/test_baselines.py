@@ -1,17 +1,24 @@
 """Baselines recover planted strengths, equal independent fits, and are compared on the same bootstrap samples."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import minimize
 from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
 
 import metrics
-from data_loader import Battles, ScoreTable, Split, load_battles, split_battles
+import train
+from data_loader import Battles, ScoreTable, Split
+from rankrouter import Metadata, RankRouter, RouterConfig
 from support.evaluation import baselines
 from support.evaluation.comparison import TestEvaluation
 from support.reporting.console import verdict
+from support.system.device import Timing
+from support.training.history import History
 
 NAMES = [f"m{i}" for i in range(5)]
 
@@ -29,33 +36,30 @@ def split_of(strengths, queries=300, sizes=(6000, 1500, 1500)):
     return Split(*(draw(strengths, queries, size, seed) for seed, size in enumerate(sizes)))
 
 
-def test_bradley_terry_recovers_planted_strengths():
-    planted = np.array([-1.5, -0.5, 0.0, 0.5, 1.5])
-    battles = draw(np.tile(planted, (50, 1)), 50, 20000, 0)
-    strengths = baselines.bradley_terry(battles, 1.0)[0]
-    np.testing.assert_allclose(strengths - strengths.mean(), planted, atol=0.08)
+def centered(scores):
+    return scores - scores.mean(1, keepdims=True)
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("num_clusters", [0, 3])
-def test_bradley_terry_equals_an_independent_fit(ties, num_clusters):
-    battles = draw(np.tile(np.linspace(-1, 1, 5), (50, 1)), 50, 400, 1)
-    if ties:
-        battles.outcome[::4] = 0.5
-    cluster, c = battles.query_idx % 3, 0.3
+def test_bradley_terry_equals_an_independent_fit_also_with_ties_and_clusters():
+    for ties, num_clusters in ((True, 0), (False, 3), (True, 3)):
+        battles = draw(np.tile(np.linspace(-1, 1, 5), (50, 1)), 50, 400, 1)
+        if ties:
+            battles.outcome[::4] = 0.5
+        cluster, c = battles.query_idx % 3, 0.3
+        a, b, y = battles.model_a_idx, battles.model_b_idx, battles.outcome
 
-    def penalized(flat):  # one battle at a time
-        shared, own = flat[:5] * baselines.GLOBAL_SCALE, flat[5:].reshape(num_clusters, 5)
-        loss = 0.0
-        for a, b, y, k in zip(battles.model_a_idx, battles.model_b_idx, battles.outcome, cluster, strict=True):
-            d = shared[a] - shared[b] + (own[k, a] - own[k, b] if num_clusters else 0)
-            loss += c * (y * np.logaddexp(0, -d) + (1 - y) * np.logaddexp(0, d))
-        return loss + flat @ flat / 2
+        def penalized(flat, k=cluster, num_clusters=num_clusters, a=a, b=b, y=y, c=c):
+            strengths = flat[None, :5] * baselines.GLOBAL_SCALE  # (1, M): shared
+            if num_clusters:
+                strengths = strengths + flat[5:].reshape(num_clusters, 5)[k]  # (N, M)
+            battle = np.arange(len(y)) if num_clusters else 0
+            d = strengths[battle, a] - strengths[battle, b]  # (N,)
+            return c * (y * np.logaddexp(0, -d) + (1 - y) * np.logaddexp(0, d)).sum() + flat @ flat / 2
 
-    best = minimize(penalized, np.zeros(5 * (1 + num_clusters)), tol=1e-10).x
-    expected = best[None, :5] * baselines.GLOBAL_SCALE + (best[5:].reshape(num_clusters, 5) if num_clusters else 0)
-    got = baselines.bradley_terry(battles, c, cluster, num_clusters)
-    np.testing.assert_allclose(got, expected, atol=5e-3)
+        best = minimize(penalized, np.zeros(5 * (1 + num_clusters)), tol=1e-10).x
+        expected = best[None, :5] * baselines.GLOBAL_SCALE + (best[5:].reshape(num_clusters, 5) if num_clusters else 0)
+        got = baselines.bradley_terry(battles, c, cluster, num_clusters)
+        np.testing.assert_allclose(got, expected, atol=5e-3, err_msg=f"{ties} {num_clusters}")
 
 
 def test_bradley_terry_is_finite_where_model_a_always_won():
@@ -64,14 +68,14 @@ def test_bradley_terry_is_finite_where_model_a_always_won():
     assert np.isfinite(baselines.bradley_terry(battles, 1.0)).all()
 
 
-def test_strengths_of_a_cluster_shrink_to_the_shared_ones():
+def test_strengths_of_a_cluster_are_recovered_and_shrink_to_the_shared_ones():
     strengths = np.array([np.linspace(-1, 1, 5), np.linspace(1, -1, 5)])[np.arange(100) % 2]  # (Q, M)
     battles = draw(strengths, 100, 6000, 3)
     cluster = battles.query_idx % 2
     shrunk = baselines.bradley_terry(battles, 1e-6, cluster, 2)
     free = baselines.bradley_terry(battles, 1.0, cluster, 2)
     np.testing.assert_allclose(shrunk[0], shrunk[1], atol=1e-2)
-    np.testing.assert_allclose(free[0] - free[1], strengths[0] - strengths[1], atol=0.2)
+    np.testing.assert_allclose(centered(free), strengths[:2], atol=0.15)
 
 
 def test_neighbors_take_one_newton_step_on_the_nearest_training_queries(monkeypatch):
@@ -127,21 +131,7 @@ def planted_heads(rank, queries=400, width=6, seed=0):
     return split_of(x @ weights + shared, queries, (12000, 1500, 1500)), x, weights, shared
 
 
-def centered(scores):
-    return scores - scores.mean(1, keepdims=True)
-
-
-def test_the_linear_head_recovers_planted_weights(monkeypatch):
-    monkeypatch.setattr(baselines, "PENALTIES", (0.01,))
-    split, x, weights, shared = planted_heads(rank=4)
-    ((_, _, scores),) = baselines.linear_heads(split, np.zeros((1, 5)), x)
-    truth = centered((x @ weights + shared)[split.test.unique_queries])
-    assert (centered(scores) - truth).std() < 0.1 * truth.std()
-
-
 def test_the_linear_head_is_penalized_logistic_regression(monkeypatch):
-    from sklearn.linear_model import LogisticRegression
-
     penalty = 3.0
     monkeypatch.setattr(baselines, "PENALTIES", (50.0, penalty))
     split, x, *_ = planted_heads(rank=2)
@@ -160,24 +150,26 @@ def test_the_linear_head_is_penalized_logistic_regression(monkeypatch):
     np.testing.assert_allclose(centered(scores), centered(expected), atol=0.02)
 
 
-def test_the_factorization_recovers_planted_weights_of_low_rank(monkeypatch):
+def test_the_factorization_recovers_planted_weights_of_low_rank_and_starts_from_its_seed(monkeypatch):
     monkeypatch.setattr(baselines, "PENALTIES", (5.0,))
     split, x, weights, shared = planted_heads(rank=1)
-    ((_, _, scores),) = baselines.factorizations(split, np.zeros((1, 5)), x, seed=0)
+    scores, again, other = (next(baselines.factorizations(split, np.zeros((1, 5)), x, seed))[2] for seed in (0, 0, 1))
     truth = centered((x @ weights + shared)[split.test.unique_queries])
     assert (centered(scores) - truth).std() < 0.1 * truth.std()
     # What the query adds is of rank one, as planted: the penalty of both factors leaves out the rest.
     values = np.linalg.svd(centered(scores) - centered(scores).mean(0), compute_uv=False)
     assert values[1] < 0.05 * values[0]
+    assert np.array_equal(scores, again)
+    assert not np.array_equal(scores, other)
 
 
-@pytest.mark.parametrize("head", [baselines.linear_heads, lambda *args: baselines.factorizations(*args, seed=0)])
-def test_a_strong_penalty_leaves_bradley_terry(monkeypatch, head):
+def test_a_strong_penalty_leaves_bradley_terry(monkeypatch):
     monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
     split, x, *_ = planted_heads(rank=2)
-    ((_, _, scores),) = head(split, np.zeros((1, 5)), x)
     expected = centered(baselines.bradley_terry(split.train, 1.0))
-    np.testing.assert_allclose(centered(scores), np.broadcast_to(expected, scores.shape), atol=0.01)
+    for head, seed in ((baselines.linear_heads, ()), (baselines.factorizations, (0,))):
+        ((_, _, scores),) = head(split, np.zeros((1, 5)), x, *seed)
+        np.testing.assert_allclose(centered(scores), np.broadcast_to(expected, scores.shape), atol=0.01)
 
 
 def test_shared_strengths_are_penalized_as_those_of_bradley_terry(monkeypatch):
@@ -188,14 +180,6 @@ def test_shared_strengths_are_penalized_as_those_of_bradley_terry(monkeypatch):
     ((_, _, scores),) = baselines.linear_heads(split, np.zeros((1, 5)), x)
     # Of strengths up to 7.6: ten times the penalty moves them by 3, none by 100.
     np.testing.assert_allclose(centered(scores[:1]), centered(baselines.bradley_terry(split.train, 1.0)), atol=0.4)
-
-
-def test_the_factorization_starts_from_its_seed(monkeypatch):
-    monkeypatch.setattr(baselines, "PENALTIES", (5.0,))
-    split, x, *_ = planted_heads(rank=1)
-    runs = [next(baselines.factorizations(split, np.zeros((1, 5)), x, seed))[2] for seed in (0, 0, 1)]
-    assert np.array_equal(runs[0], runs[1])
-    assert not np.array_equal(runs[0], runs[2])
 
 
 def test_ties_are_half_a_win_of_each_side_in_the_learned_heads(monkeypatch):
@@ -221,22 +205,19 @@ def test_a_path_of_penalties_ends_where_validation_auc_falls():
 
 
 def test_hyperparameters_are_chosen_on_validation_and_not_on_test():
-    split = split_of(np.tile(np.linspace(-1, 1, 5), (300, 1)))
+    split = split_of(np.tile(np.linspace(-1, 1, 5), (300, 1)), sizes=(2000, 1000, 1000))
     x, zeros = np.random.default_rng(1).normal(size=(300, 4)), np.zeros(300, int)
     fitted = baselines.fit(split, x, zeros, 0, learned=True, seed=0)
     split.test.outcome[:] = 1 - split.test.outcome
     for name, (chosen, *scores) in baselines.fit(split, x, zeros, 0, learned=True, seed=0).items():
         assert chosen == fitted[name][0]
         assert all(np.array_equal(got, expected) for got, expected in zip(scores, fitted[name][1:], strict=True))
-    all_aucs = [metrics.auc(split.val.margins(scores), split.val.outcome) for _, scores, _ in all_neighbors(split, x)]
+    strengths = baselines.best(baselines.rankings(split), split)[1]
+    candidates = [scores for _, scores, _ in baselines.neighbors(split, strengths, x)]
+    all_aucs = [metrics.auc(split.val.margins(scores), split.val.outcome) for scores in candidates]
     assert len(all_aucs) == len(baselines.DAMPINGS) * 4  # 8, 32, 128 and all 300 queries
     chosen_auc = metrics.auc(split.val.margins(fitted["neighbours"][1]), split.val.outcome)
     assert chosen_auc == max(all_aucs)
-
-
-def all_neighbors(split, x):
-    strengths = baselines.best(baselines.rankings(split), split)[1]
-    return list(baselines.neighbors(split, strengths, x))
 
 
 def test_differences_are_paired():
@@ -334,33 +315,29 @@ def test_verdicts():
     assert verdict([0.01, 0.02], "x", 29) == "no verdict on fewer than 30 queries"
 
 
-def test_shuffled_outcomes_show_no_difference(demo, run_demo, monkeypatch):
-    def shuffled(*args):
-        battles, counts = load_battles(*args)
-        battles.outcome[:] = np.random.default_rng(0).permutation(battles.outcome)
-        return battles, counts
-
-    monkeypatch.setattr("support.training.inputs.load_battles", shuffled)
-    flags = ("--limit", "2000", "--epochs", "3", "--num_clusters", "10", "--embedding_dim", "48", "--baselines", "all")
-    history, _ = run_demo(*flags)
-    assert len(history["baselines"]) == 6
-    assert abs(history["test_metrics"]["auc"] - 0.5) < 0.06
-    for row in history["baselines"].values():
-        assert verdict(row["difference_intervals"]["auc"], "it", 100) == "no difference shown"
-
-
-def test_a_run_compares_with_the_baselines_of_its_own_split(demo, run_demo):
-    flags = ("--limit", "600", "--epochs", "2", "--num_clusters", "10", "--embedding_dim", "48")
-    history, _ = run_demo(*flags)
-    split, _ = split_battles(load_battles(str(demo / "battles.parquet"), limit=600)[0], 42)
-    strengths = baselines.bradley_terry(split.train, history["baselines"]["bradley_terry"]["chosen"]["inverse_penalty"])
-    d = split.test.margins(strengths)
-    assert history["baselines"]["bradley_terry"]["auc"] == pytest.approx(metrics.auc(d, split.test.outcome), abs=1e-4)
+def test_a_router_is_compared_with_the_baselines_of_its_own_split_and_without_structure_shows_no_difference(tmp_path):
+    """`train.test` of a router at random on outcomes at random, as after a training."""
+    split = split_of(np.zeros((300, 5)), sizes=(2000, 600, 600))
+    rng = np.random.default_rng(0)
+    x, cluster_idx = torch.from_numpy(rng.normal(size=(300, 4))).float(), torch.from_numpy(rng.integers(3, size=300))
+    torch.manual_seed(0)
+    router = RankRouter(NAMES, 4, RouterConfig(num_clusters=3, embedding_dim=8, zero_init=False))
+    router.metadata = Metadata({}, {}, "", torch.zeros(0), {}, "m0")
+    rows = {}
+    for which in ("none", "all"):
+        args = train.parse_args(["--demo", "--baselines", which, "--num_clusters", "3", "--margin", "1"])
+        history = History(tmp_path, vars(args), {}, Timing())
+        run = train.Run(args, SimpleNamespace(split=split, full_split=None), None, history, None)
+        train.test(run, router, (x, cluster_idx), (x, cluster_idx))
+        rows[which] = history.as_dict()
+    assert rows["none"]["baselines"] == {}
+    assert rows["none"]["test_metrics"] == rows["all"]["test_metrics"]
+    compared = rows["all"]["baselines"]
+    assert len(compared) == 6
+    for name, row in compared.items():
+        assert verdict(row["difference_intervals"]["auc"], name, 100) == "no difference shown"
+    d = split.test.margins(baselines.bradley_terry(split.train, compared["bradley_terry"]["chosen"]["inverse_penalty"]))
+    assert compared["bradley_terry"]["auc"] == pytest.approx(metrics.auc(d, split.test.outcome), abs=1e-6)
     # Its margins are log-odds, without the margin of BPR.
-    assert history["baselines"]["bradley_terry"]["log_loss"] == pytest.approx(
-        metrics.log_loss(d, split.test.outcome), abs=1e-4
-    )
-    assert history["timing"]["baselines"] > 0
-    without, _ = run_demo(*flags, "--baselines", "none")
-    assert without["baselines"] == {}
-    assert without["test_metrics"] == history["test_metrics"]
+    assert compared["bradley_terry"]["log_loss"] == pytest.approx(metrics.log_loss(d, split.test.outcome), abs=1e-6)
+    assert rows["all"]["timing"]["baselines"] > 0

@@ -1,11 +1,17 @@
-"""The moving average of the weights, the learning rates, and the optimizer: by hand and in a training."""
+"""The moving average of the weights, the learning rates, and the optimizer: by hand and in the loop of training."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import train
-from rankrouter import RankRouter
+from data_loader import Battles
+from rankrouter import Metadata, RankRouter, RouterConfig
+from support.system.device import Timing
+from support.training.batches import BattleBatches
+from support.training.history import History
 from support.training.optimization import EMA, make_optimizer, warmup_then_decay
 
 
@@ -33,47 +39,45 @@ def test_the_weights_are_their_averages_only_within_the_block():
     assert torch.equal(weight, torch.zeros(3))
 
 
-@pytest.mark.parametrize("eval_every", ["0", "9"])
-def test_the_kept_weights_are_the_average_over_all_steps_until_then(small, tmp_path, monkeypatch, eval_every):
-    seen, update = [], EMA.update
+def test_the_kept_weights_are_the_average_over_all_steps_until_the_best_validation(tmp_path, monkeypatch):
+    """The loop of `train.fit`, with steps that set the weights at random instead of training them."""
+    numbers = np.arange(120)
+    outcome = (numbers % 2).astype(np.float32)
+    battles = Battles([f"{i}" for i in numbers], ["x", "y", "z"], numbers, numbers % 3, (numbers + 1) % 3, outcome)
+    x, zeros = torch.randn(120, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(120, dtype=torch.int64)
+    nothing = SimpleNamespace(restore=lambda *_: None, after_step=lambda _: None, save=lambda _: None)
+    seen, generator = [], torch.Generator()
 
-    def watched(self):
-        seen.append([weight.detach().clone() for weight in self.weights])
-        update(self)
+    def set_weights(args, state, batch):
+        seen.append([torch.randn(weight.shape, generator=generator) for weight in state.router.parameters()])
+        for weight, value in zip(state.router.parameters(), seen[-1], strict=True):
+            weight.data.copy_(value)
+        return torch.tensor(0.0)
 
-    monkeypatch.setattr(EMA, "update", watched)
-    flags = ["--ema_decay", "0.4", "--eval_every", eval_every, "--epochs", "1", "--batch_size", "8", "--lr", "0.3"]
-    train.main([*small, *flags, "--output_dir", str(tmp_path)])
-    router = RankRouter.load(tmp_path / "best_model.pt")
-    step = router.metadata.step
-    assert (step is None) == (eval_every == "0")
-    seen = seen[:step]
-    shares = np.array([0.6] * len(seen))  # of each step: (1 - decay) times the decays of all that follow
-    shares[:5] = [1 - (1 + t) / (10 + t) for t in range(1, 6)]  # while these decays are below 0.4
-    weights = [share * np.prod(1 - shares[t + 1 :]) for t, share in enumerate(shares)]
-    assert sum(weights) == pytest.approx(1, abs=1e-4)  # almost nothing is left of the initial weights
-    for i, kept in enumerate(router.parameters()):
-        expected = sum(weight * step[i] for weight, step in zip(weights, seen, strict=True))
-        torch.testing.assert_close(kept, expected, atol=2e-4, rtol=0)
-
-
-def test_without_decay_the_weights_themselves_are_kept(small, tmp_path):
-    flags = [*small, "--output_dir", str(tmp_path), "--ema_decay", "0", "--epochs", "1", "--eval_every", "0"]
-    train.main(flags)
-    kept = RankRouter.load(tmp_path / "best_model.pt").state_dict()
-    last = torch.load(tmp_path / "last_checkpoint.pt")["training"]["router"]
-    assert all(torch.equal(kept[name], last[name]) for name in last)
-
-
-def test_averages_of_another_shape_are_not_restored(small, fails, tmp_path):
-    train.main([*small, "--output_dir", str(tmp_path)])
-    path = tmp_path / "last_checkpoint.pt"
-    checkpoint = torch.load(path)
-    averages = checkpoint["training"]["ema"]["averages"]
-    averages[0] = averages[0][:-1]
-    torch.save(checkpoint, path)
-    message = fails(*small, "--output_dir", str(tmp_path), "--resume", "--epochs", "3")
-    assert "is not a RankRouter checkpoint" in message
+    monkeypatch.setattr(train, "train_step", set_weights)
+    steps = set()
+    for decay, eval_every, seed in ((0.4, 9, 0), (0.4, 9, 1), (0.4, 0, 0), (0.0, 9, 0), (0.0, 0, 0)):
+        args = train.parse_args(["--demo", "--ema_decay", str(decay), "--eval_every", str(eval_every)])
+        history = History(tmp_path, vars(args), {}, Timing())
+        torch.manual_seed(seed)
+        generator.manual_seed(seed)
+        seen.clear()
+        router = RankRouter(battles.model_names, 4, RouterConfig(num_clusters=0, embedding_dim=8, zero_init=False))
+        router.metadata = Metadata({}, {}, "", torch.zeros(0), {}, "x")
+        batches, split = BattleBatches(x, zeros, battles, batch_size=8), SimpleNamespace(val=battles)
+        run = train.Run(args, None, None, history, nothing)
+        train.fit(run, router, batches, split, phase="towers", epochs=1, patience=None)
+        assert len(seen) == 15
+        step = router.metadata.step
+        steps.add(step)
+        shares = np.array([1 - decay] * 15)[:step]  # of each step: (1 - decay) times the decays of all that follow
+        if decay:
+            shares[:5] = [1 - (1 + t) / (10 + t) for t in range(1, 6)]  # while these decays are below 0.4
+        weights = [share * np.prod(1 - shares[t + 1 :]) for t, share in enumerate(shares)]
+        for i, kept in enumerate(router.parameters()):
+            expected = sum(weight * values[i] for weight, values in zip(weights, seen, strict=False))
+            torch.testing.assert_close(kept, expected, atol=2e-3, rtol=0)  # little is left of the initial weights
+    assert steps == {9, None}  # the best validation lies within the epoch, or at its end
 
 
 def test_learning_rates_rise_and_fall_linearly():
