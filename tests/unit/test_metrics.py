@@ -1,18 +1,13 @@
 """Metrics against hand-worked numbers, scikit-learn and naive loops."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import (
-    f1_score,
-    precision_recall_fscore_support,
-    precision_score,
-    recall_score,
-    roc_auc_score,
-)
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 import metrics
 
@@ -40,11 +35,8 @@ def test_auc_by_hand():
     # Winners lead by 2, 1 and -1: the positives are {2, 1, -1}, the negatives {-2, -1, 1}. Of the nine pairs
     # (2: 3 wins; 1: 2 wins and a tie; -1: 1 win and a tie) 6 are won and 2 tied: 7 / 9.
     assert metrics.auc(np.array([2.0, -1.0, -1.0]), np.array([1.0, 0.0, 1.0])) == pytest.approx(7 / 9)
-
-
-def test_auc_is_defined_where_a_always_won():
-    d = np.array([2.0, 1.0, -1.0])
-    assert metrics.auc(d, np.ones(3)) == pytest.approx(7 / 9)
+    # It is defined also where a always won.
+    assert metrics.auc(np.array([2.0, 1.0, -1.0]), np.ones(3)) == pytest.approx(7 / 9)
     assert metrics.auc(np.array([1.0, 2.0]), np.ones(2)) == 1
     assert metrics.auc(np.array([-1.0, -2.0]), np.ones(2)) == 0
 
@@ -64,57 +56,34 @@ def test_metrics_do_not_depend_on_which_model_is_a(rows, flips):
     flip = np.array([flips >> i & 1 for i in range(len(d))], bool)
     swapped = np.where(flip, -d, d), np.where(flip, 1 - outcome, outcome), np.where(flip, b, a), np.where(flip, a, b)
     assert metrics.evaluate(d, outcome, a, b, 1.0) == pytest.approx(metrics.evaluate(*swapped, 1.0))
+    assert metrics.reliability(d, outcome, 1.0) == metrics.reliability(*swapped[:2], 1.0)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_equal_scikit_learn_without_ties(seed):
-    d, outcome, a, b = random_battles(seed)
-    d = d + 0.25  # no d = 0
-    won, chosen = np.where(outcome == 1, a, b), np.where(d > 0, a, b)
-    got = metrics.evaluate(d, outcome, a, b)
-    assert got["auc"] == pytest.approx(roc_auc_score(np.r_[outcome, 1 - outcome], np.r_[d, -d]))
-    assert got["accuracy"] == pytest.approx(np.mean(won == chosen))
-    for name, score in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
-        assert got[name] == pytest.approx(score(won, chosen, average="macro", zero_division=0))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_weighted_metrics_equal_scikit_learn_with_sample_weights_and_ties(seed):
-    d, outcome, a, b = random_battles(seed)
-    weights = np.random.default_rng(seed).integers(4, size=(5, 400)).astype(np.uint8)
-    won = np.tile(np.where(outcome == 1, a, b), 2)  # (2N,): a battle with d = 0 is chosen once for each side
-    chosen = np.r_[np.where(d >= 0, a, b), np.where(d > 0, a, b)]
-    aucs, accuracies = metrics.auc(d, outcome, weights), metrics.accuracy(d, outcome, weights)
-    macro = np.array(metrics.precision_recall_f1(d, outcome, a, b, weights))  # (3, R)
-    for sample, weight in enumerate(weights):
-        twice = np.tile(weight, 2)
-        expected = roc_auc_score(np.r_[outcome, 1 - outcome], np.r_[d, -d], sample_weight=twice)
-        assert aucs[sample] == pytest.approx(expected, abs=1e-12)
-        assert accuracies[sample] == pytest.approx(np.average(won == chosen, weights=twice), abs=1e-12)
-        expected = precision_recall_fscore_support(won, chosen, sample_weight=twice, average="macro", zero_division=0)
-        assert macro[:, sample] == pytest.approx(expected[:3], abs=1e-12)
-    assert metrics.auc(d, outcome) == metrics.auc(d, outcome, np.ones((1, 400)))[0]
+def test_weighted_metrics_equal_scikit_learn_with_sample_weights_and_ties():
+    for seed, without_ties in ((0, True), (1, False), (2, False)):
+        d, outcome, a, b = random_battles(seed)
+        d = d + 0.25 if without_ties else d
+        weights = np.random.default_rng(seed).integers(4, size=(5, 400)).astype(np.uint8)
+        weights[0] = 1
+        won = np.tile(np.where(outcome == 1, a, b), 2)  # (2N,): a battle with d = 0 is chosen once for each side
+        chosen = np.r_[np.where(d >= 0, a, b), np.where(d > 0, a, b)]
+        got = metrics.evaluate(d, outcome, a, b, weights=weights)
+        for sample, weight in enumerate(weights):
+            twice = np.tile(weight, 2)
+            auc = roc_auc_score(np.r_[outcome, 1 - outcome], np.r_[d, -d], sample_weight=twice)
+            macro = precision_recall_fscore_support(won, chosen, sample_weight=twice, average="macro", zero_division=0)
+            accuracy = np.average(won == chosen, weights=twice)
+            names = ("auc", "accuracy", "precision", "recall", "f1")
+            expected = dict(zip(names, (auc, accuracy, *macro[:3]), strict=True))
+            assert {name: got[name][sample] for name in names} == pytest.approx(expected, abs=1e-12), (seed, sample)
+        unweighted = metrics.evaluate(d, outcome, a, b)
+        assert unweighted == pytest.approx({name: values[0] for name, values in got.items()}, abs=1e-12), seed
 
 
 def test_a_score_that_is_not_finite_has_no_auc():
     for bad in (np.nan, np.inf):
         with pytest.raises(ValueError, match="expected finite differences"):
             metrics.auc(np.array([1.0, bad]), np.ones(2))
-
-
-def test_precision_and_recall_equal_a_naive_loop_with_ties():
-    d, outcome, a, b = random_battles(7)
-    hit, chosen, won = np.zeros(6), np.zeros(6), np.zeros(6)
-    for di, y, ai, bi in zip(d, outcome, a, b, strict=True):
-        winner = ai if y == 1 else bi
-        won[winner] += 1
-        for choice in (ai, bi):
-            weight = 0.5 if di == 0 else float((di > 0) == (choice == ai))
-            chosen[choice] += weight
-            hit[choice] += weight * (choice == winner)
-    precision, recall, _ = metrics.precision_recall_f1(d, outcome, a, b)
-    assert precision == pytest.approx(np.mean(hit / chosen))
-    assert recall == pytest.approx(np.mean(hit / won))
 
 
 def test_precision_is_not_one_by_construction():
@@ -134,14 +103,13 @@ def test_win_probability_by_hand():
     assert metrics.log_win_probability(np.array([-2000.0, 2000.0]), 1.0) == pytest.approx([-1999.0, 0], abs=1)
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
-def test_the_link_is_the_minimum_of_bpr(margin, p):
+def test_the_link_is_the_minimum_of_bpr():
     # Where a wins with probability p, the d that minimizes BPR's expected loss must be read as p.
     d = np.linspace(-12, 12, 240001)
-    expected = p * np.logaddexp(0, margin - d) + (1 - p) * np.logaddexp(0, margin + d)
-    best = d[[expected.argmin()]]
-    assert np.exp(metrics.log_win_probability(best, margin)) == pytest.approx([p], abs=1e-3)
+    for margin, p in itertools.product((0.0, 0.5, 2.0), (0.2, 0.5, 0.9)):
+        expected = p * np.logaddexp(0, margin - d) + (1 - p) * np.logaddexp(0, margin + d)
+        best = d[[expected.argmin()]]
+        assert np.exp(metrics.log_win_probability(best, margin)) == pytest.approx([p], abs=1e-3), (margin, p)
 
 
 def test_equal_scores_give_an_auc_of_one_half_and_a_log_loss_of_ln_2():
@@ -154,14 +122,6 @@ def test_equal_scores_give_an_auc_of_one_half_and_a_log_loss_of_ln_2():
 def test_metrics_of_no_battles_are_undefined():
     empty = np.empty(0)
     assert set(metrics.evaluate(empty, empty, empty, empty).values()) == {None}
-
-
-def test_the_fitted_temperature_recovers_the_one_that_generated_the_outcomes():
-    rng = np.random.default_rng(0)
-    d = rng.normal(0, 4, 40000)
-    p = np.exp(metrics.log_win_probability(d, temperature=2.5))
-    outcome = (rng.random(len(d)) < p).astype(float)
-    assert metrics.fit_temperature(d, outcome) == pytest.approx(2.5, rel=0.05)
 
 
 def test_reliability_by_hand():
@@ -182,23 +142,17 @@ def test_reliability_by_hand():
     assert (certain[0]["high"], certain[0]["won"]) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("margin", [0.0, 1.0])
-def test_the_calibration_error_is_small_only_for_calibrated_scores(margin):
+def test_the_calibration_error_is_small_only_for_calibrated_scores_and_the_temperature_is_recovered():
     rng = np.random.default_rng(1)
     d = rng.normal(0, 2, 40000)
-    outcome = (rng.random(len(d)) < np.exp(metrics.log_win_probability(d, margin))).astype(float)
-
-    def error(*args):
-        return metrics.reliability(*args)["expected_calibration_error"]
-
-    assert error(d, outcome, margin) < 0.01
-    assert error(3 * d, outcome, margin) > 0.05
-    assert error(3 * d, outcome, margin, 3.0) < 0.01
-
-
-def test_reliability_does_not_depend_on_which_model_is_a():
-    d, outcome, _, _ = random_battles(4)
-    assert metrics.reliability(d, outcome, 1.0) == metrics.reliability(-d, 1 - outcome, 1.0)
+    for margin in (0.0, 1.0):
+        outcome = (rng.random(len(d)) < np.exp(metrics.log_win_probability(d, margin))).astype(float)
+        options = ((d, 1.0), (3 * d, 1.0), (3 * d, 3.0))
+        errors = [metrics.reliability(x, outcome, margin, t)["expected_calibration_error"] for x, t in options]
+        assert errors[0] < 0.01 < 0.05 < errors[1], margin
+        assert errors[2] < 0.01, margin
+        if margin == 0:  # as a temperature is fitted
+            assert metrics.fit_temperature(3 * d, outcome) == pytest.approx(3, rel=0.05)
 
 
 def test_log_odds_of_beating_another_at_random_by_hand():
@@ -259,17 +213,17 @@ def test_the_bootstrap_draws_as_many_whole_queries_as_there_are():
     assert (metrics.bootstrap_weights(query_idx, seed=2, resamples=500) != weights).any()
 
 
-@pytest.mark.parametrize("margin", [0.0, 1.0])
-def test_a_resample_equals_its_battles_repeated(margin):
+def test_a_resample_equals_its_battles_repeated():
     d, outcome, a, b = random_battles(5)
     weights = metrics.bootstrap_weights(np.arange(400) // 3, seed=0, resamples=7)
     weights[0] = 1
-    got = metrics.evaluate_resamples(d, outcome, a, b, weights, margin, temperature=2.0)
-    for sample, weight in enumerate(weights):
-        i = np.repeat(np.arange(400), weight)
-        expected = metrics.evaluate(d[i], outcome[i], a[i], b[i], margin)
-        expected["log_loss_calibrated"] = metrics.log_loss(d[i], outcome[i], temperature=2.0)
-        assert {name: values[sample] for name, values in got.items()} == pytest.approx(expected, abs=1e-12)
+    for margin in (0.0, 1.0):
+        got = metrics.evaluate_resamples(d, outcome, a, b, weights, margin, temperature=2.0)
+        for sample, weight in enumerate(weights):
+            i = np.repeat(np.arange(400), weight)
+            expected = metrics.evaluate(d[i], outcome[i], a[i], b[i], margin)
+            expected["log_loss_calibrated"] = metrics.log_loss(d[i], outcome[i], temperature=2.0)
+            assert {name: values[sample] for name, values in got.items()} == pytest.approx(expected, abs=1e-12), margin
 
 
 def test_chunks_of_weights_do_not_change_the_metrics(monkeypatch):
@@ -281,21 +235,17 @@ def test_chunks_of_weights_do_not_change_the_metrics(monkeypatch):
         np.testing.assert_allclose(values, whole[name], rtol=1e-12)
 
 
-def test_the_interval_contains_the_middle_95_percent():
-    assert metrics.interval(np.arange(1001.0)) == [25.0, 975.0]
-
-
 def test_the_interval_over_queries_covers_the_truth_in_95_of_100_samples_with_correlated_battles():
+    assert metrics.interval(np.arange(1001.0)) == [25.0, 975.0]  # the middle 95 %
     # The five battles of a query are all right or all wrong: intervals over battles are too narrow by sqrt(5).
-    rng, queries, each = np.random.default_rng(0), 200, 5
-    zeros, covered = np.zeros(queries * each, int), {"by query": 0, "by battle": 0}
-    for drawing in range(400):
+    rng, queries, each, drawings = np.random.default_rng(0), 200, 5, 400
+    covered = {"by query": 0, "by battle": 0}
+    for drawing in range(drawings):
         right = np.repeat(rng.random(queries) < 0.7, each)  # (N,): the winner is chosen with probability 0.7
         d, outcome = np.where(right, 1.0, -1.0), np.ones(len(right))
         for name, unit in (("by query", np.repeat(np.arange(queries), each)), ("by battle", np.arange(len(right)))):
-            weights = metrics.bootstrap_weights(unit, seed=drawing, resamples=400)
-            samples = metrics.evaluate_resamples(d, outcome, zeros, zeros + 1, weights)
-            low, high = metrics.interval(samples["accuracy"])
+            weights = metrics.bootstrap_weights(unit, seed=drawing, resamples=200)
+            low, high = metrics.interval(metrics.accuracy(d, outcome, weights))
             covered[name] += low <= 0.7 <= high
-    assert 0.92 <= covered["by query"] / 400 <= 0.98
-    assert covered["by battle"] / 400 < 0.8
+    assert 0.92 <= covered["by query"] / drawings <= 0.98
+    assert covered["by battle"] / drawings < 0.8
