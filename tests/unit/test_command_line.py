@@ -1,9 +1,12 @@
-"""Progress bars do no harm: lines in a log, and no error of a stream ends a run."""
+"""Names on the command line; progress bars that do no harm."""
 
+import argparse
 import io
 
+import pytest
+
 from support.system import command_line
-from support.system.command_line import progress_bar
+from support.system.command_line import comma_separated, progress_bar
 
 
 class Full(io.StringIO):
@@ -22,3 +25,11 @@ def test_a_bar_in_a_log_is_lines_and_on_a_stream_that_fails_it_is_not_drawn(monk
     assert log.getvalue().startswith("epoch 3:  40%")
     assert log.getvalue().endswith("\n")
     assert "\r" not in log.getvalue()
+
+
+def test_a_name_with_a_comma_is_quoted_as_in_csv():
+    assert comma_separated("a, b") == ["a", "b"]
+    assert comma_separated('"b, c",a,"say ""hi"""') == ["b, c", "a", 'say "hi"']
+    for text in ("", ",", "a,,b"):
+        with pytest.raises(argparse.ArgumentTypeError, match="names separated by commas"):
+            comma_separated(text)
