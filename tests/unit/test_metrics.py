@@ -93,6 +93,9 @@ def test_precision_is_not_one_by_construction():
     assert precision == pytest.approx((1 / 3 + 0 + 0) / 3)
     assert recall == pytest.approx((1 + 0 + 0) / 3)
     assert f1 == pytest.approx((2 * (1 / 3) / (4 / 3)) / 3)
+    # A model that is chosen and never wins is a class, too: of 0 and 1, the second wins twice and is chosen once.
+    got = metrics.precision_recall_f1(np.array([1.0, -1.0]), np.zeros(2), np.zeros(2, int), np.ones(2, int))
+    assert got == pytest.approx(((0 + 1) / 2, (0 + 1 / 2) / 2, (0 + 2 / 3) / 2))
 
 
 def test_win_probability_by_hand():
