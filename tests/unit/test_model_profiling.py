@@ -114,6 +114,7 @@ def test_a_missing_value_stays_0_in_training():
     tower = ModelTower(2, embedding_dim=6, capability_dim=3)
     tower.set_capabilities(torch.tensor([[1.0, float("nan"), 2.0], [0.5, 1.5, float("nan")]]))
     expected = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.5, 0.0]])
+    assert torch.equal(tower.capability.weight, expected)
     assert torch.equal(tower.features()[:, :3], expected)
     optimizer = torch.optim.AdamW(tower.parameters(), lr=0.1)
     for _ in range(3):
