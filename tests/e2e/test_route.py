@@ -198,14 +198,15 @@ def test_a_stream_is_answered_as_it_arrives_and_ends_quietly_where_nobody_reads_
     command = [sys.executable, str(ROOT / "route.py"), "--checkpoint", checkpoint, "--input", "-", "--no_cache"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
-        for query, *pieces in (
-            *((query, json.dumps({"query": query}).encode() + b"\n") for query in QUERIES),
-            ("in pieces", b'{"query": ' + b" " * 2**16, b'"in pieces"}\n'),  # more than a pipe holds
-        ):
-            for piece in pieces:
-                process.stdin.write(piece)
-                process.stdin.flush()
+        for query in QUERIES:
+            process.stdin.write(json.dumps({"query": query}).encode() + b"\n")
+            process.stdin.flush()
             assert json.loads(process.stdout.readline())["query"] == query  # before the next is written
+        for piece in (b'{"query": ' + b" " * 2**16, b'"in pieces"}\n{"query": "whole"}\n'):  # more than a pipe holds
+            process.stdin.write(piece)
+            process.stdin.flush()
+        for query in ("in pieces", "whole"):
+            assert json.loads(process.stdout.readline())["query"] == query
         process.stdout.close()
         process.stdin.write(b'{"query": "to nobody"}\n')
         process.stdin.close()

@@ -114,7 +114,7 @@ def test_only_what_is_missing_is_encoded(run_embed, small_shards, passes, monkey
     passes.clear()
     every, _, num_encoded = run_embed(QUERIES)
     assert num_encoded == 10
-    assert sum(passes) < 60
+    assert 10 < sum(passes) < 60  # the batches that hold them are encoded whole, whatever is stored
     assert torch.equal(every[:50], some)
     torch.testing.assert_close(every, expected, atol=1e-5, rtol=1e-4)
     run_embed(QUERIES, cache_dir=None)
