@@ -192,7 +192,7 @@ def columns(rows: list[dict]) -> dict[str, list[str]]:
     cells["AUC - Bradley-Terry"] = [cell(baseline and baseline["beyond"]["auc"], "+") for baseline in compared]
     cells["verdict"] = [baseline["verdict"] if baseline else "" for baseline in compared]
     cells["AUC - first row"] = [cell(row.get("beyond_first"), "+") for row in rows]
-    return {name: [one_line(text) for text in texts] for name, texts in cells.items() if any(texts)}
+    return {one_line(name): [one_line(text) for text in texts] for name, texts in cells.items() if any(texts)}
 
 
 def as_text(rows: list[dict]) -> str:

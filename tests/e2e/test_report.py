@@ -285,10 +285,10 @@ def test_control_characters_are_not_printed(write, capsys):
     write("a", flags={"loss_type": "\x1b[31mred\x07"})
     write("b", seed=1, status="\x1b[2J\nrunning")
     write("c", seed=1)
-    write("d", seed=1, flags={"\ud800": "\ud800"})
-    report.main(["c", "d", "--format", "csv"])  # does not fail
-    assert "\ud800" not in capsys.readouterr().out
+    write("d", seed=1, flags={"\ud800\x1b": "\ud800\x1b"})
     for form in ("text", "markdown", "csv"):
+        report.main(["c", "d", "--format", form])
+        assert not {"\ud800", "\x1b"} & set(capsys.readouterr().out), form
         report.main(["a", "b", "c", "--format", form])
         output = capsys.readouterr()
         assert "[31mred" in output.out, form
