@@ -5,46 +5,33 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from conftest import same
 from sklearn.linear_model import LogisticRegression
 
 import metrics
+import support.evaluation.cold_start
+import train
 from data_loader import load_battles, split_battles
 from rankrouter import RankRouter
 from support.evaluation.baselines import best, bradley_terry, rankings
+from support.evaluation.cold_start import cold_start
 from support.routing.new_model import battles_of
 
 HELD = "demo-model-j"  # the weakest
-FLAGS = (
-    "--epochs",
-    "5",
-    "--embedding_dim",
-    "64",
-    "--num_clusters",
-    "20",
-    "--lr",
-    "1e-3",
-    "--no_cache",
-    "--capability_init",
-    "win_rate",
-)
+HOLD_OUT = ("--hold_out_model", HELD)
+FLAGS = "--epochs 5 --embedding_dim 64 --num_clusters 20 --batch_size 128 --lr 2e-3 --baselines none"
+WIN_RATE = ("--capability_init", "win_rate")
 
 
 @pytest.fixture(scope="module")
 def held_out(run_demo):
-    return run_demo(*FLAGS, "--baselines", "none", "--hold_out_model", HELD)
+    return run_demo(*FLAGS.split(), *WIN_RATE, *HOLD_OUT)
 
 
 @pytest.fixture(scope="module")
-def flipped(run_demo, demo, tmp_path_factory):
-    """The same with the winners of all battles of that model swapped."""
-    table = pd.read_parquet(demo / "battles.parquet")
-    of_model = (table["model_a"] == HELD) | (table["model_b"] == HELD)
-    swapped = table["winner"].replace({"model_a": "model_b", "model_b": "model_a"})
-    table["winner"] = table["winner"].where(~of_model, swapped)
-    path = tmp_path_factory.mktemp("flipped") / "battles.parquet"
-    table.to_parquet(path)
-    return run_demo(*FLAGS, "--baselines", "none", "--hold_out_model", HELD, "--data_path", str(path))
+def with_all_models(run_demo):
+    """The router of a run with the same flags that holds no model out."""
+    return RankRouter.load(run_demo(*FLAGS.split(), *WIN_RATE)[1] / "best_model.pt")
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +43,71 @@ def rows(history):
     return {(row["battles"], row["from"]): row for row in history["cold_start"]["rows"]}
 
 
-def test_nothing_of_the_model_enters_training_and_a_few_battles_help(held_out, flipped):
-    (history, output), (other, other_output) = held_out, flipped
-    for name in ("train_losses", "val_metrics", "best_epoch", "test_metrics"):
-        assert history[name] == other[name]
-    router, same = (RankRouter.load(folder / "best_model.pt") for folder in (output, other_output))
-    assert HELD not in router.model_names
-    assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in router.state_dict().items())
-    aucs = [[rows(run)[count, "battles"]["rank_router"]["auc"] for count in (0, 10, 200)] for run in (history, other)]
-    assert aucs[0][0] == pytest.approx(1 - aucs[1][0])  # without its battles, its scores are equal in both runs
-    for none, few, many in aucs:
-        assert none + 0.03 < few < many
+def aucs(table, name="rank_router"):
+    """AUC given no, 10, 50 and 200 battles of the model."""
+    return [row[name]["auc"] for row in table if row["from"] == "battles"]
+
+
+def change_winners(source, folder, shuffle):
+    """Write battles in which the winners of the held-out model's battles are shuffled, or else swapped."""
+    table = pd.read_parquet(source)
+    of_model = (table["model_a"] == HELD) | (table["model_b"] == HELD)
+    if shuffle:
+        changed = np.random.default_rng(0).choice(["model_a", "model_b"], len(table))
+    else:
+        changed = table["winner"].replace({"model_a": "model_b", "model_b": "model_a"})
+    table["winner"] = table["winner"].where(~of_model, changed)
+    table.to_parquet(folder / "battles.parquet")
+    return str(folder / "battles.parquet")
+
+
+@pytest.fixture(scope="module")
+def both(held_out, with_all_models, full_split):
+    """The routers without and with the model, each with standardized embeddings and clusters of all queries."""
+    routers = RankRouter.load(held_out[1] / "best_model.pt"), with_all_models
+    return [(router, *router.embed(full_split.train.queries)) for router in routers]
+
+
+@pytest.fixture
+def evaluate_with(both, demo, tmp_path, monkeypatch):
+    """The cold start of these routers on battles with other winners of the held-out model's battles."""
+
+    def evaluate(shuffle):
+        monkeypatch.setattr(support.evaluation.cold_start, "DRAWS", 5)
+        battles, _ = load_battles(change_winners(demo / "battles.parquet", tmp_path, shuffle))
+        split, full_split = (split_battles(battles, 42, hold_out=name)[0] for name in (HELD, None))
+        return cold_start(HELD, split, full_split, *both, None, 42)["rows"]
+
+    return evaluate
+
+
+def test_nothing_of_the_model_enters_training(small, tmp_path):
+    swapped = ("--data_path", change_winners(small[1], tmp_path, shuffle=False))
+    found = []
+    for name, source in (("given", ()), ("swapped", swapped)):
+        train.main([*small, *HOLD_OUT, *source, "--output_dir", str(tmp_path / name)])
+        history = json.loads((tmp_path / name / "training_history.json").read_text())
+        router = RankRouter.load(tmp_path / name / "best_model.pt")
+        assert HELD not in router.model_names
+        parts = ("train_losses", "val_metrics", "best_epoch", "test_metrics", "clusters")
+        found.append((router.state_dict(), [history[part] for part in parts]))
+        assert history["data"]["training_battles_held_out"] > 0
+    assert same(*found)
+
+
+def test_a_few_battles_help_whichever_their_outcomes(held_out, evaluate_with):
+    none, *given = aucs(held_out[0]["cold_start"]["rows"])
+    swapped_none, *swapped = aucs(evaluate_with(shuffle=False))
+    assert none == pytest.approx(1 - swapped_none)  # without its battles, its scores are equal in both
+    for start, (few, _, many) in ((none, given), (swapped_none, swapped)):
+        assert start + 0.03 < few < many
         assert many > 0.53
+
+
+def test_shuffled_outcomes_of_the_model_give_an_auc_of_one_half(evaluate_with):
+    table = evaluate_with(shuffle=True)
+    for name in ("rank_router", "bradley_terry"):
+        assert aucs(table, name) == pytest.approx([0.5] * 4, abs=0.1)
 
 
 def test_sizes_and_intervals(held_out, full_split):
@@ -87,10 +127,9 @@ def test_sizes_and_intervals(held_out, full_split):
                 assert low < part[metric] < high
 
 
-def test_the_ceiling_is_a_run_with_the_model(held_out, run_demo, full_split, demo):
+def test_the_ceiling_is_a_run_with_the_model(held_out, with_all_models, full_split):
     history, _ = held_out
-    _, output = run_demo(*FLAGS, "--baselines", "none")
-    router = RankRouter.load(output / "best_model.pt")
+    router = with_all_models
     test = battles_of(full_split.test, HELD, full_split.test.model_names)
     d = test.margins(router.scores_of([test.queries[i] for i in test.unique_queries]))
     (ceiling,) = (row for row in history["cold_start"]["rows"] if row["from"] == "training")
@@ -102,7 +141,7 @@ def test_the_ceiling_is_a_run_with_the_model(held_out, run_demo, full_split, dem
 
 def test_bradley_terry_is_given_the_same_battles(held_out, full_split):
     history, _ = held_out
-    train, test = full_split.train, battles_of(full_split.test, HELD, full_split.test.model_names)
+    known, test = full_split.train, battles_of(full_split.test, HELD, full_split.test.model_names)
     identity = np.eye(12)
 
     def design(battles):
@@ -112,29 +151,29 @@ def test_bradley_terry_is_given_the_same_battles(held_out, full_split):
         model = LogisticRegression(fit_intercept=False, C=10).fit(design(battles), battles.outcome)
         return metrics.auc(design(test) @ model.coef_[0], test.outcome)
 
-    number = train.model_names.index(HELD)
-    without = train.select((train.model_a_idx != number) & (train.model_b_idx != number))
+    number = known.model_names.index(HELD)
+    without = known.select((known.model_a_idx != number) & (known.model_b_idx != number))
     found = rows(history)
     assert found[0, "battles"]["bradley_terry"]["auc"] == pytest.approx(auc(without), abs=0.01)
     few = found[200, "battles"]["bradley_terry"]["auc"]
     assert found[0, "battles"]["bradley_terry"]["auc"] + 0.1 < few
-    assert few == pytest.approx(auc(train), abs=0.02)  # one strength needs few battles
+    assert few == pytest.approx(auc(known), abs=0.02)  # one strength needs few battles
     last = list(found.values())[-1]
-    assert last["bradley_terry"]["auc"] == pytest.approx(auc(train), abs=0.01)
+    assert last["bradley_terry"]["auc"] == pytest.approx(auc(known), abs=0.01)
 
 
 def test_bradley_terry_is_evaluated_at_its_temperature_with_intervals_over_queries(held_out, full_split, demo):
     history, _ = held_out
-    train, test = full_split.train, battles_of(full_split.test, HELD, full_split.test.model_names)
+    known, test = full_split.train, battles_of(full_split.test, HELD, full_split.test.model_names)
     weights = metrics.bootstrap_weights(test.query_idx, 42)
-    number = train.model_names.index(HELD)
+    number = known.model_names.index(HELD)
     split = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42, hold_out=HELD)[0]
     none, *_, every = rows(history).values()
     for row, side in ((none, split), (every, full_split)):
         chosen, strengths, _ = best(rankings(side), side)
         temperature = metrics.fit_temperature(side.val.margins(strengths), side.val.outcome)
         if side is split:  # for all models, of which one has no battle
-            without = train.select((train.model_a_idx != number) & (train.model_b_idx != number))
+            without = known.select((known.model_a_idx != number) & (known.model_b_idx != number))
             strengths = bradley_terry(without, **chosen)
         d, columns = test.margins(strengths), (test.outcome, test.model_a_idx, test.model_b_idx)
         loss = metrics.log_loss(d, test.outcome, temperature=temperature)
@@ -143,26 +182,14 @@ def test_bradley_terry_is_evaluated_at_its_temperature_with_intervals_over_queri
         assert row["bradley_terry"]["intervals"]["auc"] == pytest.approx(metrics.interval(samples["auc"]), abs=1e-9)
 
 
-def test_shuffled_outcomes_of_the_model_give_an_auc_of_one_half(run_demo, demo, tmp_path):
-    table = pd.read_parquet(demo / "battles.parquet")
-    of_model = (table["model_a"] == HELD) | (table["model_b"] == HELD)
-    table.loc[of_model, "winner"] = np.random.default_rng(0).choice(["model_a", "model_b"], of_model.sum())
-    table.to_parquet(tmp_path / "shuffled.parquet")
-    source = ("--data_path", str(tmp_path / "shuffled.parquet"))
-    history, _ = run_demo(*FLAGS, "--baselines", "none", "--hold_out_model", HELD, *source)
-    for row in history["cold_start"]["rows"]:
-        for name in ("rank_router", "bradley_terry"):
-            assert row[name]["auc"] == pytest.approx(0.5, abs=0.1)
-
-
 def test_a_profile_from_a_file_needs_no_battle(run_demo, demo, tmp_path):
     truth = json.loads((demo / "truth.json").read_text())
     skills = np.array(truth["skills"]).T  # (M, topics): the scores of an exact benchmark of each topic
     table = pd.DataFrame(skills, columns=[f"topic {i}" for i in range(skills.shape[1])])
     table.insert(0, "model", truth["models"])
     table.to_csv(tmp_path / "profiles.csv", index=False)
-    flags = ("--capability_file", str(tmp_path / "profiles.csv"), "--hold_out_model", HELD, "--baselines", "none")
-    history, output = run_demo("--epochs", "6", "--lr", "1e-3", "--id_dropout", "0.3", *flags)
+    flags = ("--capability_file", str(tmp_path / "profiles.csv"), "--id_dropout", "0.3")
+    history, output = run_demo(*FLAGS.split(), *flags, *HOLD_OUT)
     found = rows(history)
     assert list(found)[:2] == [(0, "battles"), (0, "profile")]
     by_profile, mean = (found[0, source]["rank_router"]["auc"] for source in ("profile", "battles"))
