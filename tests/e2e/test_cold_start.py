@@ -52,6 +52,7 @@ def change_winners(source, folder, shuffle):
     """Write battles in which the winners of the held-out model's battles are shuffled, or else swapped."""
     table = pd.read_parquet(source)
     of_model = (table["model_a"] == HELD) | (table["model_b"] == HELD)
+    of_model &= table["winner"] != "tie"
     if shuffle:
         changed = np.random.default_rng(0).choice(["model_a", "model_b"], len(table))
     else:
