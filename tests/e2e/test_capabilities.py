@@ -1,8 +1,7 @@
-"""The capability flags of `train.py`: initial vectors, what they become, and which flags exclude each other."""
+"""The capability flags of `train.py`: initial vectors, and what they become."""
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 
 from data_loader import load_battles, split_battles
@@ -13,15 +12,6 @@ from support.training.batches import to_tensors
 
 QUICK = ("--limit", "600", "--epochs", "2", "--num_clusters", "6", "--embedding_dim", "32", "--baselines", "none")
 NAMES = [f"demo-model-{letter}" for letter in "abcdefghijkl"]
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """A file of two benchmarks: one cell of model a is missing, and model l has no row."""
-    path = tmp_path_factory.mktemp("profiles") / "profiles.csv"
-    scores = pd.DataFrame({"model": NAMES[:11], "mmlu": np.arange(11.0) ** 2, "gsm8k": [None, *range(10)]})
-    scores.to_csv(path, index=False)
-    return str(path)
 
 
 def test_win_rates_are_of_the_training_battles_in_the_clusters_of_the_router(run_demo, demo):
@@ -40,27 +30,30 @@ def test_win_rates_are_of_the_training_battles_in_the_clusters_of_the_router(run
     torch.testing.assert_close(router.metadata.profiles["known"], expected, atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_benchmark_scores_are_standardized_and_stay_fixed_if_frozen(run_demo, table, frozen):
-    flags = ("--capability_file", table, "--allow_missing_profiles", *(["--freeze_capabilities"] if frozen else []))
-    history, output = run_demo(*QUICK, *flags)
-    assert history["args"]["capability_dim"] == 2
-    tower = RankRouter.load(output / "best_model.pt").model_tower
+def test_benchmark_scores_are_standardized_and_stay_fixed_if_frozen(run_demo, tmp_path):
+    """A file of two benchmarks: one cell of model a is missing, and model l has no row."""
+    scores = pd.DataFrame({"model": NAMES[:11], "mmlu": np.arange(11.0) ** 2, "gsm8k": [None, *range(10)]})
+    scores.to_csv(tmp_path / "profiles.csv", index=False)
     mmlu, gsm8k = np.arange(11.0) ** 2, np.arange(10.0)
     expected = np.zeros((12, 2))
     expected[:11, 0] = (mmlu - mmlu.mean()) / mmlu.std()
     expected[1:11, 1] = (gsm8k - gsm8k.mean()) / gsm8k.std()
     missing = np.zeros((12, 2), bool)
     missing[0, 1] = missing[11] = True
-    weights = tower.capability.weight.detach().numpy()
-    assert (weights[missing] == 0).all()
-    assert np.array_equal(tower.capability_mask.numpy() == 0, missing)
-    if frozen:
-        np.testing.assert_allclose(weights, expected, atol=1e-6)
-    else:
-        moved = np.abs(weights - expected)[~missing]
-        assert (moved[np.abs(expected[~missing]) > 1e-6] > 0).all()
-        assert moved.max() < 0.1
+    for frozen in ((), ("--freeze_capabilities",)):
+        profiles = ("--capability_file", str(tmp_path / "profiles.csv"), "--allow_missing_profiles")
+        history, output = run_demo(*QUICK, *profiles, *frozen)
+        assert history["args"]["capability_dim"] == 2
+        tower = RankRouter.load(output / "best_model.pt").model_tower
+        weights = tower.capability.weight.detach().numpy()
+        assert (weights[missing] == 0).all(), frozen
+        assert np.array_equal(tower.capability_mask.numpy() == 0, missing), frozen
+        if frozen:
+            np.testing.assert_allclose(weights, expected, atol=1e-6)
+        else:
+            moved = np.abs(weights - expected)[~missing]
+            assert (moved[np.abs(expected[~missing]) > 1e-6] > 0).all()
+            assert moved.max() < 0.1
 
 
 def test_frozen_random_vectors_are_those_of_the_seed(run_demo):
@@ -72,38 +65,3 @@ def test_frozen_random_vectors_are_those_of_the_seed(run_demo):
     assert torch.equal(frozen, faster)
     assert not torch.equal(plain, frozen)
     torch.testing.assert_close(plain, frozen, atol=0.1, rtol=0)
-
-
-def test_a_model_without_a_row_is_refused_before_anything_is_encoded(fails, demo_dir, tmp_path, table, monkeypatch):
-    monkeypatch.setattr("query_representation.load_encoder", None)
-    flags = ("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path), "--no_cache")
-    assert "has no row for demo-model-l; add it" in fails(*flags, "--capability_file", table)
-    assert "cannot read /nowhere" in fails(*flags, "--capability_file", "/nowhere")
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (
-            ("--capability_init", "win_rate", "--num_clusters", "0"),
-            "is per cluster; it needs --num_clusters of at least 1",
-        ),
-        (("--capability_init", "win_rate", "--capability_dim", "64"), "--capability_dim is for random vectors"),
-        (("--capability_file", "x", "--capability_dim", "2"), "--capability_dim is for random vectors"),
-        (("--capability_file", "x", "--capability_init", "win_rate"), "exclude each other"),
-        (("--no_capability", "--capability_init", "win_rate"), "--no_capability leaves no capability vectors"),
-        (("--no_capability", "--freeze_capabilities"), "--no_capability leaves no capability vectors"),
-        (("--no_capability", "--hold_out_model", "x"), "--no_capability leaves no capability vectors"),
-        (("--allow_missing_profiles",), "--allow_missing_profiles needs --capability_file"),
-        (("--id_dropout", "1"), "--id_dropout"),
-        (("--capability_init", "zeros"), "--capability_init"),
-    ],
-)
-def test_flags_that_exclude_each_other(fails, flags, expected):
-    assert expected in fails("--demo", *flags)
-
-
-def test_the_held_out_model_must_be_among_those_of_the_data(fails, demo_dir, tmp_path):
-    flags = ("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path))
-    message = fails(*flags, "--hold_out_model", "gpt-4")
-    assert "no model is named 'gpt-4'; found demo-model-a, demo-model-b" in message

@@ -1,0 +1,141 @@
+"""Training on score tables: the mean score of the chosen models, its baselines, and what is printed."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import train
+from data_loader import load_battles, split_battles
+from rankrouter import RankRouter
+from support.reporting.runs import read_runs
+
+
+@pytest.fixture(scope="session")
+def table_run(run_demo, tmp_path_factory):
+    """A run on a score table in which the kind of prompt decides who is best; returns history, output and table."""
+    rng = np.random.default_rng(0)
+    verbs = np.array(["solve problem", "write poem", "sing song"])[rng.integers(3, size=400)]
+    quality = {"solve problem": (0.7, 0.4, 0.2), "write poem": (0.1, 0.5, 0.3), "sing song": (0.2, 0.3, 0.6)}
+    scores = np.array([quality[verb] for verb in verbs]) + rng.normal(0, 0.15, (400, 3))
+    table = pd.DataFrame({"prompt": [f"{verb} {i}" for i, verb in enumerate(verbs)]})
+    table[["m1", "m2", "m3"]] = scores
+    table.loc[::7, "m3"] = np.nan
+    path = tmp_path_factory.mktemp("table") / "scores.parquet"
+    table.to_parquet(path)
+    history, output = run_demo(
+        "--data_path", str(path), *["--num_clusters", "3", "--epochs", "6", "--lr", "1e-3", "--embedding_dim", "64"]
+    )
+    return history, output, path
+
+
+def test_a_score_table_is_evaluated_by_the_scores_of_the_chosen_models(table_run):
+    history, output, path = table_run
+    split, _ = split_battles(load_battles(str(path))[0], 42)
+    table, train = split.test.table, split.train.table.scores
+    router = RankRouter.load(output / "best_model.pt")
+    scores = router.scores_of([split.test.queries[i] for i in table.query_idx])
+    best_single = np.nanmean(train, 0).argmax()
+    fallback = np.argsort(-np.nanmean(train, 0))  # every model has most of the rows
+    chosen, single, hits = [], [], []
+    for row, mine in zip(table.scores, scores, strict=True):
+        there = np.flatnonzero(~np.isnan(row))
+        choice = max(there, key=lambda model: mine[model])
+        chosen.append(row[choice])
+        hits.append(row[choice] == np.nanmax(row))
+        single.append(row[next(model for model in fallback if model in there)])
+    oracle = np.nanmax(table.scores, 1)
+    test, ends = history["test_metrics"], history["score_table"]
+    assert test["mean_score"] == pytest.approx(np.mean(chosen), abs=1e-9)
+    assert test["top1_accuracy"] == pytest.approx(np.mean(hits), abs=1e-9)
+    gap = (np.mean(chosen) - np.mean(single)) / (np.mean(oracle) - np.mean(single))
+    assert test["gap_closed"] == pytest.approx(gap)
+    assert (ends["rows"], ends["best_single"]["model"]) == (len(table.scores), f"m{best_single + 1}")
+    assert ends["best_single"]["mean_score"] == pytest.approx(np.mean(single))
+    assert ends["oracle"]["mean_score"] == pytest.approx(np.mean(oracle))
+    assert (ends["oracle"]["top1_accuracy"], router.metadata.best_single_model) == (1, f"m{best_single + 1}")
+    assert gap > 0.4  # the kind of prompt was planted
+    rng, values = np.random.default_rng(3), []
+    for _ in range(1000):  # a query has one row here
+        rows = rng.integers(len(oracle), size=len(oracle))
+        low, mid, high = (np.array(column)[rows].mean() for column in (single, chosen, oracle))
+        values.append((mid, (mid - low) / (high - low)))
+    for name, column in zip(("mean_score", "gap_closed"), np.transpose(values), strict=True):
+        low, high = history["test_intervals"][name]
+        assert (low, high) == pytest.approx(np.percentile(column, [2.5, 97.5]), abs=0.2 * (high - low))
+
+
+def test_baselines_on_a_score_table_are_paired_with_the_router(table_run):
+    history, _, _ = table_run
+    rows, test = history["baselines"], history["test_metrics"]
+    assert set(rows) == {"random", "best_single", "bradley_terry", "cluster_bradley_terry", "neighbours"}
+    assert rows["best_single"]["gap_closed"] == 0
+    assert rows["best_single"]["intervals"]["gap_closed"] == [0, 0]
+    assert rows["best_single"]["mean_score"] == pytest.approx(history["score_table"]["best_single"]["mean_score"])
+    assert rows["random"]["gap_closed"] < 0
+    for row in rows.values():
+        for name in ("mean_score", "gap_closed", "top1_accuracy"):
+            assert row["difference"][name] == pytest.approx(test[name] - row[name])
+            low, high = row["difference_intervals"][name]
+            assert low <= row["difference"][name] <= high
+    # Paired on the same samples: the gap closed beyond one that closes none is the gap closed.
+    assert rows["best_single"]["difference_intervals"]["gap_closed"] == pytest.approx(
+        history["test_intervals"]["gap_closed"]
+    )
+
+
+def test_shuffled_rows_of_a_score_table_close_no_gap(run_demo, table_run, tmp_path):
+    table = pd.read_parquet(table_run[2])
+    table[["m1", "m2", "m3"]] = table[["m1", "m2", "m3"]].sample(frac=1, random_state=0).to_numpy()
+    table.to_parquet(tmp_path / "shuffled.parquet")
+    flags = ("--num_clusters", "3", "--epochs", "3", "--embedding_dim", "64")
+    history, _ = run_demo("--data_path", str(tmp_path / "shuffled.parquet"), *flags)
+    assert history["test_intervals"]["gap_closed"][0] < 0.05
+    for name in ("best_single", "bradley_terry"):
+        low, high = history["baselines"][name]["difference_intervals"]["mean_score"]
+        assert low <= 0 <= high
+
+
+def test_the_gap_is_undefined_where_the_best_single_model_is_as_good_as_the_oracle(run_demo, tmp_path):
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"prompt": [f"query {i}" for i in range(120)], "good": 1.0, "bad": rng.random(120) / 2})
+    table["best"] = 2.0  # left out
+    table.to_parquet(tmp_path / "scores.parquet")
+    flags = ("--score_columns", "good, bad", "--num_clusters", "2", "--epochs", "1", "--embedding_dim", "64")
+    history, output = run_demo("--data_path", str(tmp_path / "scores.parquet"), *flags)
+    assert history["data"]["battles"] == 120
+    assert RankRouter.load(output / "best_model.pt").model_names == ["bad", "good"]
+    assert history["test_metrics"]["gap_closed"] is history["test_intervals"]["gap_closed"] is None
+    assert history["baselines"]["random"]["difference"]["gap_closed"] is None
+    assert history["score_table"]["oracle"]["mean_score"] == history["score_table"]["best_single"]["mean_score"] == 1
+    (run,), _ = read_runs([str(output)])
+    assert run.test["gap_closed"] is None
+
+
+def test_the_score_table_is_printed_and_also_without_baselines(demo_dir, table_run, tmp_path, capsys):
+    _, _, path = table_run
+    flags = ["--demo", "--demo_dir", str(demo_dir), "--data_path", str(path), "--output_dir", str(tmp_path)]
+    flags += ["--num_clusters", "3", "--epochs", "1", "--embedding_dim", "64", "--dtype", "float32"]
+    labels = ["RankRouter", "random", "best single model", "Bradley-Terry", "per-cluster BT", "neighbours", "oracle"]
+    for more, expected in (([], labels), (["--baselines", "none"], [labels[0], labels[2], labels[-1]])):
+        train.main(flags + more)
+        printed = capsys.readouterr().out
+        history = json.loads((tmp_path / "training_history.json").read_text())
+        for row in history["baselines"].values():
+            low, high = row["difference_intervals"]["mean_score"]
+            assert f"  {row['difference']['mean_score']:+.4f} [{low:+.4f}, {high:+.4f}]  " in printed
+        calibration = history["calibration"]
+        errors = [each["expected_calibration_error"] for each in (calibration["uncalibrated"], calibration)]
+        assert "Expected calibration error {:.4f}, and {:.4f} at the temperature".format(*errors) in printed
+        table = printed.split("mean score, 95 %")[1].split("\n\n")[0].splitlines()[1:]
+        assert [line[:18].strip() for line in table] == expected
+    train.main([*flags, "--pairs_per_query", "1"])
+    data = json.loads((tmp_path / "training_history.json").read_text())["data"]
+    assert data["split"]["train"]["battles"] == data["split"]["train"]["queries"]
+    drawn = f"drawn    {data['training_battles_not_drawn']} training battles are left out by --pairs_per_query"
+    assert drawn in capsys.readouterr().out
+    train.main([*flags, "--split_by", "battle"])
+    printed = capsys.readouterr().out
+    assert "are not evaluated: --split_by battle" in printed
+    assert "oracle" not in printed

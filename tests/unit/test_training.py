@@ -1,0 +1,184 @@
+"""Training on frozen embeddings: flags, recipes, batches, single steps, and the curves of a training."""
+
+import numpy as np
+import pytest
+import torch
+
+import loss
+import rankrouter
+import train
+from data_loader import Battles
+from rankrouter import RankRouter, RouterConfig
+from support.training.batches import BattleBatches
+from support.training.checkpoint import TrainingState
+from support.training.history import LearningCurves
+from support.training.optimization import EMA
+from support.training.options import parse_args, router_options
+
+
+def test_the_defaults_are_the_contract():
+    args = vars(parse_args([]))
+    contract = {
+        "data_path": "../data/chatbot_arena/data/train-00000-of-00001-cced8514c7ed782a.parquet",
+        "model_path": "../model/Qwen2-0.5B",
+        "output_dir": "./outputs",
+        "batch_size": 32,
+        "epochs": 10,
+        "lr": 1e-4,
+        "embedding_dim": 512,
+        "margin": 1.0,
+        "similarity_metric": "dot",
+        "num_clusters": 50,
+        "loss_type": "bpr",
+        "seed": 42,
+        "split_seed": 42,
+        "ties": "drop",
+        "split_by": "query",
+        "max_length": 512,
+        "pooling": "mean",
+        "capability_dim": 64,
+        "cluster_dim": 32,
+    }
+    assert {name: args[name] for name in contract} == contract
+    assert RouterConfig(**router_options(parse_args([]))) == RouterConfig()
+
+
+def test_the_original_recipe_resolves_its_flags_and_explicit_ones_win():
+    original = {"dropout": 0.1, "id_dropout": 0.0, "ema_decay": 0.0, "eval_every": 0}
+    defaults = vars(parse_args([]))
+    for given in ({}, {"dropout": 0.5, "ema_decay": 0.9}, {"id_dropout": 0.1, "eval_every": 5}):  # 0.5 is the default
+        flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        args = parse_args(["--recipe", "original", *flags])
+        assert vars(args) == defaults | original | {"recipe": "original"} | given, given
+        config = RouterConfig(**router_options(args))
+        assert (config.dropout, config.id_dropout) == (args.dropout, args.id_dropout), given
+        assert (config.scale_dot, config.zero_init) == (False, False), given
+
+
+def test_the_original_recipe_starts_at_random_and_scales_a_cosine_alone():
+    x, cluster_idx = torch.randn(3, 16), torch.tensor([0, 2, 1])
+    for metric in ("dot", "cosine"):
+        routers = {}
+        for recipe in ("default", "original"):
+            args = parse_args(["--recipe", recipe, "--similarity_metric", metric, "--num_clusters", "3"])
+            routers[recipe] = RankRouter(["a", "b"], 16, RouterConfig(**router_options(args))).eval()
+        router = routers["original"]
+        last = [each.query_tower.mlp[-1].weight.abs().max().item() for each in routers.values()]
+        assert last[0] < 1e-5 < 0.03 < last[1], metric
+        q, m = router.query_tower(x, cluster_idx), router.model_tower()
+        expected = q @ m.T
+        if metric == "cosine":
+            expected = 10 * expected / (q.norm(dim=1)[:, None] * m.norm(dim=1))
+        torch.testing.assert_close(router(x, cluster_idx), expected, atol=1e-5, rtol=1e-4)
+
+
+def make_state(num_battles=20, lr=0.1, batch_size=6, **config):
+    """A training of a small router on one battle per query, by plain gradient descent at the rate `lr`."""
+    torch.manual_seed(0)
+    config = RouterConfig(num_clusters=0, embedding_dim=8, capability_dim=4, zero_init=False, **config)
+    router, numbers = RankRouter(["x", "y", "z"], 4, config), np.arange(num_battles)
+    outcome = (numbers % 3 / 2).astype(np.float32)
+    battles = Battles([f"{i}" for i in numbers], router.model_names, numbers, numbers % 2, numbers % 2 + 1, outcome)
+    x = torch.randn(num_battles, 4)
+    x[:, 0] = torch.arange(num_battles)  # by which a test knows a query
+    batches = BattleBatches(x, torch.zeros(num_battles, dtype=torch.int64), battles, batch_size)
+    optimizer = torch.optim.SGD(router.parameters(), lr=lr)
+    return TrainingState(router, batches, optimizer, EMA([], 0.0), LearningCurves(), epochs=2), x, battles
+
+
+def train_epoch(state, *flags):
+    """Take the steps of an epoch that are left; returns the loss of each."""
+    args, losses = parse_args(list(flags)), []
+    for batch in state.remaining_batches():
+        losses.append(train.train_step(args, state, batch))
+        state.record(losses[-1])
+    return torch.stack(losses)
+
+
+def test_each_epoch_has_its_own_order():
+    state, _, _ = make_state()
+    seen, forward = [], state.router.forward
+
+    def watched(x, cluster_idx):
+        seen.extend(x[:, 0].int().tolist())
+        return forward(x, cluster_idx)
+
+    state.router.forward = watched
+    for _ in range(2):
+        assert len(train_epoch(state)) == 4
+        state.next_epoch()
+    first, second = seen[:20], seen[20:]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert len({tuple(order) for order in (first, second, range(20))}) == 3
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_battles_also_where_the_last_batch_is_short():
+    state, x, battles = make_state(lr=0, dropout=0.0, id_dropout=0.0)
+    assert len(train_epoch(state, "--margin", "0.7")) == 4
+    with torch.no_grad():
+        scores = state.router(x, torch.zeros(20, dtype=torch.int64))
+        a, b = (scores[torch.arange(20), torch.from_numpy(idx)] for idx in (battles.model_a_idx, battles.model_b_idx))
+        expected = loss.bpr(a, b, torch.from_numpy(battles.outcome), 0.7).mean().item()
+    assert state.mean_loss() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", loss.LOSSES)
+def test_a_step_descends_the_mean_loss_of_its_battles(loss_type):
+    """Written out battle by battle, on the steps of an epoch, the last of which has two battles."""
+    state, x, battles = make_state(dropout=0.0, id_dropout=0.0)
+    twin, *_ = make_state(dropout=0.0, id_dropout=0.0)
+    losses = train_epoch(state, "--loss_type", loss_type, "--margin", "0.7")
+    router, zero = twin.router, torch.zeros(1, dtype=torch.int64)
+    for numbers, step_loss in zip(state.order.split(6), losses, strict=True):
+        total = 0.0
+        for i in numbers.tolist():
+            scores = router(x[i : i + 1], zero)[0]  # (M,)
+            a, b, y = scores[battles.model_a_idx[i]], scores[battles.model_b_idx[i]], torch.tensor(battles.outcome[i])
+            total = total + loss.LOSSES[loss_type](a, b, y, 0.7) / len(numbers)
+        assert step_loss.item() == pytest.approx(total.item(), abs=1e-5)
+        gradients = torch.autograd.grad(total, list(router.parameters()), allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(router.parameters(), gradients, strict=True):
+                if gradient is not None:  # that of an unknown model's ID is not used here
+                    parameter -= 0.1 * gradient
+    start, *_ = make_state()
+    for name, weight in state.router.named_parameters():
+        torch.testing.assert_close(weight, router.get_parameter(name), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(state.router.model_tower.capability.weight, start.router.model_tower.capability.weight)
+
+
+def test_a_step_trains_with_dropout_also_after_an_evaluation():
+    state, x, _ = make_state(num_battles=6, lr=0.0)
+    state.router.score(x, torch.zeros(6, dtype=torch.int64))
+    assert not state.router.training
+    (first,) = train_epoch(state)
+    assert state.router.training
+    state.next_epoch()
+    (second,) = train_epoch(state)
+    assert first != second  # of the same battles and weights
+
+
+def test_scores_do_not_depend_on_the_chunks_in_which_they_are_computed(monkeypatch):
+    state, x, battles = make_state()
+    zeros = torch.zeros(20, dtype=torch.int64)
+    state.router.eval()
+    expected = state.router(x, zeros).detach().double().numpy()  # (Q, M)
+    for size in (rankrouter.ROWS_AT_ONCE, 7):
+        monkeypatch.setattr(rankrouter, "ROWS_AT_ONCE", size)
+        np.testing.assert_allclose(state.router.score(x, zeros), expected, atol=1e-5)
+    rows, (a, b) = np.arange(20), (battles.model_a_idx, battles.model_b_idx)
+    np.testing.assert_allclose(
+        battles.margins(state.router.score(x, zeros)), expected[rows, a] - expected[rows, b], atol=1e-5
+    )
+
+
+def test_the_earliest_of_equal_validations_is_the_best_and_patience_counts_from_it():
+    curves = LearningCurves()
+    aucs = [(0, 3, 0.5), (0, None, 0.5), (1, 3, 0.7), (1, 9, 0.6), (1, None, 0.7)]
+    assert not curves.out_of_patience(1)
+    best = [curves.add(epoch, step, 1.0, {"auc": auc}) for epoch, step, auc in aucs]
+    assert best == [True, False, True, False, False]
+    assert [auc for *_, auc in aucs] == [val["auc"] for *_, val in curves.in_order()]
+    assert curves.out_of_patience(2)
+    assert not curves.out_of_patience(3)
+    assert not curves.out_of_patience(None)
