@@ -1,6 +1,7 @@
 """A held-out model: nothing of it leaks into training, a few battles help, and each number has a second computation."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -48,16 +49,12 @@ def aucs(table, name="rank_router"):
     return [row[name]["auc"] for row in table if row["from"] == "battles"]
 
 
-def change_winners(source, folder, shuffle):
-    """Write battles in which the winners of the held-out model's battles are shuffled, or else swapped."""
+def swap_winners(source, folder):
+    """Write battles in which the winners of the held-out model's battles are swapped; returns the path."""
     table = pd.read_parquet(source)
     of_model = (table["model_a"] == HELD) | (table["model_b"] == HELD)
-    of_model &= table["winner"] != "tie"
-    if shuffle:
-        changed = np.random.default_rng(0).choice(["model_a", "model_b"], len(table))
-    else:
-        changed = table["winner"].replace({"model_a": "model_b", "model_b": "model_a"})
-    table["winner"] = table["winner"].where(~of_model, changed)
+    swapped = table["winner"].replace({"model_a": "model_b", "model_b": "model_a"})
+    table["winner"] = table["winner"].where(~of_model, swapped)
     table.to_parquet(folder / "battles.parquet")
     return str(folder / "battles.parquet")
 
@@ -69,21 +66,8 @@ def both(held_out, with_all_models, full_split):
     return [(router, *router.embed(full_split.train.queries)) for router in routers]
 
 
-@pytest.fixture
-def evaluate_with(both, demo, tmp_path, monkeypatch):
-    """The cold start of these routers on battles with other winners of the held-out model's battles."""
-
-    def evaluate(shuffle):
-        monkeypatch.setattr(support.evaluation.cold_start, "DRAWS", 5)
-        battles, _ = load_battles(change_winners(demo / "battles.parquet", tmp_path, shuffle))
-        split, full_split = (split_battles(battles, 42, hold_out=name)[0] for name in (HELD, None))
-        return cold_start(HELD, split, full_split, *both, None, 42)["rows"]
-
-    return evaluate
-
-
 def test_nothing_of_the_model_enters_training(small, tmp_path):
-    swapped = ("--data_path", change_winners(small[1], tmp_path, shuffle=False))
+    swapped = ("--data_path", swap_winners(small[1], tmp_path))
     found = []
     for name, source in (("given", ()), ("swapped", swapped)):
         train.main([*small, *HOLD_OUT, *source, "--output_dir", str(tmp_path / name)])
@@ -96,19 +80,25 @@ def test_nothing_of_the_model_enters_training(small, tmp_path):
     assert same(*found)
 
 
-def test_a_few_battles_help_whichever_their_outcomes(held_out, evaluate_with):
+def test_a_few_battles_help_whichever_their_outcomes(held_out, both, demo, tmp_path):
+    battles, _ = load_battles(swap_winners(demo / "battles.parquet", tmp_path))
+    splits = (split_battles(battles, 42, hold_out=name)[0] for name in (HELD, None))
+    swapped_none, *swapped = aucs(cold_start(HELD, *splits, *both, None, 42)["rows"])
     none, *given = aucs(held_out[0]["cold_start"]["rows"])
-    swapped_none, *swapped = aucs(evaluate_with(shuffle=False))
     assert none == pytest.approx(1 - swapped_none)  # without its battles, its scores are equal in both
     for start, (few, _, many) in ((none, given), (swapped_none, swapped)):
         assert start + 0.03 < few < many
         assert many > 0.53
 
 
-def test_shuffled_outcomes_of_the_model_give_an_auc_of_one_half(evaluate_with):
-    table = evaluate_with(shuffle=True)
+def test_no_outcome_of_a_test_battle_is_known(both, full_split, demo, monkeypatch):
+    monkeypatch.setattr(support.evaluation.cold_start, "DRAWS", 3)
+    split, _ = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42, hold_out=HELD)
+    swapped = replace(full_split, test=replace(full_split.test, outcome=1 - full_split.test.outcome))
+    tables = [cold_start(HELD, split, full, *both, None, 42)["rows"] for full in (full_split, swapped)]
     for name in ("rank_router", "bradley_terry"):
-        assert aucs(table, name) == pytest.approx([0.5] * 4, abs=0.1)
+        given, other = ([row[name]["auc"] for row in table] for table in tables)
+        assert given == pytest.approx([1 - auc for auc in other], abs=1e-9)
 
 
 def test_sizes_and_intervals(held_out, full_split):

@@ -114,43 +114,25 @@ def test_nothing_is_learned_from_shuffled_outcomes(demo, run_demo, tmp_path):
     assert "demo" not in history  # the truth is not that of these battles
 
 
-ABLATIONS = [
-    ("--loss_type", "bce"),
-    ("--loss_type", "hinge"),
-    ("--loss_type", "hinge", "--margin", "0.5"),
-    ("--similarity_metric", "cosine"),
-    ("--num_clusters", "0"),
-    ("--no_model_id",),
-    ("--no_capability",),
-    ("--ties", "half"),
-    ("--split_by", "battle"),
-    ("--pooling", "last"),
-    ("--max_length", "4"),
-    ("--margin", "0"),
-    ("--batch_size", "7"),
-    ("--capability_dim", "8"),
-    ("--capability_init", "win_rate"),
-    ("--freeze_capabilities",),
-    ("--id_dropout", "0"),
-    ("--cluster_dim", "8"),
-    ("--dropout", "0.1"),
-    ("--recipe", "original"),
-    ("--recipe", "original", "--dropout", "0.5", "--id_dropout", "0.1", "--ema_decay", "0.999", "--eval_every", "100"),
-    ("--weight_decay", "1"),
-    ("--dtype", "bfloat16"),
-]
+ABLATIONS = """
+    --loss_type bce | --loss_type hinge | --loss_type hinge --margin 0.5 | --margin 0 | --similarity_metric cosine
+    --num_clusters 0 | --cluster_dim 8 | --no_model_id | --id_dropout 0 | --no_capability | --capability_dim 8
+    --capability_init win_rate | --freeze_capabilities | --ties half | --split_by battle | --pooling last
+    --max_length 4 | --dtype bfloat16 | --batch_size 7 | --dropout 0.1 | --weight_decay 1 | --recipe original
+    --recipe original --dropout 0.5 --id_dropout 0.1 --ema_decay 0.999 --eval_every 100
+""".strip().replace("\n", "|")
 
 
 def test_every_ablation_runs_and_differs(small, tmp_path):
     place, losses = small.index("--capability_dim"), {}
     base = [*small[:place], *small[place + 2 :], "--epochs", "1"]  # with win rates that flag is refused
-    for flags in ((), *ABLATIONS):
-        train.main([*base, "--output_dir", str(tmp_path), *flags])
+    for flags in ("", *map(str.strip, ABLATIONS.split("|"))):
+        train.main([*base, "--output_dir", str(tmp_path), *flags.split()])
         history = json.loads((tmp_path / "training_history.json").read_text())
         assert history["status"] == "finished", flags
         losses[flags] = history["train_losses"][-1]
         assert (history["data"]["test_queries_in_train"] > 0) == ("--split_by" in flags), flags
-    assert len(set(losses.values())) == len(losses), losses
+    assert len(set(losses.values())) == len(losses) == 24, losses
 
 
 def test_separable_or_few_battles_leave_a_valid_history(run_demo, tmp_path):
