@@ -15,7 +15,7 @@ from support.reporting.runs import read_runs
 @pytest.fixture(scope="session")
 def table_run(run_demo, tmp_path_factory):
     """A run on a score table in which the kind of prompt decides who is best; returns history, output and table."""
-    rng = np.random.default_rng(26)  # on training and on test another single model is best
+    rng = np.random.default_rng(1)  # on training and on test another single model is best
     verbs = np.array(["solve problem", "write poem", "sing song"])[rng.integers(3, size=400)]
     quality = {"solve problem": (0.7, 0.4, 0.2), "write poem": (0.1, 0.5, 0.3), "sing song": (0.2, 0.3, 0.6)}
     scores = np.array([quality[verb] for verb in verbs]) + rng.normal(0, 0.15, (400, 3))
