@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ from support.system.command_line import run_command
 from support.system.files import locked
 
 FILES = {"training_history.json", "best_model.pt", "last_checkpoint.pt"}
-EVENTS = 24
 FINETUNED = ["--finetune_encoder", "--batch_tokens", "300", "--tower_epochs", "1", "--eval_every", "2"]
 HELD_OUT = ["--hold_out_model", "demo-model-a"]
+WIN_RATES = ["--capability_init", "win_rate"]
 
 
 def folders(tmp_path, name=""):
@@ -79,36 +80,51 @@ def finished(small, tmp_path):
 # --- killed --------------------------------------------------------------------------------------------------
 
 
-def chosen(events, rng):
-    """Numbers of events: one of every kind, and some others."""
-    kinds = sorted(set(events))
-    numbers = [int(rng.choice([i for i, event in enumerate(events) if event == kind])) for kind in kinds]
-    others = np.setdiff1d(np.arange(len(events)), numbers)
-    return sorted(numbers + rng.choice(others, EVENTS - len(numbers), replace=False).tolist())
+SAVED_EVERY_STEP = {  # event -> which occurrence, and what the kill finds there
+    "the history is not in place": ("before-fsync", 1),
+    "the cache has its encoder.json and nothing else": ("after-replace", 2),
+    "a shard of the cache is not in place": ("before-replace", 5),
+    "clusters are fitted and not saved": ("after-clusters", 1),
+    "a step is taken and not saved": ("after-step", 3),
+    "the state within the first epoch is not in place": ("before-replace", 11),
+    "the best checkpoint is newer than history and state": ("after-replace", 14),
+    "the history is newer than the state": ("after-replace", 15),
+    "the state within the second epoch is not flushed": ("before-fsync", 19),
+    "trained and not tested": ("after-fit", 1),
+    "tested, and the history of it is not in place": ("before-replace", 25),
+    "finished, and the lock is left": ("before-unlink", 3),
+}
+SAVED_EVERY_EPOCH = {
+    "while encoding": ("after-pass", 3),
+    "within the first epoch": ("before-step", 4),
+    "a best checkpoint without a state": ("after-replace", 9),
+    "within the second epoch": ("after-step", 9),
+    "the state of the second epoch is not flushed": ("after-fsync", 12),
+}
 
 
-@pytest.mark.parametrize("patch", [every_step, None], ids=["saved every step", "saved every epoch"])
-def test_a_run_killed_at_any_event_continues_to_the_same_bits(small, whole, forked, tmp_path, patch):
+@pytest.mark.parametrize(
+    ("patch", "kills"),
+    [(every_step, SAVED_EVERY_STEP), (None, SAVED_EVERY_EPOCH)],  # a minute is longer than this run
+    ids=["saved every step", "saved every epoch"],
+)
+def test_a_run_killed_at_any_event_continues_to_the_same_bits(small, whole, forked, tmp_path, patch, kills):
     events, expected = whole
-    if patch is None:  # a minute is longer than this run
-        code, events, _, _ = forked(train.main, [*small, *folders(tmp_path)])
-        assert code == 0
-        assert_same(tmp_path / "out", expected)
-    for event in chosen(events, np.random.default_rng(0)):
-        here = folders(tmp_path, event)
+    for row, event in kills.items():
+        here = folders(tmp_path, row)
         output, cache = (Path(path) for path in here[1::2])
-        code, before, _, _ = forked(train.main, [*small, *here], event, kill, patch)
-        assert code == -signal.SIGKILL
+        code, before, _, _ = forked(train.main, [*small, *here], nth(*event), kill, patch)
+        assert code == -signal.SIGKILL, row
         assert_consistent(output)
         code, after, _, errors = forked(train.main, [*small, *here, "--resume"], patch=patch)
-        assert (code, errors) == (0, [])
+        assert (code, errors) == (0, []), row
         assert_same(output, expected)
-        assert {path.name for path in output.iterdir()} == FILES
-        assert not list(cache.rglob("*.partial"))
+        assert {path.name for path in output.iterdir()} == FILES, row
+        assert not list(cache.rglob("*.partial")), row
         at_most = {"pass": 1, "step": 1 if patch else events.count("after-step") // 2}  # one epoch of two
         for kind, repeated in at_most.items():
             done = [names.count(f"after-{kind}") for names in (before, after, events)]
-            assert done[0] + done[1] <= done[2] + repeated, kind
+            assert done[0] + done[1] <= done[2] + repeated, (row, kind)
 
 
 def assert_consistent(output):
@@ -146,14 +162,17 @@ def test_a_run_killed_again_and_again_finishes(small, whole, forked, tmp_path):
             },
         ),
         (
-            [*FINETUNED, "--lora_rank", "2", "--accumulate", "2"],
+            [*FINETUNED, "--lora_rank", "2", "--accumulate", "2", *WIN_RATES],
             {"towers: after 0 epochs and 5 steps of the next": 6, "after 0 epochs and 1 steps of the next": 2},
         ),
     ],
     ids=["frozen", "finetuned", "lora"],
 )
-def test_a_run_killed_once_in_each_phase_continues_there_to_the_same_bits(small, forked, tmp_path, more, kills):
+def test_a_run_killed_once_in_each_phase_continues_there_to_the_same_bits(small, forked, fails, tmp_path, more, kills):
     flags = [*small, *more]
+    if WIN_RATES[0] in more:  # which need no width
+        width = flags.index("--capability_dim")
+        del flags[width : width + 2]
     assert forked(train.main, [*flags, *folders(tmp_path, "whole")], patch=every_step)[0] == 0
     for phase, step in enumerate(kills.values()):
         when = after_step(step, phase)  # this step is not saved yet
@@ -161,34 +180,14 @@ def test_a_run_killed_once_in_each_phase_continues_there_to_the_same_bits(small,
         assert code == -signal.SIGKILL
         line = ["nothing to resume", *kills][phase]
         assert resume_line(printed) == f"resume   {line}"
+    if HELD_OUT[0] in more:  # the last phase is that of the ceiling: the epochs of the router cannot change any more
+        before = contents(tmp_path / "out")
+        message = fails(*flags, *folders(tmp_path), "--resume", "--epochs", "4")
+        assert ("--epochs 4 is too late" if more == HELD_OUT else "--epochs was 2, is 4") in message
+        assert contents(tmp_path / "out") == before
     code, _, printed, errors = forked(train.main, [*flags, *folders(tmp_path), "--resume"], patch=every_step)
     assert (code, errors) == (0, [])
     assert resume_line(printed) == f"resume   {list(kills)[-1]}"
-    assert_same(tmp_path / "out", result(tmp_path / "outwhole"))
-
-
-def test_epochs_cannot_change_once_the_ceiling_is_trained(small, forked, fails, tmp_path):
-    flags = [*small, *HELD_OUT, *folders(tmp_path)]
-    assert forked(train.main, flags, after_step(3, fit=1), kill, every_step)[0] == -signal.SIGKILL
-    before = contents(tmp_path / "out")
-    message = fails(*flags, "--resume", "--epochs", "4")
-    assert "has finished the 2 epochs of the router" in message
-    assert "--epochs 4 is too late" in message
-    assert contents(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize("vectors", ["win_rate", "file"])
-def test_a_run_killed_in_the_first_epoch_keeps_its_trained_capability_vectors(small, forked, tmp_path, vectors):
-    flags, width = list(small), small.index("--capability_dim")
-    table = pd.DataFrame({"model": [f"demo-model-{letter}" for letter in "abcdefghijkl"], "x": range(12)})
-    table.to_csv(tmp_path / "profiles.csv", index=False)
-    flags[width : width + 2] = {
-        "win_rate": ["--capability_init", "win_rate"],
-        "file": ["--capability_file", str(tmp_path / "profiles.csv")],
-    }[vectors]
-    assert forked(train.main, [*flags, *folders(tmp_path, "whole")], patch=every_step)[0] == 0
-    assert forked(train.main, [*flags, *folders(tmp_path)], after_step(3), kill, every_step)[0] == -signal.SIGKILL
-    assert forked(train.main, [*flags, *folders(tmp_path), "--resume"], patch=every_step)[0] == 0
     assert_same(tmp_path / "out", result(tmp_path / "outwhole"))
 
 
@@ -223,8 +222,14 @@ def test_all_random_states_are_restored(tmp_path):
 # --- stopped by a signal -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-@pytest.mark.parametrize("where", ["before-pass", "before-clusters", "before-step"])
+@pytest.mark.parametrize(
+    ("number", "code", "where"),
+    [
+        (signal.SIGINT, 130, "before-pass"),
+        (signal.SIGTERM, 143, "before-clusters"),
+        (signal.SIGHUP, 129, "before-step"),
+    ],
+)
 def test_a_signal_ends_the_step_and_the_message_says_how_to_continue(
     small, whole, forked, tmp_path, number, code, where
 ):
@@ -238,6 +243,10 @@ def test_a_signal_ends_the_step_and_the_message_says_how_to_continue(
     history = history_of(tmp_path / "out")
     assert (history["status"], len(history["train_losses"])) == ("interrupted", epochs)
     assert before.count("before-step") == before.count("after-step")
+    if epochs:
+        ended, _, _, errors = forked(train.main, [*flags, "--resume", "--epochs", "1"])
+        assert (ended, len(errors)) == (2, 1)
+        assert "has 1 epochs and a part of the next; --epochs 1 is too few" in errors[0]
     ended, after, printed, _ = forked(train.main, [*flags, "--resume"])
     assert ended == 0
     assert_same(tmp_path / "out", expected)
@@ -301,27 +310,17 @@ def test_a_signal_is_forgotten_when_its_run_has_ended(small, forked, tmp_path):
 # --- unfinished runs: --resume or --overwrite ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changed", [[], ["--lr", "0.1"]])
-def test_a_new_run_does_not_replace_an_unfinished_one(unfinished, whole, fails, changed):
+def test_an_unfinished_run_is_replaced_with_overwrite_only(unfinished, whole, forked, fails):
     flags, output = unfinished
     before = contents(output)
-    message = fails(*flags, *changed)
-    assert f"{output} holds an unfinished run; continue it with --resume, replace it with --overwrite" in message
-    assert contents(output) == before
-    train.main([*flags, "--resume"])
-    assert_same(output, whole[1])
-
-
-def test_a_run_whose_history_is_lost_counts_as_unfinished(finished, fails):
-    flags, output = finished
-    (output / "training_history.json").unlink()
-    before = contents(output)
+    for changed in ([], ["--lr", "0.1"]):
+        message = fails(*flags, *changed)
+        assert f"{output} holds an unfinished run; continue it with --resume, replace it with --overwrite" in message
+    assert "--resume and --overwrite exclude each other" in fails(*flags, "--resume", "--overwrite")
+    (output / "training_history.json").rename(output / "lost")
     assert "holds an unfinished run" in fails(*flags)
+    (output / "lost").rename(output / "training_history.json")
     assert contents(output) == before
-
-
-def test_overwrite_replaces_an_unfinished_run(unfinished, whole, small, forked, tmp_path):
-    flags, output = unfinished
     code, events, printed, errors = forked(train.main, [*flags, "--overwrite"])
     assert (code, errors) == (0, [])
     assert not any(line.startswith("resume ") for line in printed)
@@ -330,10 +329,9 @@ def test_overwrite_replaces_an_unfinished_run(unfinished, whole, small, forked, 
     assert {path.name for path in output.iterdir()} == FILES
 
 
-@pytest.mark.parametrize("state", ["unfinished", "finished"])
-def test_nothing_of_a_replaced_run_passes_for_the_new_one(state, request, whole, forked):
-    flags, output = request.getfixturevalue(state)
-    replace = [*flags, "--lr", "0.1", *(["--overwrite"] if state == "unfinished" else [])]
+def test_nothing_of_a_replaced_run_passes_for_the_new_one(unfinished, whole, forked):
+    flags, output = unfinished
+    replace = [*flags, "--lr", "0.1", "--overwrite"]
     assert forked(train.main, replace, nth("before-clusters"), kill)[0] == -signal.SIGKILL
     assert {path.name for path in output.iterdir()} == {"training_history.json", ".rankrouter.lock"}
     history = history_of(output)
@@ -342,8 +340,7 @@ def test_nothing_of_a_replaced_run_passes_for_the_new_one(state, request, whole,
     code, _, printed, _ = forked(train.main, [*flags, "--resume"])
     assert code == 0
     assert resume_line(printed) == "resume   nothing to resume"
-    if state == "unfinished":
-        assert_same(output, whole[1])
+    assert_same(output, whole[1])
     assert {path.name for path in output.iterdir()} == FILES
 
 
@@ -357,38 +354,42 @@ def test_a_finished_run_is_replaced_without_a_flag(finished):
     assert_same(output, before)
 
 
-def test_resume_and_overwrite_exclude_each_other(small, fails, tmp_path):
-    message = fails(*small, "--output_dir", str(tmp_path), "--resume", "--overwrite")
-    assert "--resume and --overwrite exclude each other" in message
-
-
 # --- what may change between a run and its continuation ------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        (["--lr", "0.001"], ["--lr was 0.0001, is 0.001"]),
-        (["--seed", "7"], ["--seed was 42, is 7", "--split_seed was 42, is 7"]),
-        (["--no_model_id", "--ties", "half"], ["--no_model_id was False, is True", "--ties was drop, is half"]),
-        (["--dtype", "bfloat16"], ["the encoder's dtype was float32, is bfloat16"]),
-        (["--epochs", "1"], ["has 2 epochs; --epochs 1 is too few"]),
-    ],
-)
-def test_resuming_another_experiment_is_refused_and_touches_nothing(finished, fails, changed, expected):
-    flags, output = finished
-    before = contents(output)
-    message = fails(*flags, *changed, "--resume")
-    assert all(part in message for part in expected)
-    assert contents(output) == before
-
-
-def test_fewer_epochs_than_a_run_has_started_are_refused(unfinished, forked):
-    flags, _ = unfinished
-    assert forked(train.main, [*flags, "--resume"], nth("before-step"), send(signal.SIGTERM))[0] == 143
-    code, _, _, errors = forked(train.main, [*flags, "--resume", "--epochs", "1"])
-    assert (code, len(errors)) == (2, 1)
-    assert "has 1 epochs and a part of the next; --epochs 1 is too few" in errors[0]
+def test_resuming_another_experiment_is_refused_and_touches_nothing(small, fails, tmp_path):
+    flags, width = list(small), small.index("--capability_dim")
+    data, encoder, table = tmp_path / "battles.parquet", tmp_path / "encoder", tmp_path / "profiles.csv"
+    shutil.copy(flags[1], data)
+    shutil.copytree(flags[3], encoder)
+    table.write_text("model,x\n" + "".join(f"demo-model-{letter},{ord(letter)}\n" for letter in "abcdefghijkl"))
+    flags[1], flags[3], flags[width : width + 2] = str(data), str(encoder), ["--capability_file", str(table)]
+    flags += ["--output_dir", str(tmp_path / "out")]
+    train.main(flags)
+    before = contents(tmp_path / "out")
+    for changed, *expected in (
+        (["--lr", "0.001"], "--lr was 0.0001, is 0.001"),
+        (["--seed", "7"], "--seed was 42, is 7", "--split_seed was 42, is 7"),
+        (["--no_model_id", "--ties", "half"], "--no_model_id was False, is True", "--ties was drop, is half"),
+        (["--dtype", "bfloat16"], "the encoder's dtype was float32, is bfloat16"),
+        (["--epochs", "1"], "has 2 epochs; --epochs 1 is too few"),
+    ):
+        message = fails(*flags, *changed, "--resume")
+        assert all(part in message for part in expected), (changed, message)
+    fewer = pd.read_parquet(data)[:-1].to_parquet()
+    config, profiles = (encoder / "config.json").read_bytes(), table.read_bytes()
+    for path, content, name in (
+        (data, fewer, "the content of --data_path"),
+        (encoder / "config.json", config + b" ", "the encoder's fingerprint"),
+        (table, profiles.replace(b"97", b"96"), "the content of --capability_file"),
+    ):
+        old = path.read_bytes()
+        path.write_bytes(content)
+        message = fails(*flags, "--resume")
+        assert f"of another experiment: {name} was " in message
+        assert message.count(" was ") == 1
+        path.write_bytes(old)
+    assert contents(tmp_path / "out") == before
 
 
 def test_what_does_not_change_the_result_may_change(finished, tmp_path):
@@ -406,31 +407,6 @@ def test_what_does_not_change_the_result_may_change(finished, tmp_path):
     assert router.metadata.args == history["args"]
     after = router.state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
-
-
-@pytest.mark.parametrize("what", ["data", "encoder", "profiles"])
-def test_files_replaced_between_run_and_resume_are_refused_by_their_content(small, fails, tmp_path, what):
-    flags = list(small)
-    data, encoder, table = tmp_path / "battles.parquet", tmp_path / "encoder", tmp_path / "profiles.csv"
-    shutil.copy(flags[1], data)
-    shutil.copytree(flags[3], encoder)
-    models = [f"demo-model-{letter}" for letter in "abcdefghijkl"]
-    pd.DataFrame({"model": models, "x": range(12)}).to_csv(table, index=False)
-    flags[1], flags[3] = str(data), str(encoder)
-    width = flags.index("--capability_dim")
-    flags[width : width + 2] = ["--capability_file", str(table)]
-    flags += ["--output_dir", str(tmp_path / "out")]
-    train.main(flags)
-    if what == "data":
-        pd.read_parquet(data)[:-1].to_parquet(data)
-    elif what == "encoder":
-        (encoder / "config.json").write_text((encoder / "config.json").read_text() + " ")
-    else:
-        pd.DataFrame({"model": models, "x": range(1, 13)}).to_csv(table, index=False)
-    expected = {"data": "--data_path", "encoder": "the encoder's fingerprint", "profiles": "--capability_file"}
-    message = fails(*flags, "--resume")
-    assert "of another experiment" in message
-    assert expected[what] in message
 
 
 def test_more_epochs_continue_as_if_the_run_had_them_from_the_start(finished, small, tmp_path):
@@ -458,21 +434,18 @@ def test_different_embeddings_are_reported(finished, capsys, monkeypatch):
 # --- finished runs, and files that are lost ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_finished_run_has_nothing_to_do(finished, monkeypatch, capsys, kept):
+def test_a_finished_run_has_nothing_to_do(finished, monkeypatch, capsys):
     flags, output = finished
-    if not kept:
-        (output / "last_checkpoint.pt").unlink()
-    before = contents(output)
-    capsys.readouterr()
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "Run", None)
+    monkeypatch.setattr(train, "Run", None)
+    for line in ("after 2 epochs", "nothing to resume"):
+        before = contents(output)
         train.main([*flags, "--resume"])
-    printed = capsys.readouterr().out
-    assert resume_line(printed.splitlines()) == f"resume   {'after 2 epochs' if kept else 'nothing to resume'}"
-    auc = json.loads(before["training_history.json"])["test_metrics"]["auc"]
-    assert f"finished already, with a test AUC of {auc:.4f}" in printed
-    assert contents(output) == before
+        printed = capsys.readouterr().out
+        assert resume_line(printed.splitlines()) == f"resume   {line}"
+        auc = json.loads(before["training_history.json"])["test_metrics"]["auc"]
+        assert f"finished already, with a test AUC of {auc:.4f}" in printed
+        assert contents(output) == before
+        (output / "last_checkpoint.pt").unlink(missing_ok=True)
 
 
 def test_a_finished_run_of_other_data_does_not_count(finished):
@@ -487,41 +460,28 @@ def test_a_finished_run_of_other_data_does_not_count(finished):
     assert history_of(output)["data"]["content_hash"] != before["data"]["content_hash"]
 
 
-def test_a_history_without_its_data_is_not_a_finished_run(finished):
+def test_a_lost_or_damaged_file_of_a_finished_run_is_written_again(finished):
     flags, output = finished
     expected = result(output)
-    bare = {"status": "running", "args": history_of(output)["args"]}
-    (output / "training_history.json").write_text(json.dumps(bare))
-    train.main([*flags, "--resume"])
-    assert_same(output, expected)
+    best, history = (output / name for name in ("best_model.pt", "training_history.json"))
+    bare = json.dumps({"status": "running", "args": history_of(output)["args"]}).encode()
+    damages = (b"", b"[]", b"{", b"\xff", b'{"status": "finished"}', b'{"status": 3}', bare)
+    for path, content in [(best, None), (best, b"x"), (history, None), *((history, damage) for damage in damages)]:
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        train.main([*flags, "--resume"])
+        assert_same(output, expected)
 
 
-def test_without_anything_to_resume_a_run_starts(small, tmp_path, capsys):
-    train.main([*small, "--output_dir", str(tmp_path), "--resume"])
-    assert "resume   nothing to resume" in capsys.readouterr().out
-    assert history_of(tmp_path)["status"] == "finished"
-
-
-@pytest.mark.parametrize("lost", ["best_model.pt", "training_history.json", "damaged"])
-def test_a_lost_best_checkpoint_comes_back(finished, lost):
-    flags, output = finished
-    expected = RankRouter.load(output / "best_model.pt").state_dict()
-    if lost == "damaged":
-        (output / "best_model.pt").write_bytes(b"x")
-    else:
-        (output / lost).unlink()
-    train.main([*flags, "--resume"])
-    found = RankRouter.load(output / "best_model.pt").state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-@pytest.mark.parametrize("name", sorted(FILES))
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path)])
-def test_an_output_that_is_not_a_file_is_neither_waited_for_nor_replaced(small, fails, tmp_path, name, make):
-    make(tmp_path / name)
-    for flags in ([], ["--resume"], ["--overwrite"]):
-        assert f"{tmp_path / name} is not a file" in fails(*small, "--output_dir", str(tmp_path), *flags)
-    assert os.listdir(tmp_path) == [name]
+def test_an_output_that_is_not_a_file_is_neither_waited_for_nor_replaced(small, fails, tmp_path):
+    for make in (os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path)):
+        for name in sorted(FILES):
+            output = Path(tempfile.mkdtemp(dir=tmp_path))
+            make(output / name)
+            for flags in ([], ["--resume"], ["--overwrite"]):
+                assert f"{output / name} is not a file" in fails(*small, "--output_dir", str(output), *flags)
+            assert os.listdir(output) == [name]
 
 
 # --- one run in a folder -------------------------------------------------------------------------------------
