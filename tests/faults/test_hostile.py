@@ -1,15 +1,12 @@
 """Malicious and damaged inputs: data, checkpoints, names, encoders."""
 
+import collections
 import csv
 import io
 import json
-import pickle
+import os
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -29,9 +26,7 @@ from query_representation import QueryEncoder
 from rankrouter import RankRouter
 from support.data.formats import open_table
 from support.system.errors import UserError
-from support.system.safe_torch import read_checkpoint
-
-ROOT = Path(__file__).parent.parent.parent
+from support.training.checkpoint import FORMAT_VERSION
 
 # --- the loader: any table in or near the layouts ------------------------------------------------------------
 
@@ -122,22 +117,19 @@ def as_text(cell):
     return cell if isinstance(cell, str) else "" if cell is None else json.dumps(cell)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_any_table_loads_with_counts_that_add_up_or_ends_in_one_line(tmp_path_factory, layout, kind):
-    path = tmp_path_factory.mktemp("any") / f"a.{kind}"
-    loaded = []
+def test_any_table_loads_with_counts_that_add_up_or_ends_in_one_line(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    loaded = collections.Counter()
 
-    @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(rows=LAYOUTS[layout])
-    def check(rows):
+    def check(layout, rows):
         write(kind, rows, path)
         try:
             battles, counts = load_battles(str(path))
         except UserError as error:
             assert str(error)
             return
-        loaded.append(len(battles))
+        loaded[layout] += 1
         dropped = sum(counts["rows_dropped"].values())
         (layout_read,) = counts["layouts"]
         assert counts["rows_read"] == num_rows(path)
@@ -157,8 +149,10 @@ def test_any_table_loads_with_counts_that_add_up_or_ends_in_one_line(tmp_path_fa
         except UserError as error:
             assert "the split leaves no battle" in str(error)
 
-    check()
-    assert len(loaded) >= 5 or layout == "near"
+    for layout, rows in LAYOUTS.items():
+        any_rows = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        any_rows(given(st.just(layout), rows)(check))()
+        assert loaded[layout] > 1 or layout == "near", layout
 
 
 def num_rows(path):
@@ -179,91 +173,6 @@ def test_columns_of_one_name_are_refused(tmp_path):
 # --- checkpoints ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(small, tmp_path_factory):
-    output = tmp_path_factory.mktemp("trained")
-    train.main([*small, "--output_dir", str(output)])
-    return output
-
-
-def rewritten(path, change):
-    """The records of a checkpoint's archive, changed, as an archive whose checksums are right."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(buffer, "w") as new:
-        change(new, {record: old.read(record) for record in old.namelist()})
-    return buffer.getvalue()
-
-
-class Payload:
-    def __reduce__(self):
-        return exec, ("open('/tmp/rankrouter-payload-ran', 'w')",)
-
-
-def with_a_call(new, records):
-    for name, content in records.items():
-        new.writestr(name, pickle.dumps(Payload(), protocol=2) if name.endswith("data.pkl") else content)
-
-
-def bomb(new, records):
-    for name, content in records.items():
-        new.writestr(name, content)
-    new.writestr("archive/data/bomb", bytes(10**8), zipfile.ZIP_DEFLATED)
-
-
-def with_a_path(new, records):
-    for name, content in records.items():
-        new.writestr(name, content)
-    new.writestr("archive/../../../tmp/rankrouter-payload-ran", b"x")
-
-
-@pytest.mark.parametrize("change", [with_a_call, bomb, with_a_path])
-@pytest.mark.parametrize("name", ["best_model.pt", "last_checkpoint.pt"])
-def test_a_checkpoint_with_a_call_a_bomb_or_a_path_is_refused_and_none_of_it_runs(
-    small, trained, tmp_path, fails, change, name
-):
-    output = tmp_path / "out"
-    shutil.copytree(trained, output)
-    (output / name).write_bytes(rewritten(trained / name, change))
-    if name == "best_model.pt":
-        with pytest.raises(UserError, match="is not a RankRouter checkpoint") as error:
-            RankRouter.load(output / name)
-        assert "\n" not in str(error.value)
-    else:
-        assert "is not a RankRouter checkpoint" in fails(*small, "--output_dir", str(output), "--resume")
-    assert not Path("/tmp/rankrouter-payload-ran").exists()
-
-
-def huge(checkpoint):
-    checkpoint["config"]["embedding_dim"] = 2**40
-
-
-def many(checkpoint):
-    checkpoint["model_names"] = [str(i) for i in range(200_000)]
-
-
-def thin(checkpoint):
-    for name, tensor in checkpoint["model_state_dict"].items():
-        checkpoint["model_state_dict"][name] = torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape)
-
-
-def seen_forever(checkpoint):
-    checkpoint["seen_queries"] = torch.zeros(1, dtype=torch.int64).expand(10**15)
-
-
-def doubled(checkpoint):
-    weights = checkpoint["model_state_dict"]
-    weights["query_tower.mean"] = weights["query_tower.mean"].double()
-
-
-@pytest.mark.parametrize("change", [huge, many, thin, seen_forever, doubled])
-def test_a_checkpoint_that_claims_more_than_it_holds_is_refused_without_using_the_memory(trained, tmp_path, change):
-    checkpoint = torch.load(trained / "best_model.pt", weights_only=True)
-    change(checkpoint)
-    torch.save(checkpoint, tmp_path / "c.pt")
-    with pytest.raises(UserError, match="RankRouter checkpoint"):
-        RankRouter.load(tmp_path / "c.pt")
-
-
 def put(*path, value):
     """A change of one value in a checkpoint; None deletes it."""
 
@@ -280,139 +189,78 @@ def put(*path, value):
 
 
 NAN = float("nan")
-TRAINING = ("router", "encoder", "optimizer", "ema", "random", "order", "losses")
-CURVES = ("train_losses", "val_metrics", "validations", "best", "seconds")
-LAST_DAMAGES = [
-    *(put(name, value=None) for name in ("experiment", "embeddings_hash", "phase", "curves", "training")),
-    *(put("training", name, value=None) for name in TRAINING),
-    *(put("curves", "towers", name, value=None) for name in CURVES),
-    put("format_version", value=None),
+MEAN = "query_tower.mean"
+DAMAGES = [
+    *(put(name, value=None) for name in ("experiment", "embeddings_hash", "phase", "format_version")),
+    *(put("training", name, value=None) for name in ("encoder", "random", "order", "losses")),
+    *(put("curves", "towers", name, value=None) for name in ("val_metrics", "validations", "best", "seconds")),
     *(put("format_version", value=value) for value in (3, torch.zeros(2))),
     *(put("phase", value=value) for value in ("ablation", 3)),
-    *(put("training", "router", value=value) for value in ([], "x", {})),
-    *(put("training", "router", "query_tower.mean", value=value) for value in (None, torch.zeros(3), 5)),
-    put("training", "router", "another", value=torch.zeros(3)),
-    put("training", "encoder", "another", value=torch.zeros(3)),
-    *(put("training", "optimizer", "param_groups", value=value) for value in ([], "x")),
+    put("training", "router", value=[]),
+    *(put("training", "router", MEAN, value=value) for value in (None, torch.zeros(3), 5)),
+    *(put("training", part, "another", value=torch.zeros(3)) for part in ("router", "encoder")),
+    put("training", "optimizer", "param_groups", value=[]),
     *(
         put("training", "optimizer", "state", 0, "exp_avg", value=value)
         for value in (torch.zeros(3), "x", torch.zeros(1).expand(10**6, 10**6))
     ),
-    put("training", "ema", "averages", 0, value=torch.zeros(3)),
     put("training", "ema", "averages", value=[]),
+    put("training", "ema", "averages", 0, value=torch.zeros(3)),
     *(put("training", "random", "python", value=value) for value in ("x", (3, -torch.ones(625).long(), None))),
-    *(put("curves", "towers", "best", value=value) for value in ("x", {}, {"weights": {}, "metadata": {}})),
-    put("curves", "towers", "best", "weights", "query_tower.mean", value=torch.zeros(3)),
-    put("curves", "towers", "train_losses", value=[NAN]),
+    *(put("curves", "towers", "best", value=value) for value in ("x", {"weights": {}, "metadata": {}})),
+    put("curves", "towers", "best", "weights", MEAN, value=torch.zeros(3)),
     put("curves", "towers", "seconds", "train", value="x"),
+    *(put("curves", "towers", "train_losses", value=value) for value in (3, [NAN])),
     *(put("experiment", "--lr", value=value) for value in (torch.ones(2), "x" * 10**6)),
 ]
 
 
-@pytest.fixture(scope="module")
-def stopped(small, tmp_path_factory):
-    """The folder of a run that was stopped within its second epoch."""
-    output = tmp_path_factory.mktemp("stopped")
+def test_a_damaged_last_checkpoint_is_refused_and_costs_no_best_checkpoint(small, tmp_path, fails, monkeypatch):
+    last, best, history = (tmp_path / name for name in ("last_checkpoint.pt", "best_model.pt", "training_history.json"))
+    flags = [*small, "--output_dir", str(tmp_path)]
     train_step, calls = train.train_step, []
 
     def stops(*args):
         calls.append(None)
-        if len(calls) == 9:
+        if len(calls) == 9:  # within the second epoch
             raise KeyboardInterrupt
         return train_step(*args)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         every_step(patch.setattr)
         patch.setattr(train, "train_step", stops)
         with pytest.raises(KeyboardInterrupt):
-            train.main([*small, "--output_dir", str(output)])
-    return output
+            train.main(flags)
+    saved, before, expected = last.read_bytes(), best.read_bytes(), RankRouter.load(best).state_dict()
 
+    class Payload:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
 
-def test_a_damaged_last_checkpoint_is_refused_and_costs_no_best_checkpoint(small, stopped, tmp_path, fails):
-    path, best, history = (tmp_path / name for name in ("last_checkpoint.pt", "best_model.pt", "training_history.json"))
-    flags, expected = [*small, "--output_dir", str(tmp_path)], RankRouter.load(stopped / "best_model.pt").state_dict()
-    for number, change in enumerate(LAST_DAMAGES):
-        checkpoint = torch.load(stopped / "last_checkpoint.pt", weights_only=True)
-        change(checkpoint)
-        torch.save(checkpoint, path)
-        shutil.copy(stopped / "best_model.pt", best)
+    files = [b"", saved[:1000], {"format_version": FORMAT_VERSION, "weights": torch.zeros(3)}, {"phase": Payload()}]
+    for number, damage in enumerate([*files, *DAMAGES]):
+        if isinstance(damage, bytes):
+            last.write_bytes(damage)
+        elif isinstance(damage, dict):
+            torch.save(damage, last)
+        else:
+            checkpoint = torch.load(io.BytesIO(saved), weights_only=True)
+            damage(checkpoint)
+            torch.save(checkpoint, last)
+        content = last.read_bytes()
+        best.write_bytes(before)
         history.unlink(missing_ok=True)
         message = fails(*flags, "--resume")
         assert len(message) < 1500, number
         refused = "is not a RankRouter checkpoint|of another experiment|has checkpoint format|do not fit its encoder"
         assert re.search(refused, message), number
         assert same(RankRouter.load(best).state_dict(), expected), number
-    shutil.copy(stopped / "last_checkpoint.pt", path)
+        assert last.read_bytes() == content, number
+        if damage in files:  # nothing of it is used, and nothing else is touched
+            assert sorted(os.listdir(tmp_path)) == [best.name, last.name], number
+            assert best.read_bytes() == before, number
+    last.write_bytes(saved)
     train.main([*flags, "--resume"])
-
-
-def protocol_4(new, records):
-    """torch's unpickler warns of this protocol, and then fails."""
-    for name, content in records.items():
-        new.writestr(name, pickle.dumps(Payload(), protocol=4) if name.endswith("data.pkl") else content)
-
-
-@pytest.mark.parametrize("command", ["route.py", "train.py"])
-def test_the_message_of_a_damaged_checkpoint_is_all_that_stderr_has(small, trained, tmp_path, command):
-    name = {"route.py": "best_model.pt", "train.py": "last_checkpoint.pt"}[command]
-    (tmp_path / name).write_bytes(rewritten(trained / name, protocol_4))
-    flags = {
-        "route.py": ["a query", "--checkpoint", str(tmp_path / name), "--no_cache"],
-        "train.py": [*small, "--output_dir", str(tmp_path), "--resume"],
-    }[command]
-    # A process of its own: pytest would catch the warning, also in a forked one.
-    ended = subprocess.run([sys.executable, command, *flags], cwd=ROOT, capture_output=True, text=True)
-    (line,) = ended.stderr.splitlines()
-    assert ended.returncode == 2
-    assert line.startswith(f"error: {tmp_path / name} is not a RankRouter checkpoint")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        put("encoder", "dtype", value="load"),
-        put("config", "dropout", value=NAN),
-        put("config", "embedding_dim", value=0),
-        put("config", "similarity_metric", value="zz"),
-        put("config", "scale_dot", value=5),
-        put("config", "use_model_id", value="yes"),
-        put("config", "another", value=1),
-        put("config", value=None),
-        put("args", "pooling", value="zzz"),
-        put("args", "max_length", value=0),
-    ],
-)
-def test_a_best_checkpoint_with_an_invalid_value_is_refused(trained, tmp_path, capfd, change):
-    checkpoint = torch.load(trained / "best_model.pt", weights_only=True)
-    change(checkpoint)
-    torch.save(checkpoint, tmp_path / "c.pt")
-    capfd.readouterr()
-    with pytest.raises(UserError, match="RankRouter checkpoint"):
-        RankRouter.load(tmp_path / "c.pt")
-    assert capfd.readouterr().err == ""
-
-
-def test_a_checkpoint_is_a_file(tmp_path):
-    for path in ("/dev/zero", tmp_path):
-        with pytest.raises(UserError, match="is not a file"):
-            read_checkpoint(path, 2)
-
-
-def test_a_checkpoint_does_not_make_us_download(trained, tmp_path, monkeypatch):
-    checkpoint = torch.load(trained / "best_model.pt", weights_only=True)
-    checkpoint["encoder"] |= {"path": "somebody/elses"}
-    torch.save(checkpoint, tmp_path / "c.pt")
-    requested = []
-
-    def snapshot_download(hub_id, local_files_only, **_):
-        requested.append((hub_id, local_files_only))
-        raise FileNotFoundError(hub_id)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(UserError, match="has not been downloaded; --model_path somebody/elses"):
-        RankRouter.load(tmp_path / "c.pt").rank(["a query"])
-    assert requested == [("somebody/elses", True)]
 
 
 # --- names ---------------------------------------------------------------------------------------------------
@@ -464,24 +312,25 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
-def test_a_damaged_file_of_an_encoder_is_one_line_or_does_no_harm(small, demo, tmp_path, capfd, file):
-    content, rng = (demo / "encoder" / file).read_bytes(), np.random.default_rng(0)
-    cuts = [content[: rng.integers(len(content))] for _ in range(5)]
-    flips = []
-    for _ in range(15):
-        flipped = bytearray(content)
-        flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
-        flips.append(bytes(flipped))
+def test_a_damaged_file_of_an_encoder_is_one_line_or_does_no_harm(demo, tmp_path, capfd):
     shutil.copytree(demo / "encoder", tmp_path / "encoder")
-    refused = 0
-    for damaged in [*WRONG, *cuts, *flips]:
-        (tmp_path / "encoder" / file).write_bytes(damaged)
-        capfd.readouterr()
-        try:
-            QueryEncoder(tmp_path / "encoder", torch.device("cpu"), progress=False).embed(["a query", "another one"])
-        except UserError as error:
-            refused += 1
-            assert "\n" not in str(error)
-        assert capfd.readouterr().err == ""
-    assert refused >= 10 or file == "tokenizer_config.json"
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        content, rng, refused = (demo / "encoder" / file).read_bytes(), np.random.default_rng(0), 0
+        cuts = [content[: rng.integers(len(content))] for _ in range(5)]
+        flips = []
+        for _ in range(15):
+            flipped = bytearray(content)
+            flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
+            flips.append(bytes(flipped))
+        for damaged in [*WRONG, *cuts, *flips]:
+            (tmp_path / "encoder" / file).write_bytes(damaged)
+            capfd.readouterr()
+            try:
+                encoder = QueryEncoder(tmp_path / "encoder", torch.device("cpu"), progress=False)
+                encoder.embed(["a query", "another one"])
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error)
+            assert capfd.readouterr().err == "", (file, damaged)
+        (tmp_path / "encoder" / file).write_bytes(content)
+        assert refused >= 10 or file == "tokenizer_config.json"
