@@ -80,7 +80,7 @@ def finished(small, tmp_path):
 # --- killed --------------------------------------------------------------------------------------------------
 
 
-SAVED_EVERY_STEP = {  # event -> which occurrence, and what the kill finds there
+SAVED_EVERY_STEP = {  # what a kill leaves: the event at which it comes, and which one of that name, from 1
     "the history is not in place": ("before-fsync", 1),
     "the cache has its encoder.json and nothing else": ("after-replace", 2),
     "a shard of the cache is not in place": ("before-replace", 5),
@@ -97,9 +97,9 @@ SAVED_EVERY_STEP = {  # event -> which occurrence, and what the kill finds there
 SAVED_EVERY_EPOCH = {
     "while encoding": ("after-pass", 3),
     "within the first epoch": ("before-step", 4),
-    "a best checkpoint without a state": ("after-replace", 9),
+    "best checkpoint and history without a state": ("after-replace", 9),
     "within the second epoch": ("after-step", 9),
-    "the state of the second epoch is not flushed": ("after-fsync", 12),
+    "the state of the second epoch is flushed and not in place": ("after-fsync", 12),
 }
 
 
