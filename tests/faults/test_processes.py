@@ -94,6 +94,15 @@ def test_a_batch_smaller_than_the_number_of_processes_loses_no_battle(small, for
     assert three["val_metrics"][0]["auc"] == pytest.approx(one["val_metrics"][0]["auc"], abs=1e-6)
 
 
+def test_a_finetuned_encoder_and_the_clusters_that_follow_it_are_those_of_one_process(small, forked, tmp_path):
+    for count in (1, 2):
+        flags = [*small, *PLAIN, *FINETUNED, "--epochs", "1"]
+        assert_finished(run(forked, flags, tmp_path / str(count), count))
+    (one, weights, _), (two, others, _) = result(tmp_path / "1"), result(tmp_path / "2")
+    assert two["train_losses"] == pytest.approx(one["train_losses"], rel=1e-5)
+    torch.testing.assert_close(others["query_tower.centroids"], weights["query_tower.centroids"], atol=1e-3, rtol=0)
+
+
 def test_each_process_encodes_a_share_and_all_get_everything(small, alone, forked, tmp_path):
     runs = run(forked, [*small, *PLAIN], tmp_path, 2)
     assert_finished(runs)
