@@ -30,30 +30,12 @@ from support.training.checkpoint import FORMAT_VERSION
 
 # --- the loader: any table in or near the layouts ------------------------------------------------------------
 
-ODD = [
-    "\0",
-    "\x1b[31m",
-    "\u202eright to left",
-    "\ud800",
-    "a\r\nb",
-    "\u2028",
-    "🦙" * 3,
-    " padded ",
-    "NA",
-    "null",
-    "1e400",
-]
+ODD = ["\0", "\x1b[31m", "\u202eright", "\ud800", "a\r\nb", "\u2028", "🦙" * 3, " padded ", "NA", "null", "1e400"]
 texts = st.one_of(st.text(max_size=6), st.sampled_from(ODD), st.text(st.characters(), max_size=3))
 names = st.one_of(st.sampled_from(["gpt", "claude", "llama/7b", "a, b"]), texts)
 numbers = st.one_of(st.floats(), st.integers(-(2**80), 2**80), st.integers(0, 3), st.sampled_from([10**400, -0.0]))
-anything = st.one_of(
-    st.none(),
-    texts,
-    numbers,
-    st.booleans(),
-    st.lists(st.one_of(texts, numbers), max_size=3),
-    st.dictionaries(texts, numbers, max_size=2),
-)
+nested = st.lists(st.one_of(texts, numbers), max_size=3) | st.dictionaries(texts, numbers, max_size=2)
+anything = st.one_of(st.none(), texts, numbers, st.booleans(), nested)
 winner = st.sampled_from(["model_a", "model_b", "tie", "tie (bothbad)", "both_bad"])
 
 
