@@ -224,10 +224,10 @@ def small(demo, tmp_path_factory):
 def tiny_run(small, tmp_path_factory):
     """History and folder of a finished run of the flags `small`, for tests that need a checkpoint and not a good one.
 
-    All tests share it: copy what a test changes.
+    All tests share it: copy what a test changes. Its embeddings are computed by itself, to the bits of any such run.
     """
     output = tmp_path_factory.mktemp("tiny")
-    train.main([*small, "--output_dir", str(output)])
+    train.main([*small, "--output_dir", str(output), "--cache_dir", str(tmp_path_factory.mktemp("tiny_cache"))])
     return json.loads((output / "training_history.json").read_text()), output
 
 
