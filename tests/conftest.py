@@ -202,33 +202,33 @@ class Forked:
             os._exit(code)
 
 
-@pytest.fixture
-def forked(tmp_path_factory):
-    return Forked(tmp_path_factory.mktemp("forked"))
-
-
 @pytest.fixture(scope="session")
 def small(demo, tmp_path_factory):
-    """Flags of a run that takes a second, on the first battles of the demo."""
-    data = tmp_path_factory.mktemp("small") / "battles.parquet"
-    pd.read_parquet(demo / "battles.parquet")[:320].to_parquet(data)
+    """Flags of a run that takes a second, on the first battles of the demo.
+
+    Its embeddings have a cache of their own, so that no bit of a result depends on what other tests have encoded.
+    """
+    folder = tmp_path_factory.mktemp("small")
+    pd.read_parquet(demo / "battles.parquet")[:320].to_parquet(folder / "battles.parquet")
     tiny = "--epochs 2 --num_clusters 3 --embedding_dim 8 --capability_dim 4 --batch_size 40 --encode_tokens 512"
-    flags = ["--data_path", str(data), "--model_path", str(demo / "encoder"), "--dtype", "float32", *tiny.split()]
-    flags += ["--baselines", "none"]
-    folder = str(tmp_path_factory.mktemp("warm"))
-    train.main([*flags, "--output_dir", folder, "--cache_dir", folder])  # imports what forked runs need
-    return flags
+    paths = ["--data_path", str(folder / "battles.parquet"), "--model_path", str(demo / "encoder")]
+    return [*paths, "--dtype", "float32", *tiny.split(), "--baselines", "none", "--cache_dir", str(folder / "cache")]
 
 
 @pytest.fixture(scope="session")
 def tiny_run(small, tmp_path_factory):
     """History and folder of a finished run of the flags `small`, for tests that need a checkpoint and not a good one.
 
-    All tests share it: copy what a test changes. Its embeddings are computed by itself, to the bits of any such run.
+    All tests share it: copy what a test changes.
     """
     output = tmp_path_factory.mktemp("tiny")
-    train.main([*small, "--output_dir", str(output), "--cache_dir", str(tmp_path_factory.mktemp("tiny_cache"))])
+    train.main([*small, "--output_dir", str(output)])
     return json.loads((output / "training_history.json").read_text()), output
+
+
+@pytest.fixture
+def forked(tiny_run, tmp_path_factory):  # the tiny run has imported what forked runs need
+    return Forked(tmp_path_factory.mktemp("forked"))
 
 
 def result(output):
