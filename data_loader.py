@@ -13,11 +13,6 @@ from support.system.errors import UserError
 from support.system.files import content_hash
 
 COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, (N,) each
-DOWNLOAD = (
-    "for Chatbot Arena 33K accept its terms at https://huggingface.co/datasets/lmsys/chatbot_arena_conversations, "
-    "log in with `hf auth login`, and run `hf download lmsys/chatbot_arena_conversations --repo-type dataset "
-    "--local-dir ../data/chatbot_arena`; or use --demo, which needs neither data nor weights"
-)
 
 
 @dataclass(frozen=True)
@@ -84,11 +79,11 @@ class Split:
     test: Battles  # no ties
 
 
-def data_files(path: str) -> list[Path]:
-    """The data files at `path`. Raises `UserError`, which says how to get Chatbot Arena, if there are none."""
+def data_files(path: str, advice: str = "") -> list[Path]:
+    """The data files at `path`. Raises `UserError`, which ends with the advice, if there are none."""
     files = find_files(path)
     if not files:
-        raise UserError(f"no data at {path}: expected a file, a glob, or a folder of {listed(SUFFIXES)}; {DOWNLOAD}")
+        raise UserError(f"no data at {path}: expected a file, a glob, or a folder of {listed(SUFFIXES)}{advice}")
     return files
 
 

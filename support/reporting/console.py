@@ -13,9 +13,9 @@ LABELS = {
     "best_single": "best single model",
     "bradley_terry": "Bradley-Terry",
     "cluster_bradley_terry": "per-cluster BT",
-    "neighbours": "neighbours",
+    "neighbours": "neighbors",
     "linear_head": "linear head",
-    "factorisation": "factorisation",
+    "factorisation": "factorization",
 }
 
 

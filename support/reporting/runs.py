@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.training.options import NO_EXPERIMENT
+from support.training.options import NO_EXPERIMENT, with_defaults
 
 NO_HISTORY = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # raised by `parse`
 TEST_SET = ("split_by", "limit", "score_columns", "hold_out_model")  # flags that determine the test battles
@@ -79,6 +79,7 @@ def parse(name: str, history: dict) -> Run:
     """Parse the history of a finished run. Raises one of `NO_HISTORY` where a value is missing or malformed."""
     args, data, encoder, test = history["args"], history["data"], history["encoder"], history["test_metrics"]
     json.dumps(args, allow_nan=False)  # raises on a number that is not finite
+    args = with_defaults(args)
     split, unit = data["split"], "battles" if args["split_by"] == "battle" else "queries"
     losses, vals = _read(history["train_losses"], [_number]), _read(history["val_metrics"], [{"auc": _number}])
     epoch, step = _integer(history["best_epoch"]), history["best_step"]

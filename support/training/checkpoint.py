@@ -21,7 +21,7 @@ from support.system.safe_torch import not_ours, parse_checkpoint, read_content, 
 from support.training.batches import BattleBatches, QueryBatches
 from support.training.history import PHASES, History, LearningCurves, read_history
 from support.training.optimization import EMA
-from support.training.options import NO_EXPERIMENT
+from support.training.options import NO_EXPERIMENT, with_defaults
 
 FORMAT_VERSION = 4
 FILE = "last_checkpoint.pt"
@@ -207,7 +207,8 @@ class Checkpoint:
             raise UserError(f"{error}; start again with --overwrite, or choose another --output_dir") from error
 
     def _check_experiment(self) -> None:
-        then, now = self.saved["experiment"], self.experiment
+        defaults = {f"--{name}": value for name, value in with_defaults({}).items()}
+        then, now = {name: defaults.get(name) for name in self.experiment} | self.saved["experiment"], self.experiment
         changed = [
             f"{name} was {str(then.get(name))[:80]}, is {str(now.get(name))[:80]}"
             for name in now | then
@@ -243,7 +244,8 @@ class Checkpoint:
             metadata = RankRouter.load(self.history.best_path).metadata
             best = history["best_epoch"], history["best_step"]
             same_data = history["data"]["content_hash"] == self.history.data["content_hash"]
-            if history["status"] == "finished" and history["args"] == self.history.args and same_data:
+            same_args = with_defaults(history["args"]) == with_defaults(self.history.args)
+            if history["status"] == "finished" and same_args and same_data:
                 auc = float(history["test_metrics"]["auc"]) if best == (metadata.epoch, metadata.step) else None
         return distributed.broadcast_from_rank0(auc)
 

@@ -12,6 +12,13 @@ from support.system.errors import UserError
 from support.system.files import content_hash
 
 
+DOWNLOAD = (
+    "; for Chatbot Arena 33K accept its terms at https://huggingface.co/datasets/lmsys/chatbot_arena_conversations, "
+    "log in with `hf auth login`, and run `hf download lmsys/chatbot_arena_conversations --repo-type dataset "
+    "--local-dir ../data/chatbot_arena`; or use --demo, which needs neither data nor weights"
+)
+
+
 @dataclass(frozen=True)
 class Data:
     """What a run trains on."""
@@ -29,7 +36,7 @@ def find_inputs(args: argparse.Namespace) -> Path | None:
     """
     is_demo, folder = args.data_path is None, None
     if not is_demo:
-        data_files(args.data_path)
+        data_files(args.data_path, DOWNLOAD)
     if is_demo or args.model_path is None:
         folder = demo_folder(args.demo_dir)
         args.data_path = str(folder / "battles.parquet") if is_demo else args.data_path

@@ -8,6 +8,7 @@ from support.system.command_line import OneLineParser, comma_separated, real_num
 NO_EXPERIMENT = {
     *("output_dir", "data_path", "model_path", "demo", "demo_dir", "cache_dir", "no_cache", "seed", "split_seed"),
     *("device", "dtype", "encode_tokens", "baselines", "deterministic", "accumulate", "gradient_checkpointing"),
+    *("resume", "overwrite"),
     "checkpoint_minutes",  # of histories of earlier versions
 }
 
@@ -23,6 +24,11 @@ FINETUNING = {
     "batch_tokens": 2048,
     "accumulate": 1,
 }
+
+
+def with_defaults(args: dict) -> dict:
+    """The flags of an earlier run, with the default of every flag that did not exist then."""
+    return {name: value for name, value in vars(parse_args([])).items() if name not in NO_EXPERIMENT} | args
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

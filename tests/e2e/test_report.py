@@ -390,7 +390,7 @@ def test_reliability_shows_bins_pooled_over_seeds_by_their_battles(write, drawn)
 def test_baselines_show_differences_and_intervals_or_standard_deviations(write, drawn, history):
     (axes,) = plots.baselines(*drawn(write("a", seed=1, auc=0.7)), "auc").axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels == ["RankRouter", "Bradley-Terry", "per-cluster BT", "neighbours"]
+    assert labels == ["RankRouter", "Bradley-Terry", "per-cluster BT", "neighbors"]
     bars = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
     dots = [line for line in axes.get_lines() if len(line.get_xdata()) == 1]
     rows = [history["baselines"][name] for name in list(history["baselines"])[1:]]

@@ -118,7 +118,7 @@ def test_the_score_table_is_printed_and_also_without_baselines(demo_dir, table_r
     _, _, path = table_run
     flags = ["--demo", "--demo_dir", str(demo_dir), "--data_path", str(path), "--output_dir", str(tmp_path)]
     flags += ["--num_clusters", "3", "--epochs", "1", "--embedding_dim", "64", "--dtype", "float32"]
-    labels = ["RankRouter", "random", "best single model", "Bradley-Terry", "per-cluster BT", "neighbours", "oracle"]
+    labels = ["RankRouter", "random", "best single model", "Bradley-Terry", "per-cluster BT", "neighbors", "oracle"]
     for more, expected in (([], labels), (["--baselines", "none"], [labels[0], labels[2], labels[-1]])):
         train.main(flags + more)
         printed = capsys.readouterr().out

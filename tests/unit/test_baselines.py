@@ -112,14 +112,15 @@ def test_each_baseline_recovers_the_structure_planted_for_it():
     x = np.eye(4)[cluster] * 5 + rng.normal(size=(300, 4))
     split = split_of(planted)
     fitted = baselines.fit(split, x, cluster, 4, learned=True, seed=0)
-    assert tuple(fitted) == (*FAST, "linear_head", "factorisation")
+    assert set(fitted) >= {*FAST, "linear_head", "factorisation"}
     auc = {name: metrics.auc(split.test.margins(scores), split.test.outcome) for name, (_, _, scores) in fitted.items()}
     truth = metrics.auc(split.test.margins(planted[split.test.unique_queries]), split.test.outcome)
     assert auc["random"] == 0.5
     assert auc["cluster_bradley_terry"] > truth - 0.01 > auc["neighbours"] - 0.01 > auc["bradley_terry"] + 0.05
     for name in ("linear_head", "factorisation"):
         assert truth + 0.01 > auc[name] > truth - 0.015
-    assert tuple(baselines.fit(split, x, 0 * cluster, 0, learned=False, seed=0)) == FAST[:2] + FAST[3:]
+    without_clusters = baselines.fit(split, x, 0 * cluster, 0, learned=False, seed=0)
+    assert {*FAST} - set(without_clusters) == {"cluster_bradley_terry"}
 
 
 def planted_heads(rank, queries=400, width=6, seed=0):
@@ -333,7 +334,7 @@ def test_a_router_is_compared_with_the_baselines_of_its_own_split_and_without_st
     assert rows["none"]["baselines"] == {}
     assert rows["none"]["test_metrics"] == rows["all"]["test_metrics"]
     compared = rows["all"]["baselines"]
-    assert len(compared) == 6
+    assert set(compared) >= {*FAST, "linear_head", "factorisation"}
     for name, row in compared.items():
         assert verdict(row["difference_intervals"]["auc"], name, 100) == "no difference shown"
     d = split.test.margins(baselines.bradley_terry(split.train, compared["bradley_terry"]["chosen"]["inverse_penalty"]))
