@@ -55,7 +55,8 @@ def cheapest_first(
     if missing or unknown:
         needless = f"has prices of {listed(map(one_line, unknown))}, which the router does not know"
         problem = f"has no price of {listed(map(one_line, missing))}" if missing else needless
-        raise UserError(f"{path} {problem}; the router knows {listed(map(one_line, known))}, of which --models can choose")
+        routed = listed(map(one_line, known))
+        raise UserError(f"{path} {problem}; the router knows {routed}, of which --models can choose")
     names = sorted(names, key=prices.get)
     return names, np.array([prices[name] for name in names])
 

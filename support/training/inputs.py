@@ -11,7 +11,6 @@ from support.encoding.huggingface import find_encoder, is_hub_id
 from support.system.errors import UserError
 from support.system.files import content_hash
 
-
 DOWNLOAD = (
     "; for Chatbot Arena 33K accept its terms at https://huggingface.co/datasets/lmsys/chatbot_arena_conversations, "
     "log in with `hf auth login`, and run `hf download lmsys/chatbot_arena_conversations --repo-type dataset "
