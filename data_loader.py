@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from support.data.formats import SUFFIXES, find_files, open_table
-from support.data.layouts import Rows, find_layout, listed
-from support.system.errors import UserError
+from support.data.layouts import find_layout, listed
+from support.data.rows import Rows
+from support.system.errors import UserError, one_line
 from support.system.files import content_hash
 
 COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, (N,) each
+SIDES = np.array(["train", "val", "test"])  # of an official split
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,14 @@ class ScoreTable:
 
     query_idx: np.ndarray  # (R,) int64 into the queries of the battles
     scores: np.ndarray  # (R, M) float64, higher is better, NaN where missing
+    costs: np.ndarray | None = None  # (R, M) float64, NaN where missing; None where the files have none
+    side: np.ndarray | None = None  # (R,) as of Battles
+
+    def select(self, rows: np.ndarray, models: np.ndarray | slice = slice(None)) -> "ScoreTable":
+        """The rows of a mask or indices (r,), with the models of indices (m,)."""
+        costs = None if self.costs is None else self.costs[rows][:, models]
+        side = None if self.side is None else self.side[rows]
+        return ScoreTable(self.query_idx[rows], self.scores[rows][:, models], costs, side)
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Battles:
     model_b_idx: np.ndarray  # (N,) int64 into model_names
     outcome: np.ndarray  # (N,) float32, P(a is better): 1, 0, or 0.5 for a tie
     table: ScoreTable | None = None  # the score tables from which battles were made
+    side: np.ndarray | None = None  # (N,) int8 into SIDES, where the files have an official split
 
     def __len__(self) -> int:
         return len(self.outcome)
@@ -63,11 +74,13 @@ class Battles:
 
     def select(self, keep: np.ndarray) -> "Battles":
         """The battles that `keep`, a boolean mask (N,) or indices, selects; queries, models and table are shared."""
-        return replace(self, **{name: getattr(self, name)[keep] for name in COLUMNS})
+        side = None if self.side is None else self.side[keep]
+        return replace(self, side=side, **{name: getattr(self, name)[keep] for name in COLUMNS})
 
     def concatenate(self, other: "Battles") -> "Battles":
         """These battles followed by those of `other`, a selection from the same queries and models."""
-        return replace(self, **{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in COLUMNS})
+        columns = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in COLUMNS}
+        return replace(self, side=None, **columns)
 
 
 @dataclass(frozen=True)
@@ -81,14 +94,21 @@ class Split:
 
 def data_files(path: str, advice: str = "") -> list[Path]:
     """The data files at `path`. Raises `UserError`, which ends with the advice, if there are none."""
-    files = find_files(path)
+    files, others = find_files(path)
     if not files:
-        raise UserError(f"no data at {path}: expected a file, a glob, or a folder of {listed(SUFFIXES)}{advice}")
+        found = f", found {listed(file.name for file in others)}" if others else ""
+        expected = f"expected a file, a glob, or a folder of {listed(SUFFIXES)}{found}"
+        raise UserError(f"no data at {path}: {expected}{advice}")
     return files
 
 
 def load_battles(
-    path: str, score_columns: list[str] | None = None, limit: int | None = None, seed: int = 42
+    path: str,
+    score_columns: list[str] | None = None,
+    limit: int | None = None,
+    seed: int = 42,
+    query_column: str | None = None,
+    split_column: str | None = None,
 ) -> tuple[Battles, dict]:
     """Load the battles at `path`, and count the rows that were dropped by reason.
 
@@ -98,35 +118,45 @@ def load_battles(
     path: a file, a folder, or a glob.
     score_columns: the columns of a wide score table that are models; by default all that can be.
     limit: keep the battles of this many queries, drawn with `seed`; by default all.
+    query_column: the column of the query; by default the first with one of the known names.
+    split_column: the column that says on which side of the split a row is, if any.
 
     Returns the battles and the counts for the history. Raises `UserError` where a file cannot be read or has no known
     layout, or no battle is left.
     """
-    files = data_files(path)
-    rows, layouts = Rows(), set()
+    files, rows, layouts = data_files(path), Rows(), {}
     for file in files:
         table = open_table(file)
-        layout = find_layout(table, score_columns)
-        layouts.add(layout)
+        layouts[file] = layout = find_layout(table, score_columns, query_column, split_column, is_part=len(files) > 1)
         for chunk in table.read(layout.columns):
             rows.add(chunk, layout)
     model_names, pairs, scores, outside_limit = rows.finish(limit, seed)
     if not len(pairs):
         reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items()) or "none"
-        found = f"{rows.num_read} rows read, rows dropped: {reasons}"
-        raise UserError(f"no usable battle in {path}: {found}; expected battles between at least two models")
+        found = f"{rows.num_read} rows read, rows dropped: {reasons}{_texts_found(rows)}"
+        models = f"the models {listed(map(one_line, model_names))}"
+        advice = "; give the folder where each model has a file" if len(model_names) == 1 and rows.scores else ""
+        expected = f"expected battles between at least two models{advice}"
+        raise UserError(f"no usable battle in {path}: {found}; {models}; {expected}")
     query_idx, model_a_idx, model_b_idx = pairs[:, :3].astype(np.int64).T  # (N,) each
     queries, outcome = [text for _, text in rows.queries.values()], pairs[:, 3].astype(np.float32)  # (Q,), (N,)
     table = _score_table(scores, len(model_names)) if len(scores) else None
-    battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, outcome, table)
+    side = pairs[:, 4].astype(np.int8) if split_column else None  # (N,)
+    battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, outcome, table, side)
+    kinds = list(dict.fromkeys(layouts.values()))
     counts = {
         "path": str(path),
         "content_hash": content_hash(files),
-        "layouts": sorted({layout.kind for layout in layouts}),
-        "score_columns": sorted({name for layout in layouts for name in layout.models}),
+        "files_skipped": [str(file) for file in find_files(path)[1]],
+        "layouts": sorted({layout.kind for layout in kinds}),
+        "columns": list(dict.fromkeys(layout.described for layout in kinds)),
+        "score_columns": sorted({name for layout in kinds for name in layout.models}),
         "rows_read": rows.num_read,
         "rows_dropped": dict(rows.dropped),
+        "unknown_winners": dict(rows.unknown_winners.most_common()),
         "scores_missing": rows.scores_missing,
+        "scores_not_numbers": dict(rows.not_numbers.most_common()),
+        "scores_averaged": rows.scores_averaged,
         "queries_repaired": rows.repaired,
         "queries_outside_limit": outside_limit,
         "battles": len(battles),
@@ -137,12 +167,23 @@ def load_battles(
     return battles, counts
 
 
+def _texts_found(rows: Rows) -> str:
+    """What was found instead of known winners and of numbers, for a message."""
+    found = ""
+    for texts, what in ((rows.unknown_winners, "unknown winners"), (rows.not_numbers, "scores that are no numbers")):
+        if texts:
+            found += f"; {what}: " + ", ".join(f"{count} x {text!r}" for text, count in texts.most_common(5))
+    return found
+
+
 def _score_table(scores: np.ndarray, num_models: int) -> ScoreTable:
-    """The table of single scores (S, 4): table row, query, model, score."""
+    """The table of single scores (S, 6): table row, query, model, side, score, cost."""
     _, first, row = np.unique(scores[:, 0], return_index=True, return_inverse=True)  # (R,), (S,)
-    table = np.full((len(first), num_models), np.nan)  # (R, M)
-    table[row, scores[:, 2].astype(np.int64)] = scores[:, 3]
-    return ScoreTable(query_idx=scores[first, 1].astype(np.int64), scores=table)
+    table, costs = np.full((2, len(first), num_models), np.nan)  # (R, M) each
+    table[row, scores[:, 2].astype(np.int64)] = scores[:, 4]
+    costs[row, scores[:, 2].astype(np.int64)] = scores[:, 5]
+    query_idx, side = scores[first, 1].astype(np.int64), scores[first, 3].astype(np.int8)  # (R,) each
+    return ScoreTable(query_idx, table, None if np.isnan(costs).all() else costs, side)
 
 
 def split_battles(
@@ -163,10 +204,15 @@ def split_battles(
 
     Returns the split and its counts. Raises `UserError` where a side is empty or no model is named `hold_out`.
     """
-    # 1. The side of each query, or of each single battle.
+    # 1. The side of each query, or of each single battle, and of the rows of a score table; or the official sides.
     units = battles.unique_queries if by == "query" else np.arange(len(battles))  # (U,)
-    side_of_unit = _draw_sides(len(units), seed)  # (U,)
-    side = side_of_unit[battles.query_rows] if by == "query" else side_of_unit  # (N,)
+    table = battles.table if by == "query" else None  # a split by battle has no side for a row
+    if battles.side is None:
+        side_of_unit = _draw_sides(len(units), seed)  # (U,)
+        side = side_of_unit[battles.query_rows] if by == "query" else side_of_unit  # (N,)
+        row_side = None if table is None else side_of_unit[np.searchsorted(units, table.query_idx)]  # (R,)
+    else:
+        side, row_side = _official_sides(battles, seed)  # (N,), (R,)
 
     # 2. Training battles: ties dropped, pairs drawn, a model held out, each if requested.
     is_tie = battles.outcome == 0.5  # (N,)
@@ -188,11 +234,12 @@ def split_battles(
         found = f"{len(battles)} battles, {is_tie.sum()} of them ties, over {len(battles.unique_queries)} queries"
         raise UserError(f"the split leaves no battle for {listed(empty)}: found {found}; more battles are needed")
 
-    # 5. The rows of a score table, on the side of their query. A split by battle has no side for a row.
-    table, table_rows = battles.table, None
-    if table is not None and by == "query":
-        row_side = side_of_unit[np.searchsorted(units, table.query_idx)]  # (R,)
-        table = ScoreTable(np.searchsorted(kept.unique_queries, table.query_idx), table.scores[:, trained])
+    # 5. The rows of a score table, on the side of their query.
+    table_rows = None
+    if table is not None:
+        table = replace(
+            table.select(slice(None), trained), query_idx=np.searchsorted(kept.unique_queries, table.query_idx)
+        )
         split, table_rows = _with_tables(split, table, row_side)
 
     counts = {
@@ -214,6 +261,23 @@ def _draw_sides(num_units: int, seed: int) -> np.ndarray:
     side = np.full(num_units, "train")  # (U,)
     side[order[:tenth]], side[order[tenth : 2 * tenth]] = "test", "val"
     return side
+
+
+def _official_sides(battles: Battles, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The sides (N,) of battles and (R,) of table rows that the files state.
+
+    Where they state no validation, a ninth of the training queries is drawn for it.
+    """
+    side, table = SIDES[battles.side], battles.table  # (N,)
+    row_side = None if table is None else SIDES[table.side]  # (R,)
+    if "val" not in side:
+        train_queries = np.unique(battles.query_idx[side == "train"])  # (Qt,)
+        count = max(1, round(len(train_queries) / 9))
+        drawn = np.random.default_rng(seed).permutation(train_queries)[:count]  # (Qv,)
+        side[(side == "train") & np.isin(battles.query_idx, drawn)] = "val"
+        if table is not None:
+            row_side[(row_side == "train") & np.isin(table.query_idx, drawn)] = "val"
+    return side, row_side
 
 
 def _draw_battles(mask: np.ndarray, query_idx: np.ndarray, most: int, seed: int) -> np.ndarray:
@@ -254,8 +318,7 @@ def _with_tables(split: Split, table: ScoreTable, row_side: np.ndarray) -> tuple
     masks = {name: differ & (row_side == name) for name in vars(split)}  # (R,) each
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
     if counts["train"] and counts["test"]:
-        tables = {name: ScoreTable(table.query_idx[mask], table.scores[mask]) for name, mask in masks.items()}
-        split = Split(**{name: replace(side, table=tables[name]) for name, side in vars(split).items()})
+        split = Split(**{name: replace(side, table=table.select(masks[name])) for name, side in vars(split).items()})
     return split, counts | {"without_a_difference": int((~differ).sum())}
 
 

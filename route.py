@@ -69,7 +69,7 @@ def read(args: argparse.Namespace, malformed: list[int]) -> Iterator[list[str]]:
         yield args.queries
         return
     with progress_bar("route", unit=" queries") as bar:
-        for chunk in read_queries(args.input):
+        for chunk in read_queries(args.input, args.query_column):
             queries = []
             for number, query, problem in chunk:
                 if query is not None:
@@ -157,7 +157,7 @@ def print_ranking(
 def draw_curve(args: argparse.Namespace, router: RankRouter) -> None:
     """Print, or write as JSON lines, quality by cost on known outcomes that the router was not trained on."""
     names, prices = candidates(args, router)  # (m,) each
-    battles, counts = load_battles(args.curve)
+    battles, counts = load_battles(args.curve, query_column=args.query_column)
     console.print_rows(counts)
     if battles.table is not None and {"conversations", "prompts"}.intersection(counts["layouts"]):
         raise UserError(f"{args.curve} holds both battles and score tables; a curve needs one kind")
@@ -211,7 +211,7 @@ def vector_of_profile(args: argparse.Namespace, router: RankRouter) -> tuple[tor
 
 def vector_of_battles(args: argparse.Namespace, router: RankRouter) -> tuple[torch.Tensor, dict]:
     """The new model's capability vector (C,) from battles against models that the router knows, and what to record."""
-    battles, counts = load_battles(args.battles)
+    battles, counts = load_battles(args.battles, query_column=args.query_column)
     console.print_rows(counts)
     name = args.add_model
     own = battles_of(battles, name, router.model_names)

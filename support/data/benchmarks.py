@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from support.data.cells import MODELS, as_score
 from support.data.formats import NO_NUMBER, as_number, open_table
-from support.data.layouts import MODEL_COLUMNS, as_score, is_score_column, listed
+from support.data.layouts import is_id_column, listed
 from support.system.errors import UserError, one_line, valid_unicode
 
 
@@ -53,8 +54,8 @@ def read_profiles(path: str) -> Profiles:
     a column is lacking, a column mixes numbers and texts, or a model has no name or two rows.
     """
     table = open_table(Path(path))
-    name_column = table.first(*MODEL_COLUMNS)
-    columns = [name for name in table.columns if name != name_column and is_score_column(name)]
+    name_column = table.first(*MODELS)
+    columns = [name for name in table.columns if name != name_column and not is_id_column(name)]
     if name_column is None:
         raise UserError(f"{path} has the columns {listed(table.columns)}; expected `model` (or `model_name`)")
     chunks = list(table.read([name_column, *columns]))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import TextIO
 
@@ -20,11 +20,13 @@ import pyarrow.parquet as pq
 
 from support.system.errors import UserError
 
-SUFFIXES = (".parquet", ".csv", ".csv.gz", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
+METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json")
 CHUNK_ROWS = 4096
 NO_NUMBER = ("", "NA", "N/A", "None", "null")  # what tables write where a number is missing
 
-FORMATS = "parquet, comma-separated CSV in UTF-8, or JSON (the last two also gzipped)"
+FORMATS = "parquet, CSV in UTF-8 (with commas, semicolons or tabs), or JSON (the last two also gzipped)"
+LFS_POINTER = b"version https://git-lfs"
 # The parsers' errors on a broken file.
 BROKEN = (OSError, EOFError, ValueError, OverflowError, RecursionError, csv.Error, zlib.error, pa.ArrowException)
 
@@ -37,12 +39,12 @@ class Table:
 
     file: Path
     columns: list[str]
-    numeric: list[str]  # the columns of numbers
     chunks: Callable[[list[str]], Iterator[Chunk]]  # reads the columns of these names
 
     def first(self, *names: str) -> str | None:
-        """The first of these names that is a column, or None."""
-        return next((name for name in names if name in self.columns), None)
+        """The column that has the first of these names, also in other letters: `Prompt`; or None."""
+        by_name = {column.strip().lower(): column for column in reversed(self.columns)}
+        return next((by_name[name] for name in names if name in by_name), None)
 
     def read(self, columns: list[str]) -> Iterator[Chunk]:
         """The values of these columns, `CHUNK_ROWS` rows at a time. Raises `UserError` if the file is broken."""
@@ -50,16 +52,21 @@ class Table:
             yield from self.chunks(columns)
 
 
-def find_files(path: str) -> list[Path]:
-    """The data files at `path` (a file, a folder, or a glob), sorted; a folder's hidden files are skipped."""
+def find_files(path: str) -> tuple[list[Path], list[Path]]:
+    """The data files at `path` (a file, a folder, or a glob), sorted, and the files of a folder that are none.
+
+    A folder's hidden files are skipped.
+    """
     place = Path(os.path.expanduser(path))
     if os.path.isfile(place):  # Path.is_file raises on a name that is too long
-        return [place]
+        return [place], []
     if os.path.isdir(place) and path:  # Path("") is the current folder
         inside = sorted(file.relative_to(place) for file in place.rglob("*"))
-        visible = [name for name in inside if not any(part.startswith(".") for part in name.parts)]
-        return [place / name for name in visible if name.name.endswith(SUFFIXES) and (place / name).is_file()]
-    return sorted(Path(name) for name in glob.glob(str(place), recursive=True) if os.path.isfile(name))
+        names = [name for name in inside if not any(part.startswith(".") for part in name.parts)]
+        files = [place / name for name in names if (place / name).is_file()]
+        is_data = [file.name.lower().endswith(SUFFIXES) and file.name not in METADATA for file in files]
+        return list(compress(files, is_data)), [file for file, kept in zip(files, is_data, strict=True) if not kept]
+    return sorted(Path(name) for name in glob.glob(str(place), recursive=True) if os.path.isfile(name)), []
 
 
 def open_table(file: Path) -> Table:
@@ -72,10 +79,20 @@ def open_table(file: Path) -> Table:
         opener = gzip.open if magic[:2] == b"\x1f\x8b" else open
         with opener(file, "rb") as stream:
             head = stream.read(65536).removeprefix(codecs.BOM_UTF8).lstrip()
-        if not head or b"\0" in head:
-            raise ValueError("it holds binary data" if head else "it is empty")
-        parse = {b"{": _json_lines, b"[": _json_array}.get(head[:1], _csv_rows)
+        _refuse_by_content(file, head)
+        parse = {b"{": _json_objects, b"[": _json_array}.get(head[:1], _csv_rows)
         return _open_records(file, lambda: parse(opener(file, "rt", encoding="utf-8-sig", newline="")))
+
+
+def _refuse_by_content(file: Path, head: bytes) -> None:
+    """Raise an error that says what to do about a file that holds no table, from its first bytes."""
+    if head.startswith(LFS_POINTER):
+        raise UserError(f"{file} is a git-LFS pointer, not the data; run `git lfs pull` in its repository")
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        convert = f"pd.read_pickle({str(file)!r}).to_parquet({str(file.with_suffix('.parquet'))!r})"
+        raise UserError(f"{file} is a pickle, and reading one can run code; if you trust it, convert it: {convert}")
+    if not head or b"\0" in head:
+        raise ValueError("it holds binary data" if head else "it is empty")
 
 
 def as_number(value: object) -> float | None:
@@ -94,9 +111,7 @@ def _open_parquet(file: Path) -> Table:
         for batch in parquet.iter_batches(CHUNK_ROWS, columns=columns):
             yield {name: _as_text(batch.column(name)).to_pylist() for name in columns}
 
-    kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal, pa.types.is_boolean)
-    numeric = [field.name for field in fields if any(kind(field.type) for kind in kinds)]
-    return Table(file, _distinct([field.name for field in fields]), numeric, chunks)
+    return Table(file, _distinct([field.name for field in fields]), chunks)
 
 
 def _as_text(column: pa.Array) -> pa.Array:
@@ -109,25 +124,58 @@ def _open_records(file: Path, records: Callable[[], Iterator[dict]]) -> Table:
         while rows := list(islice(iterator, CHUNK_ROWS)):
             yield {name: [row.get(name) for row in rows] for name in columns}
 
-    # All rows are read: a column may start late, and a text may follow a thousand numbers.
-    is_numeric = {}  # column -> whether every filled cell is a number; None if none is filled
+    columns = {}  # all records are read: a column may start late
     for number, record in enumerate(records(), start=1):
         if not isinstance(record, dict):
             raise ValueError(f"record {number} is {str(record)[:40]!r}, expected a JSON object")
-        for name, cell in record.items():
-            if is_numeric.setdefault(name) is not False and cell is not None and cell not in NO_NUMBER:
-                is_numeric[name] = as_number(cell) is not None
-    return Table(file, list(is_numeric), [name for name, numeric in is_numeric.items() if numeric], chunks)
+        columns |= dict.fromkeys(record)
+    return Table(file, list(columns), chunks)
 
 
-def _json_lines(stream: TextIO) -> Iterator[dict]:
+def _json_objects(stream: TextIO) -> Iterator[dict]:
+    """The records of JSON lines, or of one object over the whole file."""
     with stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
+        lines = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
+        first = list(islice(lines, 2))
+        if len(first) == 2 and _is_json(first[0][1]):
+            for number, line in chain(first, lines):
                 try:
                     yield json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"line {number} is not JSON: {error}") from error
+        else:
+            yield from _records_in(json.loads("".join(line for _, line in chain(first, lines))))
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _records_in(value: dict) -> list[dict]:
+    """The records in one JSON object: a list in it, as `records` or `data`, or columns or rows as pandas writes them.
+
+    Texts and numbers beside the list belong to each of its records, as the name of the model in a file per model.
+    """
+    records = next((value[key] for key in ("records", "data") if isinstance(value.get(key), list)), None)
+    if records is not None and isinstance(value.get("columns"), list):  # pandas' "split"
+        return [dict(zip(value["columns"], row, strict=True)) for row in records]
+    if records is not None:
+        shared = {key: cell for key, cell in value.items() if isinstance(cell, (str, int, float))}
+        return [shared | record if isinstance(record, dict) else record for record in records]
+    cells = list(value.values())
+    if all(isinstance(cell, dict) for cell in cells):
+        if all(key.isdigit() for key in value):  # pandas' "index"
+            return cells
+        if all(key.isdigit() for cell in cells for key in cell):  # pandas' "columns"
+            rows = dict.fromkeys(key for cell in cells for key in cell)
+            return [{name: column.get(row) for name, column in value.items()} for row in rows]
+    if all(isinstance(cell, list) for cell in cells) and len({len(cell) for cell in cells}) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True)]
+    return [value]
 
 
 def _json_array(stream: TextIO) -> Iterator[dict]:
@@ -139,13 +187,20 @@ def _csv_rows(stream: TextIO) -> Iterator[dict]:
     # Every cell stays text: "NA", "null" and "None" are queries here, not missing values.
     csv.field_size_limit(2**31 - 1)
     with stream:
-        lines = csv.reader(stream, strict=True)
-        rows = filter(None, lines)  # without blank lines
-        header, cells = _distinct(next(rows, [])), None
-        for cells in rows:
-            if len(cells) != len(header):
-                raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
-            yield dict(zip(header, cells, strict=True))
+        lines = filter(str.strip, stream)
+        head = next(lines, "")
+        # The delimiter is the one that gives the most columns; one row holds at least the header's first line.
+        delimiter = max(",\t;", key=lambda mark: len(next(csv.reader([head], delimiter=mark))))
+        reader = csv.reader(chain([head], stream), delimiter=delimiter, strict=True)
+        rows = filter(None, reader)  # without blank lines
+        try:
+            header, cells = _distinct(next(rows, [])), None
+            for cells in rows:
+                if len(cells) != len(header):
+                    raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}")
+                yield dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num} is no CSV: {error}") from error
         if cells is None:
             raise ValueError(f"it has the columns {', '.join(header) or 'none'} and no row")
 

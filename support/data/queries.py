@@ -8,30 +8,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from support.data.cells import as_text
 from support.data.formats import open_table
-from support.data.layouts import listed
+from support.data.layouts import CONVERSATIONS, QUERIES, listed
 from support.system.errors import UserError, valid_unicode
 
 READ_AT_ONCE = 2**20  # bytes at most; from a pipe, as many as have arrived
-TEXT_COLUMNS = ("query", "prompt", "question")
+LONGEST_LINE = 2**24  # bytes: a stream without line ends would never end
 TABLES = (".parquet", ".csv", ".tsv", ".json")
 JSON_LINES = (".jsonl", ".ndjson")
 
 Chunk = list[tuple[int, str | None, str | None]]  # (line or row number from 1, query or None, problem or None)
 
 
-def read_queries(path: str) -> Iterator[Chunk]:
+def read_queries(path: str, column: str | None = None) -> Iterator[Chunk]:
     """Read queries from a file, perhaps gzipped, or from standard input if `path` is "-".
 
-    Parquet, CSV and JSON arrays have a column `query`, `prompt` or `question`; JSON lines, recognized by the file's
-    suffix or by such a record among the first lines, a field of that name; any other file has one query per line.
+    Tables have a column of the query, found by its name as in training data, or named by `column`; JSON lines,
+    recognized by the file's suffix or by such a record among the first lines, a field of that name; any other file has
+    one query per line.
 
     Raises `UserError` if the file cannot be read, holds binary data, or is not UTF-8.
     """
     if path == "-":
         if sys.stdin is None:
             raise UserError("standard input is closed; expected queries there, or a file with --input")
-        return _lines(sys.stdin.buffer, "standard input", None)
+        return _lines(sys.stdin.buffer, "standard input", column, is_json=True if column else None)
     name = path.lower().removesuffix(".gz")
     try:
         stream = open(path, "rb")  # noqa: SIM115, read below, chunk by chunk
@@ -40,39 +42,50 @@ def read_queries(path: str) -> Iterator[Chunk]:
         raise UserError(f"cannot read {path}: {error.strerror or error}; expected a file of queries, or -") from error
     if magic == b"PAR1" or name.endswith(TABLES):
         stream.close()
-        return _rows(path)
-    is_json = True if name.endswith(JSON_LINES) else None
-    return _lines(gzip.open(stream) if magic[:2] == b"\x1f\x8b" else stream, path, is_json)
+        return _rows(path, column)
+    is_json = True if name.endswith(JSON_LINES) or column else None
+    return _lines(gzip.open(stream) if magic[:2] == b"\x1f\x8b" else stream, path, column, is_json)
 
 
-def _rows(path: str) -> Iterator[Chunk]:
+def _rows(path: str, column: str | None) -> Iterator[Chunk]:
     table = open_table(Path(path))
-    column = table.first(*TEXT_COLUMNS)
-    if column is None:
-        raise UserError(f"{path} has the columns {listed(table.columns)}; expected one of {', '.join(TEXT_COLUMNS)}")
+    column = column or table.first(*QUERIES)
+    if column not in table.columns:
+        expected = f"{column}" if column else f"one of {', '.join(QUERIES)}, or its name with --query_column"
+        raise UserError(f"{path} has the columns {listed(table.columns)}; expected {expected}")
     num_rows = 0
     for chunk in table.read([column]):
         yield [(i, *_checked(cell, column)) for i, cell in enumerate(chunk[column], start=num_rows + 1)]
         num_rows += len(chunk[column])
 
 
-def _lines(stream: BinaryIO, name: str, is_json: bool | None) -> Iterator[Chunk]:
+def _lines(stream: BinaryIO, name: str, column: str | None, is_json: bool | None) -> Iterator[Chunk]:
     """The queries of lines; whether they are JSON is decided from the first complete lines if `is_json` is None."""
     num_lines, rest = 0, b""
     try:
         with stream:
             while data := stream.read1(READ_AT_ONCE):
                 *lines, rest = (rest + data).split(b"\n")
+                _refuse_unfinished(rest, num_lines + len(lines) + 1, name)
                 if lines and is_json is None:
                     is_json = any(map(_is_record, lines))
                 if lines:
-                    yield [(i, *_parsed(line, i, name, is_json)) for i, line in enumerate(lines, start=num_lines + 1)]
+                    numbered = enumerate(lines, start=num_lines + 1)
+                    yield [(i, *_parsed(line, i, name, column, is_json)) for i, line in numbered]
                 num_lines += len(lines)
             if rest:
                 is_json = _is_record(rest) if is_json is None else is_json
-                yield [(num_lines + 1, *_parsed(rest, num_lines + 1, name, is_json))]
+                yield [(num_lines + 1, *_parsed(rest, num_lines + 1, name, column, is_json))]
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {name}: {error}; expected whole lines of text, also gzipped") from error
+
+
+def _refuse_unfinished(line: bytes, number: int, name: str) -> None:
+    """Raise `UserError` on the start of a line that is binary data, or longer than any query."""
+    if b"\0" in line:
+        raise UserError(f"{name} holds binary data in line {number}; expected text or JSON, a query per line")
+    if len(line) > LONGEST_LINE:
+        raise UserError(f"line {number} of {name} is longer than {LONGEST_LINE} bytes; expected a query per line")
 
 
 def _is_record(line: bytes) -> bool:
@@ -81,33 +94,34 @@ def _is_record(line: bytes) -> bool:
         record = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
         return False
-    return isinstance(record, dict) and not record.keys().isdisjoint(TEXT_COLUMNS)
+    return isinstance(record, dict) and not record.keys().isdisjoint(QUERIES)
 
 
-def _parsed(line: bytes, number: int, name: str, is_json: bool) -> tuple[str | None, str | None]:
+def _parsed(line: bytes, number: int, name: str, column: str | None, is_json: bool) -> tuple[str | None, str | None]:
     """The query of a line, or the problem with it."""
-    if b"\0" in line:
-        raise UserError(f"{name} holds binary data in line {number}; expected text or JSON, a query per line")
+    _refuse_unfinished(line, number, name)
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         advice = "convert it, with `iconv -t UTF-8` for example"
         raise UserError(f"{name} is not UTF-8 in line {number}; {advice}") from error
     if not is_json or not text.strip():
-        return _checked(text, "line")
+        query = valid_unicode(text).strip()
+        return (query, None) if query else (None, "empty")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         return None, f"no JSON ({error})"
-    field = next((field for field in TEXT_COLUMNS if isinstance(record, dict) and field in record), None)
+    fields = (column,) if column else QUERIES
+    field = next((field for field in fields if isinstance(record, dict) and field in record), None)
     if field is None:
-        return None, f"a JSON object with one of {', '.join(TEXT_COLUMNS)} is expected"
+        return None, f"a JSON object with {' or '.join(fields)} is expected"
     return _checked(record[field], field)
 
 
 def _checked(cell: object, name: str) -> tuple[str | None, str | None]:
     """The query in a cell or field, or the problem with it."""
-    if not isinstance(cell, str):
-        return None, f"{name} is {str(cell)[:40]!r}, a text is expected"
-    query = valid_unicode(cell).strip()
+    query = valid_unicode(as_text(cell, is_conversation=name in CONVERSATIONS)).strip()
+    if not query and cell not in (None, "") and str(cell).strip():
+        return None, f"{name} is {str(cell)[:40]!r}, a text or a conversation is expected"
     return (query, None) if query else (None, "empty")

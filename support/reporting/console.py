@@ -23,13 +23,20 @@ def print_rows(counts: dict) -> None:
     """The rows that were read and dropped, from the counts of `load_battles`."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["rows_dropped"].items()) or "none"
     print(f"data     {counts['rows_read']} rows, dropped: {dropped}; from {one_line(counts['path'])}")
+    for columns in counts["columns"]:
+        print(f"layout   {one_line(columns)}")
+    for path in counts["files_skipped"]:
+        print(f"skipped  {one_line(path)}: no data file")
+    for texts, what in ((counts["unknown_winners"], "unknown winners"), (counts["scores_not_numbers"], "no numbers")):
+        if texts:
+            print(f"texts    {what}: " + ", ".join(f"{count} x {text!r}" for text, count in texts.items()))
 
 
 def print_data(data: dict, split_by: str) -> None:
     """The counts of data and split, from the `data` of a history, and what was left out."""
     print_rows(data)
-    if data["score_columns"]:
-        print(f"scores   of {', '.join(map(one_line, data['score_columns']))}")
+    if data["scores_averaged"]:
+        print(f"averaged {data['scores_averaged']} scores with others of the same model and row")
     if data["scores_missing"]:
         print(f"missing  {data['scores_missing']} single scores, in rows that have others")
     if data["queries_outside_limit"]:

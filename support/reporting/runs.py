@@ -8,7 +8,14 @@ from pathlib import Path
 from support.training.options import NO_EXPERIMENT, with_defaults
 
 NO_HISTORY = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # raised by `parse`
-TEST_SET = ("split_by", "limit", "score_columns", "hold_out_model")  # flags that determine the test battles
+TEST_SET = (
+    "split_by",
+    "split_column",
+    "limit",
+    "score_columns",
+    "query_column",
+    "hold_out_model",
+)  # flags that determine the test battles
 REQUIRED = ("auc", "accuracy", "log_loss")  # metrics of the test
 LARGEST = 1e100  # far above any value of a real run; a mean or a picture of larger values could overflow
 

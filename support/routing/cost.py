@@ -6,8 +6,9 @@ import numpy as np
 
 import metrics
 from data_loader import query_ids
+from support.data.cells import MODELS
 from support.data.formats import as_number, open_table
-from support.data.layouts import MODEL_COLUMNS, listed
+from support.data.layouts import listed
 from support.system.errors import UserError, one_line, valid_unicode
 
 MAX_PRICE = 1e15  # per query; also the largest cost weight: their products are exact enough to rank by
@@ -21,7 +22,7 @@ def read_prices(path: str, tokens_per_query: float | None) -> dict[str, float]:
     `UserError` on other columns, on a price that is not a number of at least 0, and on a model with two rows.
     """
     table = open_table(Path(path))
-    name_column, price_column = table.first(*MODEL_COLUMNS), table.first(PER_QUERY, PER_TOKENS)
+    name_column, price_column = table.first(*MODELS), table.first(PER_QUERY, PER_TOKENS)
     if name_column is None or price_column is None or {PER_QUERY, PER_TOKENS}.issubset(table.columns):
         expected = f"`model` and one of `{PER_QUERY}`, `{PER_TOKENS}`"
         raise UserError(f"{path} has the columns {listed(table.columns)}; expected {expected}")

@@ -17,9 +17,9 @@ CHECKPOINT = "./outputs/best_model.pt"
 PRICE_FLAGS = {"tokens_per_query", "cost_weight", "budget"}
 FLAGS_OF_TASK = {
     "queries": {"top_k", "models", "output", "prices", *PRICE_FLAGS},
-    "input": {"top_k", "models", "output", "strict", "prices", *PRICE_FLAGS},
-    "curve": {"models", "output", "prices", "tokens_per_query"},
-    "add_model": {"battles", "profile", "save"},
+    "input": {"top_k", "models", "output", "strict", "query_column", "prices", *PRICE_FLAGS},
+    "curve": {"models", "output", "prices", "tokens_per_query", "query_column"},
+    "add_model": {"battles", "profile", "save", "query_column"},
 }
 
 
@@ -65,8 +65,9 @@ def _parser() -> OneLineParser:
     add("--models", metavar="A,B,...", type=comma_separated, help="rank only these")
 
     add = parser.add_argument_group("batches").add_argument
-    queries = "queries: a text per line, JSON lines, parquet or CSV with `query`, `prompt` or `question`; - is stdin"
+    queries = "queries: a text per line, JSON lines, or a table with a column such as `prompt`; - is standard input"
     add("--input", **file, help=queries)
+    add("--query_column", metavar="NAME", help="the column of the query; default: a usual name, such as prompt")
     add("--output", **file, help="JSON lines of query, ranking, scores, or of the curve; default: standard output")
     add("--strict", **switch, help="stop at the first malformed line")
 

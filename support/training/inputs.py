@@ -50,7 +50,8 @@ def load_data(args: argparse.Namespace) -> Data:
 
     Raises `UserError` where a file cannot be read or does not fit the flags.
     """
-    battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed)
+    columns = {"query_column": args.query_column, "split_column": args.split_column}
+    battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed, **columns)
     options = {"by": args.split_by, "ties": args.ties, "pairs_per_query": args.pairs_per_query}
     split, split_counts = split_battles(battles, args.split_seed, **options, hold_out=args.hold_out_model)
     full_split = split if args.hold_out_model is None else split_battles(battles, args.split_seed, **options)[0]

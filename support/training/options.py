@@ -100,8 +100,11 @@ def _parser() -> OneLineParser:
     add = parser.add_argument_group("data").add_argument
     arena = "../data/chatbot_arena/data/train-00000-of-00001-cced8514c7ed782a.parquet"
     add("--data_path", default=arena, help="battles or score table: parquet, CSV or JSON; a file, a folder, or a glob")
-    models = "the models' columns of a wide score table; default: its numeric columns"
+    models = "the models' columns of a wide score table; default: its numeric columns that look like models"
     add("--score_columns", metavar="A,B,...", type=comma_separated, help=models)
+    add("--query_column", metavar="NAME", help="the column of the query; default: a usual name, such as prompt")
+    official = "the column of an official split into train, val (drawn from train where it lacks) and test"
+    add("--split_column", metavar="NAME", help=official)
     add("--ties", choices=["drop", "half"], default="drop", help="in training: left out, or half a win for each model")
     split = (
         "what is split 80/10/10; battle: test queries also occur in training, and score-table rows are not evaluated"

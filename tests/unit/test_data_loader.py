@@ -7,6 +7,7 @@ import json
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -144,8 +145,31 @@ NESTED_AS_TEXT = [{"question": row["question"], "scores": json.dumps(row["scores
 NESTED_READ = [("q1", "org/m1", "org/m2", 1.0), ("q2", "org/m3", "org/m2", 0.5)]
 NUMBERED = [{"prompt": 12 + i, "A": i, "B": 0} for i in range(2)]  # the prompts are numbers and no model's scores
 NUMBERED_READ = [("12", "A", "B", 0.5), ("13", "A", "B", 1.0)]
-NAMES = ["org/model-7b", "a, b", "line\nbreak", "\U0001f999 llama", " padded"]
+NAMES = ["org/model-7b", "a, b", "line\nbreak", "\U0001f999 llama", "padded"]
 
+
+def prompt_battle(prompt, winner="model_a"):
+    return {"prompt": prompt, "model_a": "x", "model_b": "y", "winner": winner}
+
+
+TIE = [("q, r", "x", "y", 0.5)]
+# Labels of the winner that mean model a, model b and a tie, and some that mean none of them.
+LABELS = {
+    1.0: ["model_a", "Model_A", "MODEL A", "A", " a ", "x", "X", "left", "leftvote", "assistant_a"],
+    0.0: ["model_b", "B", "y", "right vote", "model-b"],
+    0.5: ["tie", "Tie", "bothbad", "both bad", "tie (both bad)", "tie (inconsistent)", "draw"],
+    None: ["model_c", "", "0", "neither nor"],
+}
+OTHER_LABELS = [
+    (
+        f"winner_{number}.jsonl",
+        [prompt_battle("q"), *(prompt_battle("q", label) for label in labels)],
+        [("q", "x", "y", 1.0)] + [("q", "x", "y", outcome)] * (0 if outcome is None else len(labels)),
+        {"with an unknown winner": len(labels)} if outcome is None else {},
+        {"unknown_winners": dict.fromkeys(labels, 1) if outcome is None else {}},
+    )
+    for number, (outcome, labels) in enumerate(LABELS.items())
+]
 
 # Each native form: a file, whose suffix is its format, with rows or bytes; the battles that it comes to, in any order;
 # the rows dropped; some more counts. A further form is a further row.
@@ -179,8 +203,8 @@ FORMS = [
         {},
     ),
     (
-        "arena_33k_with_odd_names.parquet",  # they stay as they are
-        [arena("q", name, "other", "model_a") for name in NAMES],
+        "arena_33k_with_odd_names.parquet",  # they stay as they are, but for white space around them
+        [arena("q", f" {name}", "other", "model_a") for name in NAMES],
         [("q", name, "other", 1.0) for name in NAMES],
         {},
         {"models": 6},
@@ -255,7 +279,7 @@ FORMS = [
         [{"prompt": "p", "a": 1e308, "b": 0.5, "c": -0.5}],
         [("p", "b", "c", 1.0)],
         {},
-        {"models": 2, "scores_missing": 1},
+        {"models": 2, "columns": ["wide: query prompt; models b, c; no models a"]},
     ),
     ("wide_with_numbered_prompts.csv", NUMBERED, NUMBERED_READ, {}, {"score_columns": ["A", "B"]}),
     ("wide_with_numbered_prompts.jsonl", NUMBERED, NUMBERED_READ, {}, {"score_columns": ["A", "B"]}),
@@ -268,13 +292,13 @@ FORMS = [
         [
             *(embedllm(7, "p7", "m1", 1), embedllm(8, "p8", "m1", 0), embedllm(7, "p7", "m2", 0)),
             *(embedllm(8, "p8", "m2", 0), embedllm(8, "p8", "m3", 1)),
-            embedllm(7, "p7", "m2", 1),  # scored before
+            embedllm(7, "p7", "m2", 1),  # scored before: 0.5
             embedllm(7, "p7", "m3", ""),
             embedllm(9, "p9", "m3", 1),  # alone, so no battle
         ],
         [("p7", "m1", "m2", 1.0), ("p8", "m1", "m2", 0.5), ("p8", "m1", "m3", 0.0), ("p8", "m2", "m3", 0.0)],
-        {"scoring a model again": 1, "without a score": 1, "alone with their query": 1},
-        {"layouts": ["long"]},
+        {"without a score": 1, "alone with their query": 1},
+        {"layouts": ["long"], "scores_averaged": 1},
     ),
     (
         "long_without_ids.csv",  # an empty one does not mix prompts
@@ -282,6 +306,150 @@ FORMS = [
         [("x", "m1", "m2", 1.0), ("y", "m1", "m2", 1.0)],
         {},
         {},
+    ),
+    *OTHER_LABELS,
+    (
+        "alpaca_eval.json",
+        [
+            {"instruction": f"q{i}", "generator_1": "x", "generator_2": "y", "output_1": "a", "preference": preference}
+            for i, preference in enumerate((1.0, 2, 1.5, 1.49, 1.51, None, 3))
+        ],
+        [(f"q{i}", "x", "y", outcome) for i, outcome in enumerate((1, 0, 0.5, 1, 0))],
+        {"with an unknown winner": 2},
+        {"unknown_winners": {"None": 1, "3": 1}},
+    ),
+    (
+        "search_arena.jsonl",
+        [{"model_a": "x", "model_b": "y", "winner": "model_b", "messages_a": turns("hi"), "messages_b": turns("hi")}],
+        [("hi", "x", "y", 0.0)],
+        {},
+        {"layouts": ["conversations"]},
+    ),
+    ("prompt_as_turns.parquet", [prompt_battle(turns("hi"))], [("hi", "x", "y", 1.0)], {}, {}),
+    (
+        "prompt_as_shared_turns.jsonl",
+        [prompt_battle([{"from": "human", "value": "hi"}])],
+        [("hi", "x", "y", 1.0)],
+        {},
+        {},
+    ),
+    (
+        "prompt_as_python_lists.csv",  # as pandas writes lists and arrays
+        [
+            prompt_battle(text)
+            for text in (
+                "['one']",
+                "[\"it's\", 'two']",
+                "[{'role': 'user', 'content': 'three'}\n {'role': 'assistant'}]",
+            )
+        ],
+        [(text, "x", "y", 1.0) for text in ("one", "it's", "three")],
+        {},
+        {},
+    ),
+    (
+        "prompt_as_lists_that_python_would_join.csv",  # 'a' 'b' is no list of two; it stays as it is
+        [prompt_battle("['a' 'b']"), prompt_battle("['a'\n 'b']")],
+        [("['a' 'b']", "x", "y", 1.0)] * 2,
+        {},
+        {},
+    ),
+    (
+        "arena_33k_through_pandas.csv",
+        [row | {"conversation_a": str(row["conversation_a"])} for row in ARENA]
+        + [ARENA[0] | {"conversation_a": "[cut"}],
+        ARENA_READ,
+        {"without query text": 1},
+        {"layouts": ["conversations"]},
+    ),
+    *(
+        (f"arena_33k_{orient}.json", pd.DataFrame(ARENA).to_json(orient=orient).encode(), ARENA_READ, {}, {})
+        for orient in ("columns", "index", "split", "table", "records")
+    ),
+    ("one_object_a_file.json", json.dumps({"data": ARENA}, indent=1).encode(), ARENA_READ, {}, {}),
+    *(
+        (
+            f"delimited_by_{name}.csv",
+            f"question{d}model_a{d}model_b{d}winner\nq, r{d}x{d}y{d}tie\n".encode(),
+            TIE,
+            {},
+            {},
+        )
+        for name, d in (("tabs", "\t"), ("semicolons", ";"))
+    ),
+    (
+        "long_with_costs_and_more_numbers.csv",
+        [
+            {"query": "q", "llm": llm, "latency": 0.1 * i, "effect": i % 2, "label": "text", "cost": 0.01}
+            for i, llm in enumerate(("m1", "m2", "m2 "))
+        ],
+        [("q", "m1", "m2", 0.0)],  # the mean of m2 is 0.5
+        {},
+        {"layouts": ["long"], "columns": ["long: query query; of llm, effect; costs cost"], "scores_averaged": 1},
+    ),
+    (
+        "long_with_scores_in_mappings.jsonl",
+        [
+            {"question": "q", "llm_selected": name, "evaluation_result": {"score": score, "inference_cost": 0.1}}
+            for name, score in (("m1", 0.5), ("m2", 1))
+        ],
+        [("q", "m1", "m2", 0.0)],
+        {},
+        {"layouts": ["long"]},
+    ),
+    (
+        "sprout_of_mappings.parquet",
+        [{"key": 7, "prompt": "q", "m1": {"score": 1.0, "num_output_tokens": 3}, "m2": {"score": 0.0, "cost": 2.0}}],
+        [("q", "m1", "m2", 1.0)],
+        {},
+        {"layouts": ["wide"], "score_columns": ["m1", "m2"]},
+    ),
+    *(
+        (
+            f"nested_{number}.jsonl",
+            [{"query": "q", column: cell}],
+            [("q", "m1", "m2", 1.0)],
+            {},
+            {"layouts": ["nested"]},
+        )
+        for number, (column, cell) in enumerate(
+            (
+                ("scores", [{"model": "m1", "score": 1}, {"model": "m2", "score": 0}]),
+                ("records", {"m1": {"performance": 1, "cost": 0.1}, "m2": {"performance": 0, "cost": 0.2}}),
+                ("completions", [{"model": "m1", "overall_score": 9.0}, {"model": "m2", "overall_score": "8.5"}]),
+            )
+        )
+    ),
+    (
+        "wide_with_a_text_among_the_scores.csv",
+        [{"prompt": f"p{i}", "m1": i % 2, "m2": score} for i, score in enumerate(("0", "timeout", "3", " - ", "1"))],
+        [("p0", "m1", "m2", 0.5), ("p2", "m1", "m2", 0.0), ("p4", "m1", "m2", 0.0)],
+        {"with fewer than two scores": 2},
+        {"score_columns": ["m1", "m2"], "scores_not_numbers": {"timeout": 1, "-": 1}},
+    ),
+    (
+        "wide_with_numbers_that_are_no_scores.csv",
+        [
+            {
+                "prompt": f"p{i}",
+                "m1": i % 2,
+                "m2": 0,
+                "m1_cost": 0.1,
+                "n_tokens": 5,
+                "latency": 3.5,
+                "serial": 7 + i,
+                "flat": 9,
+            }
+            for i in range(4)
+        ],
+        [(f"p{i}", "m1", "m2", 0.5 + i % 2 / 2) for i in range(4)],
+        {},
+        {
+            "score_columns": ["m1", "m2"],
+            "columns": [
+                "wide: query prompt; models m1, m2; costs m1_cost; no models m1_cost, n_tokens, latency, serial, flat"
+            ],
+        },
     ),
 ]
 
@@ -590,9 +758,13 @@ BROKEN = [
     ("cut.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
     ("list.jsonl", b"[1, 2]", "record 1 is '1', expected a JSON object"),
     ("deep.json", b"[" * 100000, "cannot read"),
-    ("other.csv", b"name,age\nx,3\n", "has the columns age, name; expected model_a"),
-    ("no_winner.csv", b"prompt,model_a,model_b\nq,x,y\n", "has the columns model_a, model_b, prompt; expected"),
-    ("one.csv", HEADER + b"q,x,x,model_a\n", "against itself; expected battles between at least two"),
+    ("other.csv", b"name,age\nx,3\n", "has the columns age, name: no column of the query"),
+    (
+        "no_winner.csv",
+        b"prompt,model_a,model_b\nq,x,y\n",
+        "has the columns model_a, model_b, prompt: no column of a model",
+    ),
+    ("one.csv", HEADER + b"q,x,x,model_a\n", "against itself; the models none; expected battles"),
     (
         "none.csv",
         HEADER + b"q,x,y,?\n,x,y,tie\n,x,y,tie\n",
