@@ -152,6 +152,8 @@ def _table_of_scores(table: Table, query: str, model: str | None, is_part: bool)
     if score is not None and is_part:
         name = table.file.name.split(".")[0]
         return Layout("long", query, (score,), costs=(cost,) if (cost := table.first(*COSTS)) else (), model=name)
+    if compared := [column for name_a, *_ in PAIRS if (column := table.first(name_a))]:
+        raise _unknown(table, f"`{compared[0]}`, one of two compared models, and no column of the winner")
     if answers := [column for name in ANSWERS if (column := table.first(name))]:
         raise _unknown(table, f"`{answers[0]}`, an answer, and no column that names its model ({', '.join(MODELS)})")
     models = [name for name in usable if is_model_column(name) and not numbers[name].is_counter]

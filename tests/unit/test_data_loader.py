@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import pickle
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -43,6 +45,7 @@ def write(path, content):
     """Write rows (dicts) in the format that the suffix of `path` names, or bytes as they are; returns the path."""
     if not isinstance(content, bytes):
         content = WRITERS["".join(path.suffixes)](content)
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     return str(path)
 
@@ -488,6 +491,69 @@ def test_prompt_ids_that_repeat_do_not_mix_prompts(tmp_path):
     assert as_rows(battles) == [("x", "m1", "m2", 1.0), ("x", "m3", "m4", 1.0), ("y", "m1", "m3", 0.0)]
 
 
+def test_a_file_per_model_has_its_model_in_a_field_or_in_its_name(tmp_path):
+    for model, score in (("m1", 1), ("m2", 0)):
+        records = [{"prompt": "q", "score": score, "cost": 0.1}]
+        write(tmp_path / f"{model}.jsonl", records)
+        result = {"performance": 0.5, "model_name": model, "records": [*records, {"prompt": "p", "score": 0}]}
+        write(tmp_path / "fields" / f"results_{score}.json", json.dumps(result, indent=1).encode())
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "README.md").write_text("# data")
+    fields, _ = load_battles(str(tmp_path / "fields"))
+    assert unordered(as_rows(fields)) == [("p", "m1", "m2", 0.5), ("q", "m1", "m2", 1.0)]
+    shutil.rmtree(tmp_path / "fields")
+    battles, counts = load_battles(str(tmp_path))
+    assert as_rows(battles) == [("q", "m1", "m2", 1.0)]
+    assert counts["columns"] == [
+        f"long: query prompt; of score; model by file name {m}; costs cost" for m in ("m1", "m2")
+    ]
+    assert [path.split("/")[-1] for path in counts["files_skipped"]] == ["README.md", "dataset_infos.json"]
+
+
+def test_costs_are_kept_beside_the_scores_and_repeated_scores_are_means(tmp_path):
+    rows = [
+        ("q", "m1", 1, 0.5),
+        ("q", "m2", 0.7, 2),
+        ("q", "m2", 0.1, 4),
+        ("q", "m2", 0.3, 3),
+        ("q", "m3", 1.1 / 3, -1),
+    ]
+    for order in (rows, rows[::-1]):
+        table = pd.DataFrame(order, columns=["prompt", "model", "score", "cost"])
+        battles, _ = load_battles(write(tmp_path / "long.csv", table.to_dict("records")))
+        np.testing.assert_allclose(battles.table.scores, table.groupby("model")["score"].mean().to_numpy()[None])
+        np.testing.assert_array_equal(battles.table.costs, [[0.5, 3, np.nan]])  # none below 0
+        assert ("q", "m2", "m3", 0.5) in unordered(as_rows(battles))
+
+
+def test_an_official_split_is_kept_and_validation_drawn_from_training_where_it_lacks(tmp_path):
+    sides = ["train"] * 60 + ["Test"] * 20 + ["dev"] * 10 + ["unknown"]
+    rows = [prompt_battle(f"q{i}", "AB"[i % 2]) | {"part": side} for i, side in enumerate(sides)]
+    battles, counts = load_battles(write(tmp_path / "a.csv", rows), split_column="part")
+    assert counts["rows_dropped"] == {"on an unknown side of the split": 1}
+    split, _ = split_battles(battles, 0)
+    assert [len(side) for side in vars(split).values()] == [60, 10, 20]
+    assert {split.test.queries[i] for i in split.test.unique_queries} == {f"q{i}" for i in range(60, 80)}
+    without = [row for row in rows if row["part"] != "dev"]
+    leaking = [*without, prompt_battle("q0") | {"part": "test"}]
+    battles, _ = load_battles(write(tmp_path / "b.csv", leaking), split_column="part")
+    split, counts = split_battles(battles, 0)
+    assert [len(side) for side in vars(split).values()] == [53, 7, 21]
+    in_val = any(split.val.queries[i] == "q0" for i in split.val.unique_queries)
+    assert counts["test_queries_in_train"] == 1 - in_val
+    table = [{"prompt": f"q{i}", "m1": i % 2, "m2": i % 3, "split": side} for i, side in enumerate(sides[:90])]
+    battles, _ = load_battles(write(tmp_path / "wide.csv", table), split_column="split")
+    rows_of_test = split_battles(battles, 0)[0].test.table
+    assert {battles.queries[0][:1], len(rows_of_test.scores)} == {"q", sum(i % 2 != i % 3 for i in range(60, 80))}
+
+
+def test_a_named_column_is_that_of_the_query(tmp_path):
+    rows = [prompt_battle("no") | {"text": "yes"}]
+    assert load_battles(write(tmp_path / "a.csv", rows), query_column="text")[0].queries == ["yes"]
+    with pytest.raises(UserError, match="has no column texts; found model_a, model_b, prompt, text, winner"):
+        load_battles(str(tmp_path / "a.csv"), query_column="texts")
+
+
 def test_wide_scores_as_booleans_with_gaps_and_an_index(tmp_path):
     nan = float("nan")
     rows = [
@@ -759,16 +825,35 @@ BROKEN = [
     ("list.jsonl", b"[1, 2]", "record 1 is '1', expected a JSON object"),
     ("deep.json", b"[" * 100000, "cannot read"),
     ("other.csv", b"name,age\nx,3\n", "has the columns age, name: no column of the query"),
+    ("no_winner.csv", b"prompt,model_a,model_b\nq,x,y\n", "nearest is battles, which needs winner too"),
+    ("ratings.csv", b"prompt,model_a,model_b,rating_a,rating_b\nq,x,y,1,2\n", "`model_a`, one of two compared models"),
+    ("preferences.csv", b"prompt,chosen,rejected,score_chosen,score_rejected\nq,x,y,5.2,4.9\n", "`chosen`, an answer"),
+    ("rubrics.jsonl", b'{"prompt": "q", "response": "r", "correctness": 3, "coherence": 4}\n', "`response`, an answer"),
+    ("no_score.csv", b"prompt,model,latency\nq,x,3.5\nq,y,3.1\n", "a column `model` of models, and no numeric column"),
     (
-        "no_winner.csv",
-        b"prompt,model_a,model_b\nq,x,y\n",
-        "has the columns model_a, model_b, prompt: no column of a model",
+        "counters.csv",
+        b"prompt,correct,batch_index,batch_size\nq,1,0,8\np,0,0,8\n",
+        "do not look like models: batch_index",
+    ),
+    (
+        "scales.csv",
+        b"prompt,m1,m2,chars_in\nq,1,0,300\np,0,1,20\n",
+        "are these all scores of models? chars_in (up to 300)",
+    ),
+    ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "run `git lfs pull`"),
+    ("table.pkl", pickle.dumps([1]), "if you trust it, convert it: pd.read_pickle("),
+    ("escaped.csv", HEADER + b'"say \\"hi\\"",x,y,tie\n', "line 2 is no CSV"),
+    (
+        "one_model.csv",
+        b"prompt,model,score\nq,x,1\np,x,0\n",
+        "the models x; expected battles between at least two models; give",
     ),
     ("one.csv", HEADER + b"q,x,x,model_a\n", "against itself; the models none; expected battles"),
     (
         "none.csv",
         HEADER + b"q,x,y,?\n,x,y,tie\n,x,y,tie\n",
-        "no usable battle in {}: 3 rows read, rows dropped: 1 with an unknown winner, 2 without query text",
+        "no usable battle in {}: 3 rows read, rows dropped: 1 with an unknown winner, 2 without query text; unknown "
+        "winners: 1 x '?'",
     ),
 ]
 
