@@ -24,6 +24,7 @@ import train
 from data_loader import load_battles, split_battles
 from query_representation import QueryEncoder
 from rankrouter import RankRouter
+from support.data.cells import as_score
 from support.data.formats import open_table
 from support.system.errors import UserError
 from support.training.checkpoint import FORMAT_VERSION
@@ -54,6 +55,7 @@ def table_of(columns, optional, least=0):
 
 sides = {"model_a": names, "model_b": names}
 flag = st.sampled_from([0, 1])
+scored = st.fixed_dictionaries({"score": numbers}, optional={"cost": numbers})
 LAYOUTS = {
     "conversations": table_of(
         {**sides, "winner": winner, "conversation_a": st.lists(mostly(turn), max_size=3)}, {"x": anything}
@@ -62,6 +64,15 @@ LAYOUTS = {
     "one-hot": table_of({**sides, "prompt": texts, **{f"winner_{w}": flag for w in ("model_a", "model_b", "tie")}}, {}),
     "wide": table_of({"prompt": texts, "gpt": numbers, "claude": numbers}, {"llama": numbers, "cost|x": anything}),
     "nested": table_of({"question": texts, "scores": st.dictionaries(names, numbers, max_size=3)}, {}),
+    "preference": table_of({"instruction": texts, "generator_1": names, "generator_2": names, "preference": flag}, {}),
+    "list": table_of(
+        {
+            "query": texts,
+            "scores": st.lists(st.fixed_dictionaries({"model": names, "score": mostly(numbers)}), max_size=3),
+        },
+        {},
+    ),
+    "mappings": table_of({"prompt": texts, **dict.fromkeys(("gpt", "claude"), scored)}, {}),
     "long": table_of(
         {"prompt": st.sampled_from(["q", " q"]), "model_name": names, "label": numbers}, {"prompt_id": flag}, 4
     ),
@@ -117,10 +128,19 @@ def test_any_table_loads_with_counts_that_add_up_or_ends_in_one_line(tmp_path, k
         assert counts["rows_read"] == num_rows(path)
         if layout_read in ("conversations", "prompts"):
             assert len(battles) + dropped == counts["rows_read"]
+            unknown = counts["rows_dropped"].get("with an unknown winner", 0)
+            assert sum(counts["unknown_winners"].values()) == unknown
         elif layout_read == "long":
-            assert np.isfinite(battles.table.scores).sum() + dropped == counts["rows_read"]
+            known = np.isfinite(battles.table.scores).sum() + counts["scores_averaged"]
+            assert known + dropped == counts["rows_read"]
         else:
             assert len(battles.table.scores) + dropped == counts["rows_read"]
+        if layout_read == "wide":  # each cell of the models is a score, averaged, or missing
+            cells = len(battles.table.scores) * len(counts["score_columns"])
+            known = np.isfinite(battles.table.scores).sum() + counts["scores_averaged"]
+            assert known + counts["scores_missing"] == cells
+            named = ", ".join(counts["columns"])
+            assert all(name in named for name in ("gpt", "claude") if layout == "wide" and some_number(rows, name))
         assert all(query.strip() and query.encode() for query in battles.queries)
         assert all(name.strip() and name.encode() for name in battles.model_names)
         assert (battles.model_a_idx != battles.model_b_idx).all()
@@ -135,6 +155,10 @@ def test_any_table_loads_with_counts_that_add_up_or_ends_in_one_line(tmp_path, k
         any_rows = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         any_rows(given(st.just(layout), rows)(check))()
         assert loaded[layout] > 1 or layout == "near", layout
+
+
+def some_number(rows, name):
+    return any(as_score(row.get(name)) is not None for row in rows)
 
 
 def num_rows(path):
