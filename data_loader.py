@@ -124,33 +124,20 @@ def load_battles(
     Returns the battles and the counts for the history. Raises `UserError` where a file cannot be read or has no known
     layout, or no battle is left.
     """
-    files, rows, layouts = data_files(path), Rows(), {}
+    files, rows, layouts = data_files(path), Rows(), []
     for file in files:
         table = open_table(file)
-        layouts[file] = layout = find_layout(table, score_columns, query_column, split_column, is_part=len(files) > 1)
-        for chunk in table.read(layout.columns):
-            rows.add(chunk, layout)
+        layouts.append(find_layout(table, score_columns, query_column, split_column, is_part=len(files) > 1))
+        for chunk in table.read(layouts[-1].columns):
+            rows.add(chunk, layouts[-1])
     model_names, pairs, scores, outside_limit = rows.finish(limit, seed)
-    if not len(pairs):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items()) or "none"
-        found = f"{rows.num_read} rows read, rows dropped: {reasons}{_texts_found(rows)}"
-        models = f"the models {listed(map(one_line, model_names))}"
-        advice = "; give the folder where each model has a file" if len(model_names) == 1 and rows.scores else ""
-        expected = f"expected battles between at least two models{advice}"
-        raise UserError(f"no usable battle in {path}: {found}; {models}; {expected}")
-    query_idx, model_a_idx, model_b_idx = pairs[:, :3].astype(np.int64).T  # (N,) each
-    queries, outcome = [text for _, text in rows.queries.values()], pairs[:, 3].astype(np.float32)  # (Q,), (N,)
-    table = _score_table(scores, len(model_names)) if len(scores) else None
-    side = pairs[:, 4].astype(np.int8) if split_column else None  # (N,)
-    battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, outcome, table, side)
-    kinds = list(dict.fromkeys(layouts.values()))
     counts = {
         "path": str(path),
         "content_hash": content_hash(files),
         "files_skipped": [str(file) for file in find_files(path)[1]],
-        "layouts": sorted({layout.kind for layout in kinds}),
-        "columns": list(dict.fromkeys(layout.described for layout in kinds)),
-        "score_columns": sorted({name for layout in kinds for name in layout.models}),
+        "layouts": sorted({layout.kind for layout in layouts}),
+        "columns": list(dict.fromkeys(layout.described for layout in layouts)),
+        "score_columns": sorted({name for layout in layouts for name in layout.models}),
         "rows_read": rows.num_read,
         "rows_dropped": dict(rows.dropped),
         "unknown_winners": dict(rows.unknown_winners.most_common()),
@@ -159,20 +146,32 @@ def load_battles(
         "scores_averaged": rows.scores_averaged,
         "queries_repaired": rows.repaired,
         "queries_outside_limit": outside_limit,
+    }
+    if not len(pairs):
+        is_file_of_model = len(model_names) == 1 and len(rows.scores) > 0
+        advice = "; give the folder where each model has a file" if is_file_of_model else ""
+        found = f"{read_and_dropped(counts)}; the models {listed(map(one_line, model_names))}"
+        raise UserError(f"no usable battle in {path}: {found}; expected battles between at least two models{advice}")
+    query_idx, model_a_idx, model_b_idx = pairs[:, :3].astype(np.int64).T  # (N,) each
+    queries, outcome = [text for _, text in rows.queries.values()], pairs[:, 3].astype(np.float32)  # (Q,), (N,)
+    table = _score_table(scores, len(model_names)) if len(scores) else None
+    side = pairs[:, 4].astype(np.int8) if split_column else None  # (N,)
+    battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, outcome, table, side)
+    return battles, counts | {
         "battles": len(battles),
         "ties": int((battles.outcome == 0.5).sum()),
         "queries": len(battles.unique_queries),
         "models": len(battles.unique_models),
     }
-    return battles, counts
 
 
-def _texts_found(rows: Rows) -> str:
-    """What was found instead of known winners and of numbers, for a message."""
-    found = ""
-    for texts, what in ((rows.unknown_winners, "unknown winners"), (rows.not_numbers, "scores that are no numbers")):
-        if texts:
-            found += f"; {what}: " + ", ".join(f"{count} x {text!r}" for text, count in texts.most_common(5))
+def read_and_dropped(counts: dict) -> str:
+    """The rows read and dropped, and what was found instead of known winners and of numbers, for a message."""
+    dropped = ", ".join(f"{count} {reason}" for reason, count in counts["rows_dropped"].items()) or "none"
+    found = f"{counts['rows_read']} rows read, rows dropped: {dropped}"
+    for key, what in (("unknown_winners", "unknown winners"), ("scores_not_numbers", "scores that are no numbers")):
+        if texts := counts[key]:
+            found += f"; {what}: " + ", ".join(f"{count} x {text!r}" for text, count in list(texts.items())[:5])
     return found
 
 

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_loader import Split, data_files, load_battles, split_battles
+from data_loader import Split, data_files, load_battles, read_and_dropped, split_battles
 from support.data.benchmarks import Profiles, read_profiles
 from support.data.demo import demo_folder
 from support.encoding.huggingface import find_encoder, is_hub_id
@@ -53,7 +53,10 @@ def load_data(args: argparse.Namespace) -> Data:
     columns = {"query_column": args.query_column, "split_column": args.split_column}
     battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed, **columns)
     options = {"by": args.split_by, "ties": args.ties, "pairs_per_query": args.pairs_per_query}
-    split, split_counts = split_battles(battles, args.split_seed, **options, hold_out=args.hold_out_model)
+    try:
+        split, split_counts = split_battles(battles, args.split_seed, **options, hold_out=args.hold_out_model)
+    except UserError as error:
+        raise UserError(f"{error}; {read_and_dropped(counts)}") from error
     full_split = split if args.hold_out_model is None else split_battles(battles, args.split_seed, **options)[0]
     counts |= split_counts
     train_queries = counts["split"]["train"]["queries"]

@@ -56,6 +56,9 @@ def project(demo, tiny_run, tmp_path_factory):
     for path in (here / "battles.parquet", here / "shards/1.parquet", arena):
         table.to_parquet(path)
     own.to_csv(here / "battles.csv", index=False)
+    own.assign(split=["train", "train", "test"] * (len(own) // 3) + ["test"] * (len(own) % 3)).to_csv(
+        here / "official.csv", index=False
+    )
     pd.concat([table[:40].assign(model_a="new-model"), table[40:60]]).to_parquet(here / "new_battles.parquet")
     scores = {f"model-{i}": (prompts.str.len() * i % 7 / 7) for i in (1, 2, 3)}
     pd.DataFrame({"prompt": prompts, "latency": 1.0, **scores}).to_csv(here / "scores.csv", index=False)
