@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from support.data.formats import SUFFIXES, find_files, open_table
-from support.data.layouts import find_layout, listed
+from support.data.formats import SUFFIXES, Table, find_files, open_table
+from support.data.layouts import Layout, find_layout, listed, models_by_file
 from support.data.rows import Rows
 from support.system.errors import UserError, one_line
 from support.system.files import content_hash
 
 COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, (N,) each
 SIDES = np.array(["train", "val", "test"])  # of an official split
+OTHER_SCALE = 8  # times the largest score of another model: hardly the same metric
 
 
 @dataclass(frozen=True)
@@ -124,26 +125,27 @@ def load_battles(
     Returns the battles and the counts for the history. Raises `UserError` where a file cannot be read or has no known
     layout, or no battle is left.
     """
-    files, rows, layouts = data_files(path), Rows(), []
-    for file in files:
-        table = open_table(file)
-        layouts.append(find_layout(table, score_columns, query_column, split_column, is_part=len(files) > 1))
-        for chunk in table.read(layouts[-1].columns):
-            rows.add(chunk, layouts[-1])
+    files, rows = data_files(path), Rows()
+    layouts = _find_layouts([open_table(file) for file in files], score_columns, query_column, split_column)
+    for table, layout in layouts.items():
+        for chunk in table.read(layout.columns):
+            rows.add(chunk, layout)
     model_names, pairs, scores, outside_limit = rows.finish(limit, seed)
     counts = {
         "path": str(path),
         "content_hash": content_hash(files),
         "files_skipped": [str(file) for file in find_files(path)[1]],
-        "layouts": sorted({layout.kind for layout in layouts}),
-        "columns": list(dict.fromkeys(layout.described for layout in layouts)),
-        "score_columns": sorted({name for layout in layouts for name in layout.models}),
+        "layouts": sorted({layout.kind for layout in layouts.values()}),
+        "columns": list(dict.fromkeys(layout.described for layout in layouts.values())),
+        "score_columns": sorted({name for layout in layouts.values() for name in layout.models}),
         "rows_read": rows.num_read,
         "rows_dropped": dict(rows.dropped),
         "unknown_winners": dict(rows.unknown_winners.most_common()),
         "scores_missing": rows.scores_missing,
         "scores_not_numbers": dict(rows.not_numbers.most_common()),
         "scores_averaged": rows.scores_averaged,
+        "costs_missing": rows.costs_missing,
+        "queries_parsed": rows.parsed,
         "queries_repaired": rows.repaired,
         "queries_outside_limit": outside_limit,
     }
@@ -155,9 +157,13 @@ def load_battles(
     query_idx, model_a_idx, model_b_idx = pairs[:, :3].astype(np.int64).T  # (N,) each
     queries, outcome = [text for _, text in rows.queries.values()], pairs[:, 3].astype(np.float32)  # (Q,), (N,)
     table = _score_table(scores, len(model_names)) if len(scores) else None
+    odd = None if table is None else _odd_scores(table.scores, model_names)
+    if odd and "wide" in counts["layouts"] and not score_columns:
+        raise UserError(f"{path}: {odd}; name the columns of the models with --score_columns")
     side = pairs[:, 4].astype(np.int8) if split_column else None  # (N,)
     battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, outcome, table, side)
     return battles, counts | {
+        "scores_odd": odd,
         "battles": len(battles),
         "ties": int((battles.outcome == 0.5).sum()),
         "queries": len(battles.unique_queries),
@@ -165,11 +171,49 @@ def load_battles(
     }
 
 
+def _find_layouts(
+    tables: list[Table], score_columns: list[str] | None, query_column: str | None, split_column: str | None
+) -> dict[Table, Layout]:
+    """The layout of each table; tables with the same columns have the same one, or a model each."""
+    layouts = {}
+    for columns in dict.fromkeys(tuple(table.columns) for table in tables):
+        group = [table for table in tables if tuple(table.columns) == columns]
+        layout = find_layout(group, score_columns, query_column, split_column)
+        of_one_model = layout.kind == "long" and layout.model is not None
+        models = models_by_file(group) if of_one_model else [None] * len(group)
+        layouts |= {table: replace(layout, model=model) for table, model in zip(group, models, strict=True)}
+    first = next(iter(layouts.values()))
+    for table, layout in layouts.items():
+        if layout.kind == first.kind == "long" and (layout.query, layout.others) != (first.query, first.others):
+            one, other = (f"{', '.join(each.others)} by {each.query}" for each in (first, layout))
+            raise UserError(f"{tables[0].file} has {one}, {table.file} has {other}; expected the same in all files")
+    return layouts
+
+
+def _odd_scores(scores: np.ndarray, model_names: list[str]) -> str | None:
+    """What makes the scores (R, M) of a table look like those of several metrics, or like ranks; else None."""
+    import pandas as pd
+
+    largest = pd.DataFrame(np.abs(scores), columns=[one_line(name) for name in model_names]).max()
+    largest = largest[largest > 0].sort_values()
+    if len(largest) and largest.iloc[-1] > 1 and largest.iloc[-1] > OTHER_SCALE * largest.iloc[0]:
+        low, high = (f"{largest.index[i]} up to {largest.iloc[i]:g}" for i in (0, -1))
+        return f"scores on several scales, {low} and {high}"
+    complete = scores[~np.isnan(scores).any(1)]  # (r, M)
+    ranks = np.arange(1, scores.shape[1] + 1)  # (M,)
+    if len(complete) > 1 and len(ranks) > 2 and (np.sort(complete, axis=1) == ranks).all():
+        return f"each row is a ranking from 1 to {len(ranks)}, and the highest score wins"
+    return None
+
+
 def read_and_dropped(counts: dict) -> str:
     """The rows read and dropped, and what was found instead of known winners and of numbers, for a message."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["rows_dropped"].items()) or "none"
     found = f"{counts['rows_read']} rows read, rows dropped: {dropped}"
-    for key, what in (("unknown_winners", "unknown winners"), ("scores_not_numbers", "scores that are no numbers")):
+    if counts["scores_averaged"]:
+        found += f", {counts['scores_averaged']} averaged"
+    expected = "unknown winners (expected model_a, model_b, tie, or a model's name)"
+    for key, what in (("unknown_winners", expected), ("scores_not_numbers", "scores that are no numbers")):
         if texts := counts[key]:
             found += f"; {what}: " + ", ".join(f"{count} x {text!r}" for text, count in list(texts.items())[:5])
     return found

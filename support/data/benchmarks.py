@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from support.data.cells import MODELS, as_score
-from support.data.formats import NO_NUMBER, as_number, open_table
-from support.data.layouts import is_id_column, listed
+from support.data.cells import MODELS, NO_NUMBER, as_number, as_score
+from support.data.columns import is_id_column
+from support.data.formats import open_table
+from support.data.layouts import listed
 from support.system.errors import UserError, one_line, valid_unicode
 
 

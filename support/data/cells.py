@@ -6,38 +6,56 @@ import json
 import math
 import re
 import tokenize
-from collections.abc import Iterable
+from functools import lru_cache
 
-from support.data.formats import as_number
-
+CONVERSATIONS = ("conversation_a", "messages_a", "conversation", "messages")  # the first user's turn is the query
+QUERIES = ("conversation_a", "messages_a", "prompt", "question", "query", "instruction", "messages", "conversation")
 MODELS = ("model_name", "model", "llm", "llm_selected", "llm_name", "generator", "model_id")
 SCORES = (
-    *("score", "performance", "effect", "label", "correct", "is_correct", "acc", "accuracy", "evaluation_result"),
-    *("overall_score", "reward", "rating", "quality"),
+    *("score", "performance", "effect", "correct", "is_correct", "acc", "accuracy", "evaluation_result"),
+    *("overall_score", "reward", "rating", "quality", "label"),
 )
 COSTS = ("cost", "total_cost", "inference_cost", "price", "usd")
+NO_NUMBER = ("", "NA", "N/A", "None", "null")  # what tables write where a number is missing
+NO_NAME = (*NO_NUMBER, "nan", "NaN", "#N/A")
 LARGEST_SCORE = 1e30  # a sum of larger ones could overflow
 LONGEST_LITERAL = 2**20  # characters of a Python literal: parsing takes a hundred times its size
 # Labels of `winner`, folded by `fold`. All ties are alike, whether both answers were good or bad.
-WINS_OF_A = ("modela", "a", "model1", "left", "leftvote", "assistanta", "answera", "responsea")
-WINS_OF_B = ("modelb", "b", "model2", "right", "rightvote", "assistantb", "answerb", "responseb")
+WINS_OF_A = ("modela", "a", "left", "leftvote", "assistanta", "answera", "responsea")
+WINS_OF_B = ("modelb", "b", "right", "rightvote", "assistantb", "answerb", "responseb")
 TIES = (
     *("tie", "tievote", "draw", "equal", "both", "neither", "same", "tiebothbad", "bothbad", "bothbadvote"),
     *("tiebothgood", "bothgood", "tieinconsistent"),  # the last where two judgments of FastChat differ
 )
 WINNERS = dict.fromkeys(WINS_OF_A, 1.0) | dict.fromkeys(WINS_OF_B, 0.0) | dict.fromkeys(TIES, 0.5)
 USERS = ("user", "human", "prompter")
+CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|type|text)['"]""")  # the start of one, in a text
 
 
-def fold(label: object) -> str:
-    """A label in lower case, without spaces and punctuation."""
-    return re.sub(r"[\W_]", "", str(label).lower())
+@lru_cache(4096)
+def fold(label: str) -> str:
+    """A label in lower case, without spaces and the usual punctuation."""
+    return re.sub(r"[\s_().,;:'\"/-]", "", label.lower())
+
+
+def as_number(value: object) -> float | None:
+    """The number in a cell, perhaps infinite or NaN; true is 1, false is 0; None if it holds something else."""
+    if isinstance(value, str):
+        value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
+    if value is None or (isinstance(value, str) and "_" in value):  # float() takes "1_5" for 15
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def as_name(cell: object) -> str:
-    """A model's name, or "" where the cell is empty."""
-    is_missing = cell is None or (isinstance(cell, float) and math.isnan(cell))
-    return "" if is_missing else str(cell).strip()
+    """A model's name, or "" where the cell is empty or holds no name."""
+    if isinstance(cell, float) and cell.is_integer():  # ids of a column with gaps
+        cell = int(cell)
+    name = "" if isinstance(cell, (bytes, list, dict, float)) or cell is None else str(cell).strip()
+    return "" if name in NO_NAME else name
 
 
 def as_list(cell: object) -> object:
@@ -56,13 +74,14 @@ def _python_literal(text: str) -> object:
         return text
     try:
         # numpy writes no comma between the elements of an array, and Python joins strings without one.
-        joined = re.search(r"""['"]\s*\n?\s+['"]""", text) and _first_strings_touch(text)
-        return text if joined else ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()))
+        if re.search(r"""['"]\s*\n?\s+['"]""", text) and _strings_touch(text):
+            return text
+        return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text
 
 
-def _first_strings_touch(text: str) -> bool:
+def _strings_touch(text: str) -> bool:
     """Whether two string literals follow each other without a comma."""
     previous = None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -86,11 +105,13 @@ def as_text(cell: object, is_conversation: bool = False) -> str:
         if all(isinstance(turn, str) for turn in turns):
             return value[0] or "" if value else ""
         if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns):
-            users = (turn for turn in turns if turn.get("role", turn.get("from")) in USERS)
+            users = (turn for turn in turns if str(turn.get("role", turn.get("from"))).lower() in USERS)
             return _content(next(users, {}))
-        if all(isinstance(turn, dict) and "text" in turn for turn in turns):
+        if all(isinstance(turn, dict) for turn in turns) and any("text" in turn for turn in turns):
             return _content({"content": turns})
     if value == [] or is_conversation:
+        return ""
+    if isinstance(value, str) and CONVERSATION.match(value):  # one that could not be parsed
         return ""
     is_number = type(cell) is int or (isinstance(cell, float) and math.isfinite(cell))
     return str(cell) if isinstance(cell, str) or is_number else ""
@@ -108,14 +129,15 @@ def as_score(cell: object) -> float | None:
     """The finite number below `LARGEST_SCORE` in a cell, or under one of `SCORES` in a mapping; None without one."""
     cell = as_list(cell)
     if isinstance(cell, dict):
-        return next((as_score(cell[key]) for key in SCORES if key in cell), None)
+        scores = (as_score(cell[key]) for key in SCORES if key in cell)
+        return next((score for score in scores if score is not None), None)
     score = as_number(cell)
     return score if score is not None and math.isfinite(score) and abs(score) < LARGEST_SCORE else None
 
 
 def as_cost(cell: object) -> float | None:
-    """The number of at least 0 in a cell; None without one."""
-    cost = as_score(cell)
+    """The number of at least 0 in a cell, with or without a dollar sign; None without one."""
+    cost = as_score(cell.strip().removeprefix("$") if isinstance(cell, str) else cell)
     return cost if cost is not None and cost >= 0 else None
 
 
@@ -127,32 +149,40 @@ def cost_in(cell: object) -> object:
 def as_scores(cell: object) -> list[tuple[str, object]]:
     """Models and their scores, or what holds them, in one cell: a mapping by model, or a list of pairs or mappings."""
     cell = as_list(cell)
-    items: Iterable = cell.items() if isinstance(cell, dict) else cell if isinstance(cell, list) else []
     pairs = []
-    for item in items:
+    for item in cell.items() if isinstance(cell, dict) else cell if isinstance(cell, list) else []:
         if isinstance(item, dict):
             name = next((item[key] for key in (*MODELS, "name") if key in item), None)
             pairs.append((as_name(name), item))
-        elif isinstance(item, tuple) and len(item) == 2:  # parquet's map type is a list of these
+        elif isinstance(item, (tuple, list)) and len(item) == 2:  # parquet's map type is a list of these
             pairs.append((as_name(item[0]), item[1]))
+        else:
+            pairs.append(("", item))  # counted as missing
     return pairs
 
 
 def outcome_of_label(label: object, a: str, b: str) -> float | None:
     """P(a is better) from the label of a winner: a known one, or the name of one of the two models.
 
-    None where it is unknown, or would be both: with models called "b" and "a", the winner "a".
+    None where it is unknown, a number, which may be a code or a model's id, or would be both winners: with models
+    called "b" and "a", the winner "a".
     """
-    by_label = WINNERS.get(fold(label))
-    names = {a: 1.0, b: 0.0}
-    by_name = names.get(as_name(label), {fold(a): 1.0, fold(b): 0.0}.get(fold(label)) if fold(a) != fold(b) else None)
-    return by_label if by_name is None or by_name == by_label else by_name if by_label is None else None
+    name = as_name(label)
+    if name.isdigit():
+        return None
+    by_label = WINNERS.get(fold(name))
+    if name in (a, b):
+        by_name = float(name == a)
+        return by_name if by_label in (None, by_name) else None
+    if by_label is None and fold(a) != fold(b):
+        return {fold(a): 1.0, fold(b): 0.0}.get(fold(name))
+    return by_label
 
 
 def outcome_of_flags(win_a: object, win_b: object, tie: object) -> float | None:
-    """P(a is better) where one of three columns is 1."""
-    flags = [as_number(flag) == 1 for flag in (win_a, win_b, tie)]
-    return (1.0, 0.0, 0.5)[flags.index(True)] if sum(flags) == 1 else None
+    """P(a is better) where one of three columns is 1 and the others are 0; None where they are not, as with votes."""
+    flags = [as_number(flag) for flag in (win_a, win_b, tie)]
+    return (1.0, 0.0, 0.5)[flags.index(1)] if sorted(flags, key=str) == [0, 0, 1] else None
 
 
 def outcome_of_preference(preference: object) -> float | None:

@@ -18,12 +18,15 @@ from typing import TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from support.data.cells import MODELS, QUERIES
 from support.system.errors import UserError
 
-SUFFIXES = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
+SUFFIXES = (
+    *(".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".json", ".json.gz"),
+    *(".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"),
+)
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json")
 CHUNK_ROWS = 4096
-NO_NUMBER = ("", "NA", "N/A", "None", "null")  # what tables write where a number is missing
 
 FORMATS = "parquet, CSV in UTF-8 (with commas, semicolons or tabs), or JSON (the last two also gzipped)"
 LFS_POINTER = b"version https://git-lfs"
@@ -33,13 +36,14 @@ BROKEN = (OSError, EOFError, ValueError, OverflowError, RecursionError, csv.Erro
 Chunk = dict[str, list]  # column name -> Python values of some consecutive rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """An opened file, which is read chunk by chunk."""
 
     file: Path
     columns: list[str]
     chunks: Callable[[list[str]], Iterator[Chunk]]  # reads the columns of these names
+    unreadable: frozenset[str] = frozenset()  # columns of images, dates and the like, which are no texts or numbers
 
     def first(self, *names: str) -> str | None:
         """The column that has the first of these names, also in other letters: `Prompt`; or None."""
@@ -69,6 +73,12 @@ def find_files(path: str) -> tuple[list[Path], list[Path]]:
     return sorted(Path(name) for name in glob.glob(str(place), recursive=True) if os.path.isfile(name)), []
 
 
+def stem(file: Path) -> str:
+    """A data file's name without its suffix."""
+    suffix = max((end for end in SUFFIXES if file.name.lower().endswith(end)), key=len, default="")
+    return file.name.removesuffix(file.name[len(file.name) - len(suffix) :])
+
+
 def open_table(file: Path) -> Table:
     """Open a file and find its columns. Raises `UserError` if it is in none of the known formats."""
     with _user_errors(file):
@@ -95,14 +105,6 @@ def _refuse_by_content(file: Path, head: bytes) -> None:
         raise ValueError("it holds binary data" if head else "it is empty")
 
 
-def as_number(value: object) -> float | None:
-    """The number in a cell, perhaps infinite or NaN; true is 1, false is 0; None if it holds something else."""
-    try:
-        return float({"true": 1, "false": 0}.get(str(value).strip().lower(), value))
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
 def _open_parquet(file: Path) -> Table:
     parquet = pq.ParquetFile(file)
     fields = list(parquet.schema_arrow)
@@ -111,11 +113,21 @@ def _open_parquet(file: Path) -> Table:
         for batch in parquet.iter_batches(CHUNK_ROWS, columns=columns):
             yield {name: _as_text(batch.column(name)).to_pylist() for name in columns}
 
-    return Table(file, _distinct([field.name for field in fields]), chunks)
+    names = _distinct([field.name for field in fields])
+    return Table(file, names, chunks, frozenset(field.name for field in fields if _holds_no_values(field.type)))
+
+
+def _holds_no_values(kind: pa.DataType) -> bool:
+    return pa.types.is_temporal(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _as_text(column: pa.Array) -> pa.Array:
-    return column.cast(pa.large_string()) if column.type in (pa.binary(), pa.large_binary()) else column
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    is_binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    if not any(kind(column.type) for kind in is_binary):
+        return column
+    return column.cast(pa.binary()).cast(pa.large_string())
 
 
 def _open_records(file: Path, records: Callable[[], Iterator[dict]]) -> Table:
@@ -140,11 +152,14 @@ def _json_objects(stream: TextIO) -> Iterator[dict]:
         if len(first) == 2 and _is_json(first[0][1]):
             for number, line in chain(first, lines):
                 try:
-                    yield json.loads(line)
-                except ValueError as error:
+                    yield json.loads(line, object_pairs_hook=_unique)
+                except json.JSONDecodeError as error:
                     raise ValueError(f"line {number} is not JSON: {error}") from error
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from error
         else:
-            yield from _records_in(json.loads("".join(line for _, line in chain(first, lines))))
+            text = "".join(line for _, line in chain(first, lines))
+            yield from _records_in(json.loads(text, object_pairs_hook=_unique))
 
 
 def _is_json(line: str) -> bool:
@@ -155,16 +170,28 @@ def _is_json(line: str) -> bool:
     return True
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose keys occur once."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"an object has several values of {', '.join(repeated)}")
+    return record
+
+
 def _records_in(value: dict) -> list[dict]:
     """The records in one JSON object: a list in it, as `records` or `data`, or columns or rows as pandas writes them.
 
-    Texts and numbers beside the list belong to each of its records, as the name of the model in a file per model.
+    The name of a model beside the list belongs to each of its records. Numbers beside it, such as mean scores, do not.
     """
-    records = next((value[key] for key in ("records", "data") if isinstance(value.get(key), list)), None)
-    if records is not None and isinstance(value.get("columns"), list):  # pandas' "split"
+    lists = [key for key in ("records", "data") if isinstance(value.get(key), list)]
+    records = value[lists[0]] if lists else []
+    if len(lists) > 1:
+        raise ValueError("it has both `records` and `data`, expected one list")
+    if lists and isinstance(value.get("columns"), list):  # pandas' "split"
         return [dict(zip(value["columns"], row, strict=True)) for row in records]
-    if records is not None:
-        shared = {key: cell for key, cell in value.items() if isinstance(cell, (str, int, float))}
+    if lists and not _belongs_to_one_query(value, records):
+        shared = {key: cell for key, cell in value.items() if key in MODELS and isinstance(cell, str)}
         return [shared | record if isinstance(record, dict) else record for record in records]
     cells = list(value.values())
     if all(isinstance(cell, dict) for cell in cells):
@@ -178,9 +205,15 @@ def _records_in(value: dict) -> list[dict]:
     return [value]
 
 
+def _belongs_to_one_query(value: dict, records: list) -> bool:
+    """Whether the records lack a query, and the object has it: then they are the scores of its models."""
+    have_one = any(isinstance(record, dict) and not record.keys().isdisjoint(QUERIES) for record in records)
+    return not have_one and not value.keys().isdisjoint(QUERIES)
+
+
 def _json_array(stream: TextIO) -> Iterator[dict]:
     with stream:
-        yield from json.load(stream)
+        yield from json.load(stream, object_pairs_hook=_unique)
 
 
 def _csv_rows(stream: TextIO) -> Iterator[dict]:
@@ -198,6 +231,8 @@ def _csv_rows(stream: TextIO) -> Iterator[dict]:
             for cells in rows:
                 if len(cells) != len(header):
                     raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}")
+                if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                    raise ValueError(f"line {reader.line_num}: a quotation mark makes one cell of several lines")
                 yield dict(zip(header, cells, strict=True))
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num} is no CSV: {error}") from error

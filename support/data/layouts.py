@@ -1,28 +1,31 @@
 """The layouts of battles and score tables, recognized by their columns; rows.py reads the rows.
 
-A new layout of battles is one more line of `PAIRS`; new names of columns are one more word of `QUERIES`, or of `MODELS`
-and `SCORES` in cells.py; a table whose cells hold several scores is one more word of `NESTED`.
+A new layout of battles is one more line of `PAIRS`; new names of columns are one more word of `QUERIES`, `MODELS` and
+`SCORES` in cells.py; a table whose cells hold several scores is one more word of `NESTED`.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from support.data.cells import (
+    CONVERSATIONS,
     COSTS,
     MODELS,
+    QUERIES,
     SCORES,
-    as_score,
+    as_list,
+    as_number,
+    as_scores,
     outcome_of_flags,
     outcome_of_label,
     outcome_of_preference,
 )
-from support.data.formats import NO_NUMBER, Table, as_number
-from support.system.errors import UserError
+from support.data.columns import ANSWERS, COMPARED, Column, is_model_column, read_columns
+from support.data.formats import Table, stem
+from support.system.errors import UserError, one_line
 
-CONVERSATIONS = ("conversation_a", "messages_a", "conversation", "messages")  # the first user's turn is the query
-QUERIES = ("conversation_a", "messages_a", "prompt", "question", "query", "instruction", "messages", "conversation")
 NESTED = ("scores", "records", "completions", "results", "model_scores")
 ONE_HOT = ("winner_model_a", "winner_model_b", "winner_tie")
 # Model a, model b, the columns of the winner, and P(a is better) from their cells and the two names.
@@ -31,33 +34,10 @@ PAIRS = (
     ("model_a", "model_b", ONE_HOT, lambda *cells: outcome_of_flags(*cells[:3])),
     ("generator_1", "generator_2", ("preference",), lambda cell, *_: outcome_of_preference(cell)),
 )
-ANSWERS = ("chosen", "rejected", "response", "completion", "responses", "prediction")  # of one model that has no column
-# Numeric columns of wide tables that are no model, by whole names, and by what names begin or end with.
-IDS = {"", "id", "index", "idx", "key", "prompt_id", "question_id", "sample_id", "cluster_id", "turn", "tstamp"}
-INDEX = ("unnamed:", "__index_level_")  # what pandas names an index
-NO_MODEL = {
-    *(
-        "latency",
-        "difficulty",
-        "level",
-        "turns",
-        "timestamp",
-        "time",
-        "duration",
-        "seed",
-        "split",
-        "fold",
-        "row",
-        "line",
-    ),
-    *("step", "epoch", "year", "weight", "length", "size", "count", "rank", "tokens", "temperature", "top_p", "oracle"),
-    *("helpfulness", *SCORES, *COSTS),
-}
-NO_MODEL_PARTS = re.compile(
-    r"^((n|num|nb|number|count|total|max|min|mean|avg|batch)_)|\|"
-    r"|[_ ](id|idx|index|cost|price|tokens?|latency|time|seconds|ms|len|length|chars|words|count|size|num|rank)$"
+PARTS = re.compile(  # names of files that are parts of a table, not models
+    r"(train|test|val|valid|validation|dev|data|part|shard|chunk|run|results?|samples?|outputs?|scores?|table|file)?"
+    r"([-_. ]?\d+[a-z]?)*([-_]of[-_]\d+)?"
 )
-OTHER_SCALE = 20  # times the scale of the other columns: hardly the same metric
 
 
 @dataclass(frozen=True)
@@ -70,9 +50,9 @@ class Layout:
         scores for "nested"; model and score for "long", with `prompt_id` if there is one.
     outcome: of `PAIRS`, for battles.
     costs: the cost column of each model of a wide table, None where it has none; that of a long table, if any.
-    model: that of the whole file, where no column names it.
-    left_out: the columns with numbers of a wide table that are no models.
+    model: that of the whole file, where no column names it; then `others` of "long" lacks it.
     split: the column that says on which side of the split a row is, if any.
+    left_out: the columns that are not read.
     """
 
     kind: str
@@ -81,21 +61,25 @@ class Layout:
     outcome: Callable[..., float | None] | None = None
     costs: tuple[str | None, ...] = ()
     model: str | None = None
-    left_out: tuple[str, ...] = ()
     split: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
         return list(dict.fromkeys([self.query, *self.others, *filter(None, (*self.costs, self.split))]))
 
     @property
+    def is_conversation(self) -> bool:
+        return self.query.strip().lower() in CONVERSATIONS
+
+    @property
     def described(self) -> str:
         """What was taken for what, for the screen and the history."""
-        named = {"models": self.models} if self.models else {"of": self.others}
-        named |= {"model by file name": (self.model,) if self.model else (), "costs": tuple(filter(None, self.costs))}
-        named |= {"split": (self.split,) if self.split else (), "no models": self.left_out}
-        parts = [f"query {self.query}"] + [f"{what} {', '.join(names)}" for what, names in named.items() if names]
-        return f"{self.kind}: " + "; ".join(parts)
+        named = {"models" if self.models else "of": self.others, "costs": filter(None, self.costs)}
+        named |= {"model, by the file's name,": filter(None, [self.model]), "split": filter(None, [self.split])}
+        shown = {what: ", ".join(names) for what, names in named.items()} | {"not read:": listed(self.left_out, "")}
+        parts = [f"{what} {names}" for what, names in shown.items() if names]
+        return f"{self.kind}: " + "; ".join([f"query {self.query}", *parts])
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -104,137 +88,167 @@ class Layout:
 
 
 def find_layout(
-    table: Table,
+    tables: list[Table],
     score_columns: list[str] | None = None,
     query_column: str | None = None,
     split_column: str | None = None,
-    is_part: bool = False,
 ) -> Layout:
-    """The layout of a file by its columns. Raises `UserError` where it is none, or could be two.
+    """The layout of files with the same columns. Raises `UserError` where it is none, or could be two.
 
     score_columns: the models of a wide score table; by default every numeric column that can be one.
     query_column: the column of the query; by default the first of `QUERIES`.
     split_column: the column that says on which side of the split a row is, if any.
-    is_part: whether the file is one of several; then its name can be that of its model.
     """
+    table = tables[0]
     if missing := {*(score_columns or ()), query_column, split_column} - {*table.columns, None}:
         raise UserError(f"{table.file} has no column {listed(missing)}; found {listed(table.columns)}")
-    query = query_column or table.first(*QUERIES)
-    if query is None:
-        raise _unknown(table, "no column of the query: name it with --query_column")
-    return replace(_layout_of(table, query, score_columns, is_part), split=split_column)
-
-
-def _layout_of(table: Table, query: str, score_columns: list[str] | None, is_part: bool) -> Layout:
+    query = query_column or _query_column(table)
     if score_columns:
-        return Layout("wide", query, tuple(score_columns), costs=_costs(table, score_columns))
+        layout = Layout("wide", query, tuple(score_columns), costs=_costs_of_models(table, score_columns))
+    else:
+        layout = _battles(tables, query) or _long(tables, query) or _nested(table, query) or _wide(tables, query)
+    layout = replace(layout, split=split_column)
+    return replace(layout, left_out=tuple(name for name in table.columns if name not in layout.columns))
+
+
+def _query_column(table: Table) -> str:
+    """The first of `QUERIES` that is a column; one of numbers, such as ids, only where there is no other."""
+    found = [column for name in QUERIES if (column := table.first(name))]
+    if not found:
+        raise _unknown(table, "no column of the query: name it with --query_column")
+    context = table.first("input")
+    if len(found) > 1 or (context and found[0].lower() == "instruction"):
+        columns = [*found, *filter(None, [context])]
+        chunk = next(table.read(columns), {name: [] for name in columns})
+        texts = [name for name in found if not all(as_number(cell) is not None for cell in chunk[name])]
+        found = texts or found
+        if found[0].lower() == "instruction" and context and any(chunk[context]):
+            advice = "join them in one column, or name one by --query_column"
+            raise UserError(f"{table.file} has `{context}` beside `{found[0]}`; {advice}")
+    return found[0]
+
+
+def _battles(tables: list[Table], query: str) -> Layout | None:
+    table = tables[0]
     for name_a, name_b, winner, outcome in PAIRS:
         others = [table.first(name) for name in (name_a, name_b, *winner)]
-        if None not in others:
-            return Layout("conversations" if query in CONVERSATIONS else "prompts", query, tuple(others), outcome)
+        if None in others:
+            continue
+        if outcome is PAIRS[-1][-1]:
+            values = read_columns(tables, others[2:])[others[2]]
+            if values.low < 1 or values.high > 2:
+                found = f"`{others[2]}` from {values.low:g} to {values.high:g}"
+                raise UserError(f"{table.file} has {found}; expected 1 for the first, 2 for the second, 1.5 for a tie")
+        return Layout("conversations" if query.lower() in CONVERSATIONS else "prompts", query, tuple(others), outcome)
+    compared = [name for name in table.columns if COMPARED.fullmatch(name.strip().lower())]
+    if len(compared) > 1 and not any(column.is_score for column in read_columns(tables, compared).values()):
+        raise _unknown(table, f"{listed(compared)} to compare, and no column of the winner")
+    return None
+
+
+def _long(tables: list[Table], query: str) -> Layout | None:
+    """A table with a row per query and model."""
+    table = tables[0]
     model = table.first(*MODELS)
-    if model is not None or (nested := table.first(*NESTED)) is None:
-        return _table_of_scores(table, query, model, is_part)
-    return Layout("nested", query, (nested,))
-
-
-def _table_of_scores(table: Table, query: str, model: str | None, is_part: bool) -> Layout:
-    """The layout of a long table, of a file per model, or of a wide table."""
-    numbers = {name: column for name, column in _numbers(table, query).items() if name != model}
-    usable = [name for name in numbers if numbers[name].is_mostly_numbers]
-    score = next((column for name in SCORES if (column := table.first(name)) in usable), None)
-    if model is not None and score is not None:
-        id_column = [column for column in ("prompt_id",) if column in table.columns]
-        cost = table.first(*COSTS)
-        return Layout("long", query, (model, score, *id_column), costs=() if cost is None else (cost,))
-    if model is not None:
+    if model is None:
+        return None
+    score, costs = _score_and_costs(tables, query)
+    if score is None:
         raise _unknown(table, f"a column `{model}` of models, and no numeric column of scores ({', '.join(SCORES)})")
-    if score is not None and is_part:
-        name = table.file.name.split(".")[0]
-        return Layout("long", query, (score,), costs=(cost,) if (cost := table.first(*COSTS)) else (), model=name)
-    if compared := [column for name_a, *_ in PAIRS if (column := table.first(name_a))]:
-        raise _unknown(table, f"`{compared[0]}`, one of two compared models, and no column of the winner")
-    if answers := [column for name in ANSWERS if (column := table.first(name))]:
+    id_column = [column for column in ("prompt_id",) if column in table.columns]
+    return Layout("long", query, (model, score, *id_column), costs=costs)
+
+
+def _score_and_costs(tables: list[Table], query: str) -> tuple[str | None, tuple[str, ...]]:
+    """The first columns of `SCORES` and of `COSTS` that are mostly numbers."""
+    table = tables[0]
+    found = {name: column for name in (*SCORES, *COSTS) if (column := table.first(name)) not in (None, query)}
+    columns = read_columns(tables, list(found.values()))
+    scores = [found[name] for name in SCORES if name in found]
+    usable = [name for name in scores if columns[name].is_score]
+    _refuse_other_numbers(table, {name: columns[name] for name in scores if name not in usable})
+    costs = [found[name] for name in COSTS if name in found and columns[found[name]].is_cost]
+    return usable[0] if usable else None, tuple(costs[:1])
+
+
+def _refuse_other_numbers(table: Table, columns: dict[str, Column]) -> None:
+    for name, column in columns.items():
+        if column.is_other_numbers:
+            raise UserError(f"{table.file}: `{name}` holds {one_line(column.example)!r}; expected numbers such as 0.85")
+
+
+def _nested(table: Table, query: str) -> Layout | None:
+    """A table in which one cell holds the scores of several models."""
+    column = table.first(*NESTED)
+    if column is None:
+        return None
+    cells = [as_list(cell) for chunk in islice(table.read([column]), 1) for cell in chunk[column]]
+    pairs = [pair for cell in cells if isinstance(cell, (list, dict)) for pair in as_scores(cell)]
+    if not pairs:
+        return None
+    _refuse_answers(table, column)
+    names = {name for name, _ in pairs if name}
+    if odd := sorted(name for name in names if not is_model_column(name)):
+        raise UserError(f"{table.file}: `{column}` has {listed(odd)} among {listed(names)}; expected names of models")
+    if column.lower() == "completions" and not all(isinstance(value, dict) for _, value in pairs):
+        raise UserError(f"{table.file}: `{column}` holds answers; expected mappings with a model and a score")
+    return Layout("nested", query, (column,))
+
+
+def _refuse_answers(table: Table, scores: str | None = None) -> None:
+    if answers := [name for name in table.columns if name != scores and ANSWERS.fullmatch(name.strip().lower())]:
         raise _unknown(table, f"`{answers[0]}`, an answer, and no column that names its model ({', '.join(MODELS)})")
-    models = [name for name in usable if is_model_column(name) and not numbers[name].is_counter]
-    models = _varying(models, numbers)
+
+
+def _wide(tables: list[Table], query: str) -> Layout:
+    """A table with a column per model, or with the scores of one model, which the file's name then tells."""
+    table = tables[0]
+    columns = read_columns(tables, [name for name in table.columns if name != query])
+    usable = [name for name, column in columns.items() if column.is_score and not column.is_counter]
+    models = _varying([name for name in usable if is_model_column(name)], columns)
     if len(models) < 2:
+        score, costs = _score_and_costs(tables, query)
+        if score is not None and len(tables) > 1 and not models:
+            return Layout("long", query, (score,), costs=costs, model="?")
+        _refuse_answers(table)
+        _refuse_other_numbers(table, columns)
         found = f"the columns of models {listed(models)}" if models else "no column of a model"
-        raise _unknown(
-            table, f"{found}; numeric columns that do not look like models: {listed(set(numbers) - {*models})}"
-        )
-    scales = {name: max(abs(numbers[name].low), abs(numbers[name].high)) for name in models}
-    usual = sorted(filter(None, scales.values()))[: (len(models) + 1) // 2][-1:] or [0.0]
-    if odd := [name for name, scale in scales.items() if scale > OTHER_SCALE * usual[0]]:
-        found = f"{listed(odd)} (up to {scales[odd[0]]:g}) beside {listed(set(models) - {*odd})} (up to {usual[0]:g})"
-        raise UserError(f"{table.file}: are these all scores of models? {found}; name the models with --score_columns")
-    left_out = tuple(name for name in numbers if name not in models)
-    return Layout("wide", query, tuple(models), costs=_costs(table, models), left_out=left_out)
+        numbers = [name for name, column in columns.items() if column.numbers and name not in models]
+        raise _unknown(table, f"{found}; columns with numbers that do not look like models: {listed(numbers)}")
+    _refuse_answers(table)
+    _refuse_other_numbers(table, {name: columns[name] for name in columns if is_model_column(name)})
+    return Layout("wide", query, tuple(models), costs=_costs_of_models(table, models))
 
 
-@dataclass
-class Numbers:
-    """The numbers of a column: how many of its filled cells are some, their range, and whether they count the rows."""
+def _varying(models: list[str], columns: dict[str, Column]) -> list[str]:
+    """The columns that can be models: a constant one only if its value is a possible score, as the others show.
 
-    filled: int = 0
-    count: int = 0
-    low: float = math.inf
-    high: float = -math.inf
-    is_counter: bool = True  # whole numbers that rise with every row
-
-    def add(self, cells: list) -> None:
-        for cell in cells:
-            if cell is None or (isinstance(cell, (str, float)) and (cell in NO_NUMBER or cell != cell)):
-                continue
-            self.filled += 1
-            score = as_score(cell)
-            self.count += score is not None or as_number(cell) is not None  # also an infinite one
-            if score is not None:
-                self.is_counter &= score > self.high and score == int(score)
-                self.low, self.high = min(self.low, score), max(self.high, score)
-
-    @property
-    def is_mostly_numbers(self) -> bool:
-        return 2 * self.count > self.filled and self.low <= self.high
+    That is, in the range of the others, or 0 or 1 beside scores from 0 to 1.
+    """
+    varying = [name for name in models if columns[name].low < columns[name].high]
+    if not varying:
+        return models
+    low, high = min(columns[name].low for name in varying), max(columns[name].high for name in varying)
+    low, high = (0.0, 1.0) if 0 <= low <= high <= 1 else (low, high)
+    return [name for name in models if name in varying or low <= columns[name].low <= high]
 
 
-def _numbers(table: Table, query: str) -> dict[str, Numbers]:
-    """The columns in which some cells are numbers, or mappings with a score. Reads the whole file."""
-    columns = {name: Numbers() for name in table.columns if name != query}
-    for chunk in table.read(list(columns)):
-        for name, column in columns.items():
-            column.add(chunk[name])
-    for column in columns.values():
-        column.is_counter &= column.count > 2
-    return {name: column for name, column in columns.items() if column.count}
-
-
-def _varying(models: list[str], numbers: dict[str, Numbers]) -> list[str]:
-    """The columns that can be models: a constant one only if its value lies in the range of those that vary."""
-    varying = [name for name in models if numbers[name].low < numbers[name].high]
-    low = min((numbers[name].low for name in varying), default=-math.inf)
-    high = max((numbers[name].high for name in varying), default=math.inf)
-    return [name for name in models if name in varying or low <= numbers[name].low <= high]
-
-
-def is_model_column(column: str) -> bool:
-    """Whether a numeric column can be a model, by its name: it is no id, counter, cost, metric or detail of a model."""
-    name = column.strip().lower()
-    return not (is_id_column(column) or name in NO_MODEL or NO_MODEL_PARTS.search(name))
-
-
-def is_id_column(column: str) -> bool:
-    """Whether a column numbers rows or queries, by its name."""
-    name = column.strip().lower()
-    return name in IDS or name.startswith(INDEX)
-
-
-def _costs(table: Table, models: list[str]) -> tuple[str | None, ...]:
+def _costs_of_models(table: Table, models: list[str]) -> tuple[str | None, ...]:
     """The cost column of each model of a wide table: `model|total_cost`, `model|cost` or `model_cost`."""
     forms = ("{}|total_cost", "{}|cost", "{}_cost", "{}_total_cost")
     names = ([form.format(model) for form in forms] for model in models)
     costs = [next((name for name in some if name in table.columns), None) for some in names]
     return tuple(costs) if any(costs) else ()
+
+
+def models_by_file(tables: list[Table]) -> list[str]:
+    """The model of each file, from its name. Raises `UserError` where the names are not those of models."""
+    names, folders = [stem(table.file) for table in tables], {table.file.parent for table in tables}
+    odd = [name for name in names if PARTS.fullmatch(name.lower()) or not is_model_column(name)]
+    if odd or len(folders) > 1 or len(set(names)) < len(names):
+        found = f"names such as {odd[0]}" if odd else "several folders" if len(folders) > 1 else "equal names"
+        raise _unknown(tables[0], f"no column of the model, and {len(names)} files with {found}, so not one per model")
+    return names
 
 
 def _unknown(table: Table, lacks: str) -> UserError:
@@ -248,12 +262,12 @@ def _unknown(table: Table, lacks: str) -> UserError:
         for layout, columns in roles.items()
     }
     nearest = min(absent, key=lambda layout: len(absent[layout]) / len(roles[layout]))
-    lacking = f"nearest is {nearest}, which needs {', '.join(absent[nearest]) or 'other cells'} too"
+    lacking = f"nearest is {nearest}, which needs {', '.join(absent[nearest]) or 'numbers as scores'} too"
     expected = "expected a query and model_a, model_b, winner; or model_name, score; or a numeric column per model"
     return UserError(f"{table.file} has the columns {listed(table.columns)}: {lacks}; {expected}; {lacking}")
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], none: str = "none") -> str:
     """The first twenty names in sorted order, for a message."""
     names = sorted(names)
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or none

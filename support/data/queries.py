@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from support.data.cells import as_text
+from support.data.cells import CONVERSATIONS, QUERIES, as_text
 from support.data.formats import open_table
-from support.data.layouts import CONVERSATIONS, QUERIES, listed
+from support.data.layouts import listed
 from support.system.errors import UserError, valid_unicode
 
 READ_AT_ONCE = 2**20  # bytes at most; from a pipe, as many as have arrived
@@ -68,7 +68,7 @@ def _lines(stream: BinaryIO, name: str, column: str | None, is_json: bool | None
                 *lines, rest = (rest + data).split(b"\n")
                 _refuse_unfinished(rest, num_lines + len(lines) + 1, name)
                 if lines and is_json is None:
-                    is_json = any(map(_is_record, lines))
+                    is_json = all(map(_is_record, filter(bytes.strip, lines)))
                 if lines:
                     numbered = enumerate(lines, start=num_lines + 1)
                     yield [(i, *_parsed(line, i, name, column, is_json)) for i, line in numbered]
@@ -89,12 +89,12 @@ def _refuse_unfinished(line: bytes, number: int, name: str) -> None:
 
 
 def _is_record(line: bytes) -> bool:
-    """Whether a line is a JSON object with a query, so that its file is JSON lines."""
+    """Whether a line is a JSON object."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
         return False
-    return isinstance(record, dict) and not record.keys().isdisjoint(QUERIES)
+    return isinstance(record, dict)
 
 
 def _parsed(line: bytes, number: int, name: str, column: str | None, is_json: bool) -> tuple[str | None, str | None]:
@@ -113,7 +113,8 @@ def _parsed(line: bytes, number: int, name: str, column: str | None, is_json: bo
     except (ValueError, RecursionError) as error:
         return None, f"no JSON ({error})"
     fields = (column,) if column else QUERIES
-    field = next((field for field in fields if isinstance(record, dict) and field in record), None)
+    names = {name.strip().lower(): name for name in record} if isinstance(record, dict) and not column else record
+    field = next((names[field] if names is not record else field for field in fields if field in names), None)
     if field is None:
         return None, f"a JSON object with {' or '.join(fields)} is expected"
     return _checked(record[field], field)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from support.data.cells import as_cost, as_name, as_score, as_scores, as_text, cost_in, fold
-from support.data.formats import NO_NUMBER, Chunk
-from support.data.layouts import CONVERSATIONS, Layout
+from support.data.cells import NO_NUMBER, as_cost, as_name, as_score, as_scores, as_text, cost_in, fold
+from support.data.formats import Chunk
+from support.data.layouts import Layout
 from support.system.errors import one_line, valid_unicode
 
 NUM_LABELS = 20  # distinct unknown labels that are kept for messages
@@ -23,14 +23,17 @@ class Rows:
         self.dropped = Counter()  # reason -> rows
         self.unknown_winners = Counter()  # label -> rows
         self.not_numbers = Counter()  # text where a score is expected -> cells
+        self.costs_missing = 0  # cells that hold something, and no cost
+        self.parsed = 0  # queries in cells with lists or turns
         self.scores_missing = 0  # cells without a finite score, in rows of wide and nested tables that are kept
         self.scores_averaged = 0  # scores of a model that has another one in the same row
         self.repaired = 0  # texts in which lone surrogates were replaced
         self.queries = {}  # query with white space folded -> index, first spelling
         self.model_idx = {}  # name -> index
         self.battles = []  # (query, model a, model b, outcome, side)
-        self.scores = {}  # (table row, query, model, side) -> score, or a list of several
-        self.costs = {}  # the same -> cost, or a list of several
+        self.scores = {}  # (table row, query, model, side) -> its first score
+        self.costs = {}  # the same -> its first cost
+        self.repeats = {}  # (id of one of these two, cell) -> all of its values, where there are several
         self.table_row_idx = {}  # a row of a wide or nested table, or a prompt of a long one -> index
 
     def add(self, chunk: Chunk, layout: Layout) -> None:
@@ -39,8 +42,9 @@ class Rows:
         others = [chunk[name] for name in layout.others]
         costs = [chunk[name] if name else [None] * num_rows for name in layout.costs]
         for i, query in enumerate(chunk[layout.query]):
-            text = self.clean(as_text(query, is_conversation=layout.query in CONVERSATIONS)).strip()
-            side = -1 if layout.split is None else SIDES.get(fold(chunk[layout.split][i]))
+            text = self.clean(as_text(query, is_conversation=layout.is_conversation)).strip()
+            self.parsed += not layout.is_conversation and bool(text) and text != str(query).strip()
+            side = -1 if layout.split is None else SIDES.get(fold(str(chunk[layout.split][i])))
             cells, row_costs = [column[i] for column in others], [column[i] for column in costs]
             if not text:
                 reason = "without query text"
@@ -88,16 +92,15 @@ class Rows:
         query = self.query(text)
         # By the id alone, prompts would mix where each shard counts from 0, or where the id is empty.
         table_row = self.table_row_idx.setdefault((str(prompt_id), query, side), len(self.table_row_idx))
-        self._keep((table_row, query, self.model(name), side), value, as_cost(costs[0] if costs else cost_in(score)))
+        self._keep((table_row, query, self.model(name), side), value, self._cost(costs[0] if costs else cost_in(score)))
         return None
 
     def add_scores(
         self, text: str, side: int, scores: Sequence[tuple[str, object]], costs: Sequence[object]
     ) -> str | None:
         """Add a row of a wide or nested table; returns the reason if it is dropped."""
-        read = [
-            (self.name(name), as_score(cell), as_cost(cost)) for (name, cell), cost in zip(scores, costs, strict=True)
-        ]
+        pairs = zip(scores, costs, strict=True)
+        read = [(self.name(name), as_score(cell), self._cost(cost)) for (name, cell), cost in pairs]
         valid = [(name, score, cost) for name, score, cost in read if name and score is not None]
         for _, cell in scores:
             self._count_text(cell)
@@ -106,15 +109,21 @@ class Rows:
         self.scores_missing += len(read) - len(valid)
         # A key of its own for each row; those of long tables start with a string.
         table_row = self.table_row_idx.setdefault((None, self.num_read), len(self.table_row_idx))
+        query = self.query(text)
         for name, score, cost in valid:
-            self._keep((table_row, self.query(text), self.model(name), side), score, cost)
+            self._keep((table_row, query, self.model(name), side), score, cost)
         return None
 
     def _keep(self, cell: tuple[int, int, int, int], score: float, cost: float | None) -> None:
         self.scores_averaged += cell in self.scores
         for values, value in ((self.scores, score), (self.costs, cost)):
-            if value is not None:
-                values[cell] = value if cell not in values else [*np.atleast_1d(values[cell]).tolist(), value]
+            if value is not None and values.setdefault(cell, value) is not value:
+                self.repeats.setdefault((id(values), cell), [values[cell]]).append(value)
+
+    def _cost(self, cell: object) -> float | None:
+        cost = as_cost(cell)
+        self.costs_missing += cost is None and cell is not None and cell not in NO_NUMBER and cell == cell
+        return cost
 
     def _count_text(self, cell: object) -> None:
         if isinstance(cell, str) and cell.strip() not in NO_NUMBER and as_score(cell) is None:
@@ -125,6 +134,11 @@ class Rows:
         shown = one_line(valid_unicode(text[:40]))
         if shown in texts or len(texts) < NUM_LABELS:
             texts[shown] += 1
+
+    def _mean(self, values: dict, cell: tuple[int, int, int, int]) -> float:
+        """The mean of a cell's scores or costs, NaN without one. It does not depend on their order: equal means tie."""
+        several = self.repeats.get((id(values), cell))
+        return values.get(cell, math.nan) if several is None else math.fsum(several) / len(several)
 
     def clean(self, text: str) -> str:
         repaired = valid_unicode(text)
@@ -149,7 +163,7 @@ class Rows:
         query, model, side, score, cost, and the number of queries with battles that `limit` leaves out.
         """
         battles = np.array(self.battles, np.float64).reshape(-1, 5)  # (N, 5)
-        cells = [(*cell, _mean(score), _mean(self.costs.get(cell, math.nan))) for cell, score in self.scores.items()]
+        cells = [(*cell, self._mean(self.scores, cell), self._mean(self.costs, cell)) for cell in self.scores]
         scores = np.array(cells, np.float64).reshape(-1, 6)  # (S, 6)
         # A score that is alone in its row makes no battle.
         alone = (np.bincount(scores[:, 0].astype(np.int64)) == 1)[scores[:, 0].astype(np.int64)]  # (S,)
@@ -167,11 +181,6 @@ class Rows:
         battles[:, 1:3] = rank[battles[:, 1:3].astype(np.int64)]
         scores[:, 2] = rank[scores[:, 2].astype(np.int64)]
         return model_names, battles, scores, outside_limit
-
-
-def _mean(values: float | list[float]) -> float:
-    """The mean of one or several values, which does not depend on their order: equal means tie."""
-    return math.fsum(values) / len(values) if isinstance(values, list) else values
 
 
 def _pair(scores: np.ndarray) -> np.ndarray:

@@ -35,6 +35,12 @@ def print_rows(counts: dict) -> None:
 def print_data(data: dict, split_by: str) -> None:
     """The counts of data and split, from the `data` of a history, and what was left out."""
     print_rows(data)
+    if data["scores_odd"]:
+        print(f"scores   {data['scores_odd']}: are they scores of one metric, the higher the better?")
+    if data["costs_missing"]:
+        print(f"costs    {data['costs_missing']} cells hold no cost")
+    if data["queries_parsed"]:
+        print(f"parsed   {data['queries_parsed']} queries, from lists of turns or texts")
     if data["scores_averaged"]:
         print(f"averaged {data['scores_averaged']} scores with others of the same model and row")
     if data["scores_missing"]:

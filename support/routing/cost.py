@@ -6,8 +6,8 @@ import numpy as np
 
 import metrics
 from data_loader import query_ids
-from support.data.cells import MODELS
-from support.data.formats import as_number, open_table
+from support.data.cells import MODELS, as_number
+from support.data.formats import open_table
 from support.data.layouts import listed
 from support.system.errors import UserError, one_line, valid_unicode
 

@@ -64,7 +64,10 @@ LAYOUTS = {
     "one-hot": table_of({**sides, "prompt": texts, **{f"winner_{w}": flag for w in ("model_a", "model_b", "tie")}}, {}),
     "wide": table_of({"prompt": texts, "gpt": numbers, "claude": numbers}, {"llama": numbers, "cost|x": anything}),
     "nested": table_of({"question": texts, "scores": st.dictionaries(names, numbers, max_size=3)}, {}),
-    "preference": table_of({"instruction": texts, "generator_1": names, "generator_2": names, "preference": flag}, {}),
+    "preference": table_of(
+        {"instruction": texts, "generator_1": names, "generator_2": names, "preference": st.sampled_from([1, 1.5, 2])},
+        {},
+    ),
     "list": table_of(
         {
             "query": texts,

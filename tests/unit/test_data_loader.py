@@ -45,8 +45,8 @@ WRITERS = {
 def write(path, content):
     """Write rows (dicts) in the format that the suffix of `path` names, or bytes as they are; returns the path."""
     if not isinstance(content, bytes):
-        content = WRITERS["".join(path.suffixes)](content)
-    path.parent.mkdir(exist_ok=True)
+        content = next(writer for suffix, writer in WRITERS.items() if path.name.endswith(suffix))(content)
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_bytes(content)
     return str(path)
 
@@ -156,6 +156,19 @@ def prompt_battle(prompt, winner="model_a"):
     return {"prompt": prompt, "model_a": "x", "model_b": "y", "winner": winner}
 
 
+def pa_table(**columns):
+    content = io.BytesIO()
+    pq.write_table(pa.table(columns), content)
+    return content.getvalue()
+
+
+# The outcomes of model_1, which scores 0, phi, which scores 1, and o1, by the score of the last.
+THREE = [
+    [("model_1", "o1", y), ("model_1", "phi-3-mini-4k", 0.0), ("o1", "phi-3-mini-4k", y_phi)]
+    for y, y_phi in ((0.5, 0.0), (0.0, 0.5))
+]
+RIGHT = (("a", 1, "$2"), ("b", 0, "0.5"), ("c", 0, "?"))
+LONG_READ = "long: query query; of llm, effect; costs cost; not read: label, latency"
 TIE = [("q, r", "x", "y", 0.5)]
 # Labels of the winner that mean model a, model b and a tie, and some that mean none of them.
 LABELS = {
@@ -283,7 +296,7 @@ FORMS = [
         [{"prompt": "p", "a": 1e308, "b": 0.5, "c": -0.5}],
         [("p", "b", "c", 1.0)],
         {},
-        {"models": 2, "columns": ["wide: query prompt; models b, c; no models a"]},
+        {"models": 2, "columns": ["wide: query prompt; models b, c; not read: a"]},
     ),
     ("wide_with_numbered_prompts.csv", NUMBERED, NUMBERED_READ, {}, {"score_columns": ["A", "B"]}),
     ("wide_with_numbered_prompts.jsonl", NUMBERED, NUMBERED_READ, {}, {"score_columns": ["A", "B"]}),
@@ -316,11 +329,11 @@ FORMS = [
         "alpaca_eval.json",
         [
             {"instruction": f"q{i}", "generator_1": "x", "generator_2": "y", "output_1": "a", "preference": preference}
-            for i, preference in enumerate((1.0, 2, 1.5, 1.49, 1.51, None, 3))
+            for i, preference in enumerate((1.0, 2, 1.5, 1.49, 1.51, None))
         ],
         [(f"q{i}", "x", "y", outcome) for i, outcome in enumerate((1, 0, 0.5, 1, 0))],
-        {"with an unknown winner": 2},
-        {"unknown_winners": {"None": 1, "3": 1}},
+        {"with an unknown winner": 1},
+        {"unknown_winners": {"None": 1}},
     ),
     (
         "search_arena.jsonl",
@@ -389,7 +402,11 @@ FORMS = [
         ],
         [("q", "m1", "m2", 0.0)],  # the mean of m2 is 0.5
         {},
-        {"layouts": ["long"], "columns": ["long: query query; of llm, effect; costs cost"], "scores_averaged": 1},
+        {
+            "layouts": ["long"],
+            "columns": ["long: query query; of llm, effect; costs cost; not read: label, latency"],
+            "scores_averaged": 1,
+        },
     ),
     (
         "long_with_scores_in_mappings.jsonl",
@@ -425,6 +442,77 @@ FORMS = [
         )
     ),
     (
+        "one_hot_with_votes.jsonl",  # 2 to 1 is no flag
+        [kaggle("q", *votes) for votes in ((1, 0, 0), (2, 1, 0), (4, 0, 1), (3, 0, 0))],
+        [("q", "gpt-4", "claude-1", 1.0)],
+        {"with an unknown winner": 3},
+        {"unknown_winners": {"2, 1, 0": 1, "4, 0, 1": 1, "3, 0, 0": 1}},
+    ),
+    (
+        "winner_that_may_be_a_code.csv",  # or the id of a model
+        [{"prompt": "q", "model_a": "0", "model_b": "1", "winner": winner} for winner in ("1", "model_a")],
+        [("q", "0", "1", 1.0)],
+        {"with an unknown winner": 1},
+        {},
+    ),
+    (
+        "ids_with_gaps.parquet",  # which pandas writes as 1.0
+        [{"prompt": "q", "model_id": i, "score": i} for i in (1.0, 2.0, None)],
+        [("q", "1", "2", 0.0)],
+        {"without a model name": 1},
+        {},
+    ),
+    (
+        "records_of_one_query.json",  # and not of one model
+        b'{"query": "q", "score": 1, "records": [{"model": "a", "correct": 1}, {"model": "b", "correct": 0}]}',
+        [("q", "a", "b", 1.0)],
+        {},
+        {"layouts": ["nested"]},
+    ),
+    (
+        "question_beside_a_numbered_prompt.csv",
+        [prompt_battle("17") | {"question": "q"}],
+        [("q", "x", "y", 1.0)],
+        {},
+        {"columns": ["prompts: query question; of model_a, model_b, winner; not read: prompt"]},
+    ),
+    (
+        "long_with_a_gold_label.csv",
+        [
+            {"prompt": "q", "model": m, "label": 3, "accuracy": i, "cost": c}
+            for m, i, c in (("a", 1, "$2"), ("b", 0, "?"))
+        ],
+        [("q", "a", "b", 1.0), ("q", "a", "c", 1.0), ("q", "b", "c", 0.5)],
+        {},
+        {"costs_missing": 1},
+    ),
+    (
+        "dictionary_of_bytes.parquet",
+        pa_table(prompt=["q"], model_a=pa.array([b"x"]).dictionary_encode(), model_b=["y"], winner=[b"A"]),
+        [("q", "x", "y", 1.0)],
+        {},
+        {},
+    ),
+    (
+        "wide_with_names_like_counters.csv",  # o1 and model_1 are models; the ids all differ, the answer is gold
+        [
+            {
+                "prompt": f"p{i}",
+                "o1": i % 2,
+                "model_1": 0,
+                "phi-3-mini-4k": 1,
+                "gpt-4-cost": 0.5,
+                "cost.gpt": 0.1,
+                "ppl_gpt": 1,
+            }
+            | {"answer": i % 4, "latency_s": 0.4, "serial": (7 * i) % 11, "is_code": 0, "average": 0.5, "score_gpt": 1}
+            for i in range(8)
+        ],
+        [(f"p{i}", a, b, y) for i in range(8) for a, b, y in THREE[i % 2]],
+        {},
+        {"score_columns": ["model_1", "o1", "phi-3-mini-4k"]},
+    ),
+    (
         "wide_with_a_text_among_the_scores.csv",
         [{"prompt": f"p{i}", "m1": i % 2, "m2": score} for i, score in enumerate(("0", "timeout", "3", " - ", "1"))],
         [("p0", "m1", "m2", 0.5), ("p2", "m1", "m2", 0.0), ("p4", "m1", "m2", 0.0)],
@@ -450,9 +538,7 @@ FORMS = [
         {},
         {
             "score_columns": ["m1", "m2"],
-            "columns": [
-                "wide: query prompt; models m1, m2; costs m1_cost; no models m1_cost, n_tokens, latency, serial, flat"
-            ],
+            "columns": ["wide: query prompt; models m1, m2; costs m1_cost; not read: flat, latency, n_tokens, serial"],
         },
     ),
 ]
@@ -505,10 +591,51 @@ def test_a_file_per_model_has_its_model_in_a_field_or_in_its_name(tmp_path):
     shutil.rmtree(tmp_path / "fields")
     battles, counts = load_battles(str(tmp_path))
     assert as_rows(battles) == [("q", "m1", "m2", 1.0)]
-    assert counts["columns"] == [
-        f"long: query prompt; of score; model by file name {m}; costs cost" for m in ("m1", "m2")
-    ]
+    described = "long: query prompt; of score; costs cost; model, by the file's name, {}"
+    assert counts["columns"] == [described.format(model) for model in ("m1", "m2")]
     assert [path.split("/")[-1] for path in counts["files_skipped"]] == ["README.md", "dataset_infos.json"]
+
+
+def test_names_of_files_are_those_of_models_only_where_nothing_speaks_against_it(tmp_path):
+    row = {"prompt": "q", "score": 1}
+    for model in ("Qwen2.5-7B", "Qwen2.5-72B", "claude-3.5", "claude-3.7"):
+        write(tmp_path / "dots" / f"{model}.jsonl", [row])
+    battles, _ = load_battles(str(tmp_path / "dots"))
+    assert battles.model_names == ["Qwen2.5-72B", "Qwen2.5-7B", "claude-3.5", "claude-3.7"]
+    for names, found in (
+        (("train-00000-of-00002.csv", "train-00001-of-00002.csv"), "names such as train-00000-of-00002"),
+        (("gpt.csv", "average.csv"), "names such as average"),
+        (("gpt/mmlu.csv", "llama/mmlu.csv"), "several folders"),
+    ):
+        folder = tmp_path / found.replace(" ", "_")
+        folder.mkdir()
+        for name in names:
+            write(folder / name, [row])
+        with pytest.raises(UserError, match=f"no column of the model, and 2 files with {found}, so not one per model"):
+            load_battles(str(folder))
+    write(tmp_path / "two" / "a.csv", [row])
+    write(tmp_path / "two" / "b.csv", [{"prompt": "q", "correct": 1}])
+    with pytest.raises(UserError, match="no column of a model"):
+        load_battles(str(tmp_path / "two"))
+    write(tmp_path / "means" / "a.json", b'{"model": "a", "score": 0.9, "records": [{"prompt": "q", "correct": 0}]}')
+    write(tmp_path / "means" / "b.json", b'{"model": "b", "score": 0.1, "records": [{"prompt": "q", "correct": 1}]}')
+    assert as_rows(load_battles(str(tmp_path / "means"))[0]) == [("q", "a", "b", 0.0)]
+
+
+def test_the_models_of_a_wide_table_are_those_of_all_its_shards_together(tmp_path):
+    for shard, scores in enumerate(
+        ((0, 1, 2, 3), (3, 3, 3, 3), (2, 1, 0, 2))
+    ):  # the first rises, the second is constant
+        rows = [{"prompt": f"q{shard}{i}", "m1": s, "m2": 1, "label": 0, "m3": 3 - s} for i, s in enumerate(scores)]
+        write(tmp_path / f"s{shard}.csv", rows)
+    battles, counts = load_battles(str(tmp_path))
+    assert (len(battles), counts["score_columns"]) == (36, ["m1", "m2", "m3"])
+
+
+def test_scores_of_several_metrics_are_noted(tmp_path):
+    rows = [{"prompt": f"q{i}", "model": m, "score": s * i} for i in range(1, 4) for m, s in (("a", 0.3), ("b", 20))]
+    _, counts = load_battles(write(tmp_path / "long.csv", rows))
+    assert counts["scores_odd"] == "scores on several scales, a up to 0.9 and b up to 60"
 
 
 def test_costs_are_kept_beside_the_scores_and_repeated_scores_are_means(tmp_path):
@@ -822,7 +949,11 @@ BROKEN = [
     ("deep.json", b"[" * 100000, "cannot read"),
     ("other.csv", b"name,age\nx,3\n", "has the columns age, name: no column of the query"),
     ("no_winner.csv", b"prompt,model_a,model_b\nq,x,y\n", "nearest is battles, which needs winner too"),
-    ("ratings.csv", b"prompt,model_a,model_b,rating_a,rating_b\nq,x,y,1,2\n", "`model_a`, one of two compared models"),
+    (
+        "ratings.csv",
+        b"prompt,model_a,model_b,rating_a,rating_b\nq,x,y,1,2\n",
+        "model_a, model_b to compare, and no column of the winner",
+    ),
     ("preferences.csv", b"prompt,chosen,rejected,score_chosen,score_rejected\nq,x,y,5.2,4.9\n", "`chosen`, an answer"),
     ("rubrics.jsonl", b'{"prompt": "q", "response": "r", "correctness": 3, "coherence": 4}\n', "`response`, an answer"),
     ("no_score.csv", b"prompt,model,latency\nq,x,3.5\nq,y,3.1\n", "a column `model` of models, and no numeric column"),
@@ -833,9 +964,47 @@ BROKEN = [
     ),
     (
         "scales.csv",
-        b"prompt,m1,m2,chars_in\nq,1,0,300\np,0,1,20\n",
-        "are these all scores of models? chars_in (up to 300)",
+        b"prompt,m1,m2,letters\nq,1,0,300\np,0,1,20\n",
+        "scores on several scales, m1 up to 1 and letters up to 300; name",
     ),
+    (
+        "ranks.csv",
+        b"prompt,m1,m2,m3\nq,1,2,3\np,2,3,1\n",
+        "each row is a ranking from 1 to 3, and the highest score wins",
+    ),
+    ("percent.csv", b"prompt,m1,m2\nq,85%,1\np,70%,0\n", "`m1` holds '70%'; expected numbers"),
+    ("comma.csv", b"prompt;m1;m2;m3\nq;0,5;1;1\np;0,7;0;0\n", "`m1` holds '0,7'; expected numbers"),
+    (
+        "metrics.jsonl",
+        b'{"prompt": "q", "scores": {"gpt-4": 1, "cost": 3, "average": 2}}\n',
+        "`scores` has average, cost among",
+    ),
+    (
+        "answers.jsonl",
+        b'{"prompt": "q", "completions": {"gpt-4": "42", "llama": "49"}}\n',
+        "`completions` holds answers",
+    ),
+    (
+        "likert.csv",
+        b"instruction,generator_1,generator_2,preference\nq,x,y,7\n",
+        "`preference` from 7 to 7; expected 1",
+    ),
+    (
+        "context.csv",
+        b"instruction,input,model_a,model_b,winner\nq,i,x,y,tie\n",
+        "has `input` beside `instruction`; join",
+    ),
+    (
+        "swallowed.tsv",
+        b'prompt\tmodel_a\tmodel_b\twinner\n"q\tx\ty\tA\nr"\tx\ty\tB\n',
+        "makes one cell of several lines",
+    ),
+    (
+        "twice.jsonl",
+        b'{"prompt": "q", "a": 1, "a": 0}\n{"prompt": "p", "a": 1}\n',
+        "line 1: an object has several values of a",
+    ),
+    ("lists.json", b'{"data": [{"a": 1}], "records": [{"a": 2}]}', "both `records` and `data`"),
     ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "run `git lfs pull`"),
     ("table.pkl", pickle.dumps([1]), "if you trust it, convert it: pd.read_pickle("),
     ("escaped.csv", HEADER + b'"say \\"hi\\"",x,y,tie\n', "line 2 is no CSV"),
@@ -849,7 +1018,7 @@ BROKEN = [
         "none.csv",
         HEADER + b"q,x,y,?\n,x,y,tie\n,x,y,tie\n",
         "no usable battle in {}: 3 rows read, rows dropped: 1 with an unknown winner, 2 without query text; unknown "
-        "winners: 1 x '?'",
+        "winners (expected model_a, model_b, tie, or a model's name): 1 x '?'",
     ),
 ]
 
