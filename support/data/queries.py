@@ -68,13 +68,14 @@ def _lines(stream: BinaryIO, name: str, column: str | None, is_json: bool | None
                 *lines, rest = (rest + data).split(b"\n")
                 _refuse_unfinished(rest, num_lines + len(lines) + 1, name)
                 if lines and is_json is None:
-                    is_json = all(map(_is_record, filter(bytes.strip, lines)))
+                    records = [_record(line) for line in lines if line.strip()]
+                    is_json = any(map(_field, records)) or None not in records
                 if lines:
                     numbered = enumerate(lines, start=num_lines + 1)
                     yield [(i, *_parsed(line, i, name, column, is_json)) for i, line in numbered]
                 num_lines += len(lines)
             if rest:
-                is_json = _is_record(rest) if is_json is None else is_json
+                is_json = _record(rest) is not None if is_json is None else is_json
                 yield [(num_lines + 1, *_parsed(rest, num_lines + 1, name, column, is_json))]
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {name}: {error}; expected whole lines of text, also gzipped") from error
@@ -88,13 +89,21 @@ def _refuse_unfinished(line: bytes, number: int, name: str) -> None:
         raise UserError(f"line {number} of {name} is longer than {LONGEST_LINE} bytes; expected a query per line")
 
 
-def _is_record(line: bytes) -> bool:
-    """Whether a line is a JSON object."""
+def _record(line: bytes) -> dict | None:
+    """The JSON object in a line, or None."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
-        return False
-    return isinstance(record, dict)
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _field(record: dict | None, column: str | None = None) -> str | None:
+    """The field of a JSON object that holds the query: `column`, or the first of `QUERIES`, in any letters."""
+    if record is None or column is not None:
+        return column if record is not None and column in record else None
+    names = {name.strip().lower(): name for name in reversed(record)}
+    return next((names[name] for name in QUERIES if name in names), None)
 
 
 def _parsed(line: bytes, number: int, name: str, column: str | None, is_json: bool) -> tuple[str | None, str | None]:
@@ -112,17 +121,15 @@ def _parsed(line: bytes, number: int, name: str, column: str | None, is_json: bo
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         return None, f"no JSON ({error})"
-    fields = (column,) if column else QUERIES
-    names = {name.strip().lower(): name for name in record} if isinstance(record, dict) and not column else record
-    field = next((names[field] if names is not record else field for field in fields if field in names), None)
+    field = _field(record if isinstance(record, dict) else None, column)
     if field is None:
-        return None, f"a JSON object with {' or '.join(fields)} is expected"
+        return None, f"a JSON object with {column or ' or '.join(QUERIES)} is expected"
     return _checked(record[field], field)
 
 
 def _checked(cell: object, name: str) -> tuple[str | None, str | None]:
     """The query in a cell or field, or the problem with it."""
-    query = valid_unicode(as_text(cell, is_conversation=name in CONVERSATIONS)).strip()
+    query = valid_unicode(as_text(cell, is_conversation=name.strip().lower() in CONVERSATIONS)).strip()
     if not query and cell not in (None, "") and str(cell).strip():
         return None, f"{name} is {str(cell)[:40]!r}, a text or a conversation is expected"
     return (query, None) if query else (None, "empty")

@@ -55,14 +55,15 @@ def table_of(columns, optional, least=0):
 
 sides = {"model_a": names, "model_b": names}
 flag = st.sampled_from([0, 1])
-scored = st.fixed_dictionaries({"score": numbers}, optional={"cost": numbers})
+small = st.floats(-3, 3) | st.integers(0, 3)  # others are on several scales, which are refused
+scored = st.fixed_dictionaries({"score": small}, optional={"cost": numbers})
 LAYOUTS = {
     "conversations": table_of(
         {**sides, "winner": winner, "conversation_a": st.lists(mostly(turn), max_size=3)}, {"x": anything}
     ),
     "prompts": table_of({**sides, "winner": winner, "prompt": texts}, {"prompt_id": anything}),
     "one-hot": table_of({**sides, "prompt": texts, **{f"winner_{w}": flag for w in ("model_a", "model_b", "tie")}}, {}),
-    "wide": table_of({"prompt": texts, "gpt": numbers, "claude": numbers}, {"llama": numbers, "cost|x": anything}),
+    "wide": table_of({"prompt": texts, "gpt": small, "claude": small}, {"llama": numbers, "cost|x": anything}),
     "nested": table_of({"question": texts, "scores": st.dictionaries(names, numbers, max_size=3)}, {}),
     "preference": table_of(
         {"instruction": texts, "generator_1": names, "generator_2": names, "preference": st.sampled_from([1, 1.5, 2])},

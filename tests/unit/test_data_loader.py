@@ -167,7 +167,6 @@ THREE = [
     [("model_1", "o1", y), ("model_1", "phi-3-mini-4k", 0.0), ("o1", "phi-3-mini-4k", y_phi)]
     for y, y_phi in ((0.5, 0.0), (0.0, 0.5))
 ]
-RIGHT = (("a", 1, "$2"), ("b", 0, "0.5"), ("c", 0, "?"))
 LONG_READ = "long: query query; of llm, effect; costs cost; not read: label, latency"
 TIE = [("q, r", "x", "y", 0.5)]
 # Labels of the winner that mean model a, model b and a tie, and some that mean none of them.
@@ -480,7 +479,7 @@ FORMS = [
         "long_with_a_gold_label.csv",
         [
             {"prompt": "q", "model": m, "label": 3, "accuracy": i, "cost": c}
-            for m, i, c in (("a", 1, "$2"), ("b", 0, "?"))
+            for m, i, c in (("a", 1, "$2"), ("b", 0, "0.5"), ("c", 0, "?"))
         ],
         [("q", "a", "b", 1.0), ("q", "a", "c", 1.0), ("q", "b", "c", 0.5)],
         {},
