@@ -100,15 +100,15 @@ def as_text(cell: object, is_conversation: bool = False) -> str:
     value = as_list(cell)
     if isinstance(value, dict):
         value = value.get("messages") or value.get("conversation") or [value]
-    if isinstance(value, list) and (value or is_conversation):
-        turns = [turn for turn in value if turn is not None]
-        if all(isinstance(turn, str) for turn in turns):
-            return value[0] or "" if value else ""
-        if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns):
-            users = (turn for turn in turns if str(turn.get("role", turn.get("from"))).lower() in USERS)
-            return _content(next(users, {}))
-        if all(isinstance(turn, dict) for turn in turns) and any("text" in turn for turn in turns):
-            return _content({"content": turns})
+    if isinstance(value, list) and value:
+        roles = [turn.get("role", turn.get("from")) if isinstance(turn, dict) else None for turn in value]
+        users = [turn for turn, role in zip(value, roles, strict=True) if role in USERS or str(role).lower() in USERS]
+        if users or any(roles):
+            return _content(users[0]) if users else ""
+        if all(turn is None or isinstance(turn, str) for turn in value):
+            return value[0] or ""
+        if all(isinstance(turn, dict) for turn in value) and any("text" in turn for turn in value):
+            return _content({"content": value})
     if value == [] or is_conversation:
         return ""
     if isinstance(value, str) and CONVERSATION.match(value):  # one that could not be parsed
@@ -120,6 +120,8 @@ def as_text(cell: object, is_conversation: bool = False) -> str:
 def _content(turn: dict) -> str:
     """The text of a turn: a string, or the texts in a list of parts."""
     content = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
+    if isinstance(content, str):
+        return content
     parts = content if isinstance(content, list) else [content]
     texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
     return "\n".join(text for text in texts if isinstance(text, str) and text)

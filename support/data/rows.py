@@ -30,6 +30,7 @@ class Rows:
         self.repaired = 0  # texts in which lone surrogates were replaced
         self.queries = {}  # query with white space folded -> index, first spelling
         self.model_idx = {}  # name -> index
+        self.names = {}  # cell -> name
         self.battles = []  # (query, model a, model b, outcome, side)
         self.scores = {}  # (table row, query, model, side) -> its first score
         self.costs = {}  # the same -> its first cost
@@ -38,12 +39,12 @@ class Rows:
 
     def add(self, chunk: Chunk, layout: Layout) -> None:
         """Add the rows of a chunk with the layout's columns."""
-        num_rows = len(chunk[layout.query])
+        num_rows, is_conversation = len(chunk[layout.query]), layout.is_conversation
         others = [chunk[name] for name in layout.others]
         costs = [chunk[name] if name else [None] * num_rows for name in layout.costs]
         for i, query in enumerate(chunk[layout.query]):
-            text = self.clean(as_text(query, is_conversation=layout.is_conversation)).strip()
-            self.parsed += not layout.is_conversation and bool(text) and text != str(query).strip()
+            text = self.clean(as_text(query, is_conversation)).strip()
+            self.parsed += not is_conversation and bool(text) and text != str(query).strip()
             side = -1 if layout.split is None else SIDES.get(fold(str(chunk[layout.split][i])))
             cells, row_costs = [column[i] for column in others], [column[i] for column in costs]
             if not text:
@@ -146,7 +147,11 @@ class Rows:
         return repaired
 
     def name(self, cell: object) -> str:
-        return self.clean(as_name(cell))
+        name = self.names.get(cell) if isinstance(cell, str) else None
+        if name is None:
+            name = self.clean(as_name(cell))
+            self.names |= {cell: name} if isinstance(cell, str) else {}
+        return name
 
     def query(self, text: str) -> int:
         return self.queries.setdefault(" ".join(text.split()), (len(self.queries), text))[0]
