@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +22,14 @@ from support.encoding.huggingface import (
     vocabulary_size,
 )
 from support.encoding.lora import load_weights, make_trainable, weights_hash
+from support.encoding.sentence_transformers import (
+    choose_pooling,
+    choose_prefix,
+    describe,
+    load_dense,
+    lowercase,
+    read_settings,
+)
 from support.system import distributed
 from support.system.command_line import progress_bar
 from support.system.errors import UserError, is_out_of_memory, reason
@@ -31,16 +40,23 @@ ROWS_AT_ONCE = 8192  # embeddings standardized, assigned or scored at a time, to
 LLOYD_QUERIES = 100_000  # above, K-means uses mini-batches
 
 
-def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, skipped: int = 0) -> torch.Tensor:
     """One vector per query, in float32, from hidden states (B, T, H) and a right-padded mask (B, T).
 
-    `pooling` is "mean" over the tokens that are not padding, or "last" for the last of them.
+    `pooling` is "mean" or "max" over the tokens that are not padding, "cls" for the first or "last" for the last of
+    them. The first `skipped` tokens of a query, those of a prompt, are left out where it has others.
     """
-    hidden = hidden.float()
-    lengths = mask.sum(1)  # (B,)
+    hidden, lengths = hidden.float(), mask.sum(1)  # (B, T, H), (B,)
+    rows, first = torch.arange(len(hidden), device=hidden.device), skipped * (lengths > skipped)  # (B,) each
+    if pooling == "cls":
+        return hidden[rows, first]  # (B, H)
     if pooling == "last":
-        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # (B, H)
-    return (hidden * mask[:, :, None]).sum(1) / lengths[:, None]  # (B, H)
+        return hidden[rows, lengths - 1]  # (B, H)
+    if skipped:
+        mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= first[:, None])  # (B, T)
+    if pooling == "max":
+        return hidden.masked_fill(mask[:, :, None] == 0, -torch.inf).amax(1)  # (B, H)
+    return (hidden * mask[:, :, None]).sum(1) / mask.sum(1)[:, None]  # (B, H)
 
 
 class QueryEncoder:
@@ -50,15 +66,18 @@ class QueryEncoder:
         model_path: a Hugging Face folder or a hub id.
         device: where the network runs.
         dtype: "auto", "float32", "bfloat16" or "float16"; see `pick_dtype`.
-        pooling: "mean" or "last"; see `pool`.
+        pooling: "mean", "cls", "last" or "max", see `pool`; "auto": what the folder says, else "mean".
         max_length: longer queries are cut to this number of tokens.
+        prefix: put before each query; None: the prompt of the folder that `prompt` names, else its default prompt.
+        include_prompt: whether the prefix is pooled, too; None: what the folder says.
         tokens_per_batch: default `TOKENS_PER_BATCH` of the device.
         cache_dir: where embeddings are kept; None reads and keeps none.
         progress: whether a bar on stderr counts the tokens.
         download: whether a hub id may be downloaded.
         finetuned: trained weights: `layers` and `lora_rank` (see `make_trainable`) and `weights` by name.
 
-    Raises `UserError` where there is no encoder at `model_path`, or the cache cannot be written.
+    Raises `UserError` where there is no encoder at `model_path`, it asks for something that is not applied here, or the
+    cache cannot be written.
     """
 
     def __init__(
@@ -67,8 +86,11 @@ class QueryEncoder:
         device: torch.device,
         *,
         dtype: str = "auto",
-        pooling: str = "mean",
+        pooling: str = "auto",
         max_length: int = 512,
+        prefix: str | None = None,
+        prompt: str | None = None,
+        include_prompt: bool | None = None,
         tokens_per_batch: int | None = None,
         cache_dir: str | Path | None = None,
         progress: bool = True,
@@ -76,15 +98,26 @@ class QueryEncoder:
         finetuned: dict | None = None,
     ):
         self.path, self.folder, self.device = str(model_path), find_encoder(model_path, download), device
-        self.pooling, self.max_length = pooling, max_length
+        settings = read_settings(self.folder)
+        if include_prompt is not None:
+            settings = replace(settings, include_prompt=include_prompt)
+        chosen_pooling = choose_pooling(settings, pooling, self.folder)
+        chosen_prefix = choose_prefix(settings, prefix, prompt, self.folder)
+        self.description = describe(settings, chosen_pooling, chosen_prefix, max_length)
+        self.settings, self.max_length = settings, max_length
+        (self.pooling, _), (self.prefix, _) = chosen_pooling, chosen_prefix
         self.dtype = pick_dtype(dtype, device)
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
         self.usage = {
-            "fingerprint": encoder_fingerprint(self.folder),
-            "pooling": pooling,
+            "fingerprint": encoder_fingerprint(self.folder, settings.dense_files),
+            "pooling": self.pooling,
             "max_length": max_length,
             "dtype": self.dtype,
         }
+        if self.prefix:
+            self.usage |= {"prefix": self.prefix, "include_prompt": settings.include_prompt}
+        if settings.lower_case:
+            self.usage |= {"lower_case": True}
         self.cache_dir, self.finetuned = cache_dir, finetuned
         separate = {} if finetuned is None else {"trained": weights_hash(finetuned["weights"])}
         self.cache = None if cache_dir is None else EmbeddingCache(cache_dir, self.usage | separate)
@@ -95,10 +128,15 @@ class QueryEncoder:
     def loaded(self) -> tuple:
         """Tokenizer and network."""
         if self.finetuned is None:
-            return load_encoder(self.folder, self.device, getattr(torch, self.dtype))
+            return self._load(getattr(torch, self.dtype))
         tokenizer, network, parameters = self._load_trainable(self.finetuned["layers"], self.finetuned["lora_rank"])
         load_weights(parameters, self.finetuned["weights"])
         return tokenizer, network.requires_grad_(False)
+
+    @cached_property
+    def dense(self) -> nn.Sequential:
+        """The layers after pooling that a sentence-transformers folder has, frozen; most folders have none."""
+        return load_dense(self.settings.dense, self.device)
 
     def release(self) -> None:
         """Free the network's memory; `loaded` loads it again."""
@@ -111,6 +149,8 @@ class QueryEncoder:
             dtype=self.dtype,
             pooling=self.pooling,
             max_length=self.max_length,
+            prefix=self.prefix,
+            include_prompt=self.settings.include_prompt,
             tokens_per_batch=self.tokens_per_batch,
             cache_dir=cache_dir,
             progress=progress,
@@ -135,8 +175,14 @@ class QueryEncoder:
         distributed.broadcast([parameter.data for parameter in encoder.parameters.values()])  # adapters start random
         return encoder
 
+    def _load(self, dtype: torch.dtype) -> tuple:
+        tokenizer, network = load_encoder(self.folder, self.device, dtype)
+        if self.settings.lower_case:
+            lowercase(tokenizer)
+        return tokenizer, network
+
     def _load_trainable(self, layers: int | None, lora_rank: int | None, gradient_checkpointing: bool = False) -> tuple:
-        tokenizer, network = load_encoder(self.folder, self.device, torch.float32)
+        tokenizer, network = self._load(torch.float32)
         if self.dtype != "float32":
             autocast = torch.autocast(self.device.type, getattr(torch, self.dtype))
             network.forward = autocast(network.forward)
@@ -152,10 +198,28 @@ class QueryEncoder:
         """How many tokens of a query are read: `max_length`, or fewer where the encoder takes fewer."""
         return min(self.max_length, longest_input(*self.loaded))
 
+    @cached_property
+    def prompt_tokens(self) -> int:
+        """How many tokens at the start of a query are those of the prefix, with a special one before it.
+
+        Raises `UserError` where they leave no room for a query.
+        """
+        if not self.prefix:
+            return 0
+        tokenizer, _ = self.loaded
+        (ids,) = tokenize([self.prefix], tokenizer, self.tokens_read)  # (T,)
+        if len(ids) >= self.tokens_read:
+            raise UserError(f"--max_length {self.tokens_read} leaves no room after the prefix {self.prefix[:80]!r}")
+        return len(ids) - (int(ids[-1]) in tokenizer.all_special_ids)  # one at the end comes after the query
+
     def tokenize(self, queries: list[str]) -> list[torch.Tensor]:
-        """Token ids of each query: Q int64 tensors (T,). Raises `UserError` where the encoder cannot take them."""
+        """Token ids of each query, with the prefix before it: Q int64 tensors (T,).
+
+        Raises `UserError` where the encoder cannot take them, or the prefix leaves no room for them.
+        """
         tokenizer, network = self.loaded
-        ids = tokenize(queries, tokenizer, self.tokens_read)
+        self.prompt_tokens  # noqa: B018, raises where there is no room
+        ids = tokenize([self.prefix + query for query in queries], tokenizer, self.tokens_read)
         highest, vocabulary = max(int(query_ids.max()) for query_ids in ids), vocabulary_size(network)
         if highest >= vocabulary:
             raise UserError(
@@ -168,7 +232,14 @@ class QueryEncoder:
         """Embeddings (B, H) of queries' token ids, in one pass of the network, on its device, differentiable."""
         _, network = self.loaded
         padded, mask = pad(ids, network.device)  # (B, T) each
-        return pool(hidden_states(network, padded, mask), mask, self.pooling)  # (B, H)
+        skipped = 0 if self.settings.include_prompt else self.prompt_tokens
+        embeddings = pool(hidden_states(network, padded, mask), mask, self.pooling, skipped)  # (B, width of a state)
+        if len(self.dense) and self.dense[0].in_features != embeddings.shape[1]:
+            raise UserError(
+                f"{self.settings.dense[0]} takes vectors of width {self.dense[0].in_features}, {self.pooling} pooling "
+                f"gives {embeddings.shape[1]}; choose another encoder"
+            )
+        return self.dense(embeddings)  # (B, H)
 
     def embed(self, queries: list[str]) -> tuple[torch.Tensor, int]:
         """Embeddings of distinct queries, float32 (Q, H) on the CPU, and the number of them that this call encoded.
@@ -188,7 +259,8 @@ class QueryEncoder:
                 (num_encoded,) = distributed.totals(self._encode(queries, keys, stored, cache))
         cache.refresh()
         embeddings = self._read(cache, keys)  # (Q, H)
-        self.metadata = self.usage | {"path": self.path, "max_length": tokens_read, "width": embeddings.shape[1]}
+        self.metadata = {"prefix": "", "include_prompt": True} | self.usage
+        self.metadata |= {"path": self.path, "max_length": tokens_read, "width": embeddings.shape[1]}
         return embeddings, num_encoded
 
     @torch.inference_mode()

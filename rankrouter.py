@@ -12,6 +12,7 @@ from torch import nn
 
 from model_profiling import ModelTower
 from query_representation import ROWS_AT_ONCE, QueryEncoder, QueryTower
+from support.encoding.sentence_transformers import POOLINGS
 from support.system.errors import UserError, one_line, valid_unicode
 from support.system.safe_torch import is_plain, not_ours, read_checkpoint, write_checkpoint
 
@@ -47,7 +48,7 @@ class Metadata:
     """What routing needs of a training beside the weights; its fields are keys of the checkpoint."""
 
     args: dict  # the flags
-    encoder: dict  # path, fingerprint, width, pooling, max_length, dtype
+    encoder: dict  # path, fingerprint, width, pooling, prefix, include_prompt, max_length, dtype
     content_hash: str  # of the data
     seen_queries: torch.Tensor  # int64 (Q,), `query_ids` of training and validation queries
     profiles: dict  # kind of the capability vectors, and what a new model's vector is computed from
@@ -175,6 +176,8 @@ class RankRouter(nn.Module):
             dtype=trained["dtype"],
             pooling=self.metadata.args["pooling"],
             max_length=self.metadata.args["max_length"],
+            prefix=self.metadata.args.get("query_prefix", ""),  # without one in checkpoints of earlier versions
+            include_prompt=trained.get("include_prompt", True),
             tokens_per_batch=tokens_per_batch,
             cache_dir=cache_dir,
             progress=progress,
@@ -341,7 +344,10 @@ class RankRouter(nn.Module):
         yield "the temperature", 0 < metadata.temperature < np.inf
         yield "the encoder", all(isinstance(encoder[name], str) for name in ("path", "fingerprint"))
         yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
-        yield "--pooling", args["pooling"] in ("mean", "last")
+        yield "--pooling", args["pooling"] in POOLINGS
+        prefix = args.get("query_prefix", "")
+        yield "--query_prefix", isinstance(prefix, str) and prefix == valid_unicode(prefix)
+        yield "the encoder's include_prompt", type(encoder.get("include_prompt", True)) is bool
         yield "--max_length", type(args["max_length"]) is int and 1 <= args["max_length"] <= 2**20
         yield "--seed", type(args["seed"]) is int and 0 <= args["seed"] < 2**32
         seen = metadata.seen_queries

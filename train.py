@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: argparse.Namespace) -> None:
     """Load data and encoder, start or resume the run, and print its test; the history records the outcome."""
     resume, overwrite = vars(args).pop("resume"), vars(args).pop("overwrite")  # not part of the experiment
+    prompt = vars(args).pop("query_prompt")  # resolved below
     check_outputs(args.output_dir, resume, overwrite)
     demo = find_inputs(args)
     timing, chosen_device = device.Timing(), device.pick_device(args.device)
@@ -78,9 +79,13 @@ def train(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         pooling=args.pooling,
         max_length=args.max_length,
+        prefix=args.query_prefix,
+        prompt=prompt,
         tokens_per_batch=args.encode_tokens,
         cache_dir=cache_folder(args.cache_dir, args.no_cache),
     )
+    args.pooling, args.query_prefix = encoder.pooling, encoder.prefix
+    console.print_encoder(encoder.description)
     history = History(args.output_dir, vars(args), data.counts, timing)
     checkpoint = Checkpoint(history, experiment(vars(args), data.counts, encoder.usage), resume=resume)
     if resume and console.print_resume(checkpoint.message, checkpoint.finished_auc(), args.output_dir):

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -55,10 +56,13 @@ def _from_hub(hub_id: str, download: bool) -> Path:
         raise UserError(problem) from error
 
 
-def encoder_fingerprint(folder: Path) -> str:
-    """SHA-256 (hex) of an encoder's weights, configuration and tokenizer; the folder's place does not matter."""
+def encoder_fingerprint(folder: Path, others: Iterable[Path] = ()) -> str:
+    """SHA-256 (hex) of an encoder's weights, configuration and tokenizer; the folder's place does not matter.
+
+    `others` are further files that its embeddings depend on, such as those of Dense layers.
+    """
     kinds = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
-    return content_hash(sorted(file for kind in kinds for file in folder.glob(kind)))
+    return content_hash([*sorted(file for kind in kinds for file in folder.glob(kind)), *others])
 
 
 def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):

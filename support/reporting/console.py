@@ -78,6 +78,11 @@ def print_profiles(profiles, model_names: list[str]) -> None:
     print(f"profiles {found} of {len(model_names)} models have a row in {one_line(profiles.path)}, {cells}")
 
 
+def print_encoder(description: str) -> None:
+    """How queries are embedded, and why so."""
+    print(f"encoder  {one_line(description)}")
+
+
 def print_encoding(encoder: dict, timing: dict, max_length: int) -> None:
     """How many queries were encoded and read from the cache, from the `encoder` and `timing` of a history."""
     if encoder["max_length"] < max_length:

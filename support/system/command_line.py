@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
 from support.system import distributed, signals
-from support.system.errors import UserError, is_out_of_memory, one_line, reason
+from support.system.errors import UserError, is_out_of_memory, one_line, reason, valid_unicode
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -74,6 +74,13 @@ def some_text(text: str) -> str:
     """An argparse type: a name that is not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"expected a name, got {text!r}")
+    return text
+
+
+def unicode_text(text: str) -> str:
+    """An argparse type: a text in valid Unicode, which may be empty."""
+    if text != valid_unicode(text):
+        raise argparse.ArgumentTypeError(f"expected text in valid Unicode, got {text!r}")
     return text
 
 

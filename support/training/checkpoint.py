@@ -44,6 +44,7 @@ def experiment(args: dict, data: dict, encoder: dict) -> dict:
         "the content of --capability_file": data.get("capability_file_hash"),
         "the encoder's fingerprint": encoder["fingerprint"],
         "the encoder's dtype": encoder["dtype"],
+        "the encoder's include_prompt": encoder.get("include_prompt"),
     }
 
 

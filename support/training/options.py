@@ -2,7 +2,15 @@
 
 import argparse
 
-from support.system.command_line import OneLineParser, comma_separated, real_number, some_path, whole_number
+from support.system.command_line import (
+    OneLineParser,
+    comma_separated,
+    real_number,
+    some_path,
+    some_text,
+    unicode_text,
+    whole_number,
+)
 
 # Flags that do not define an experiment: places, seeds, speed. Data and encoder count by content.
 NO_EXPERIMENT = {
@@ -72,6 +80,8 @@ def _check(parser: OneLineParser, args: argparse.Namespace) -> None:
         given += ["gradient_checkpointing"] * args.gradient_checkpointing
         if given:
             parser.error(f"--{given[0]} needs --finetune_encoder")
+    if args.query_prefix is not None and args.query_prompt is not None:
+        parser.error("--query_prefix and --query_prompt exclude each other")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     profiled = args.capability_file is not None or args.capability_init == "win_rate"
@@ -119,7 +129,11 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument_group("encoder").add_argument
     add("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")
-    add("--pooling", choices=["mean", "last"], default="mean", help="how a query's token states are pooled")
+    states = "how a query's token states are pooled; auto: as a sentence-transformers folder says, else mean"
+    add("--pooling", choices=["auto", "mean", "cls", "last", "max"], default="auto", help=states)
+    before = "put before each query; default: the default prompt of a sentence-transformers folder"
+    add("--query_prefix", metavar="TEXT", type=unicode_text, help=before)
+    add("--query_prompt", metavar="NAME", type=some_text, help="the folder's prompt of this name instead")
     add("--max_length", type=whole_number(1, 2**20), default=512, help="tokens read of a query")
     add("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: cuda, else mps, else cpu")
     dtypes = ["auto", "float32", "bfloat16", "float16"]

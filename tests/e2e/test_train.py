@@ -183,6 +183,8 @@ def test_the_history_is_complete_and_consistent(demo, default):
         "fingerprint": encoder_fingerprint(demo / "encoder"),
         "width": 128,
         "pooling": "mean",
+        "prefix": "",
+        "include_prompt": True,
         "max_length": 512,
         "dtype": "float32",
     }

@@ -239,6 +239,13 @@ def test_pooling_by_hand():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     assert pool(hidden, mask, "mean").tolist() == [[2.0, 4.0], [2.0, 2.0]]
     assert pool(hidden, mask, "last").tolist() == [[3.0, 6.0], [0.0, 4.0]]
+    assert pool(hidden, mask, "cls").tolist() == [[1.0, 2.0], [5.0, 1.0]]
+    assert pool(hidden, mask, "max").tolist() == [[3.0, 6.0], [5.0, 4.0]]
+    # Without the first token, or without the first two, after which the first query has none left.
+    assert pool(hidden, mask, "mean", 1).tolist() == [[3.0, 6.0], [0.5, 2.5]]
+    assert pool(-hidden, mask, "max", 1).tolist() == [[-3.0, -6.0], [0.0, -1.0]]
+    assert pool(hidden, mask, "cls", 2).tolist() == [[1.0, 2.0], [0.0, 4.0]]
+    assert pool(hidden, mask, "mean", 2).tolist() == [[2.0, 4.0], [0.0, 4.0]]
 
 
 @given(st.lists(st.integers(1, 600), max_size=80), st.integers(1, 1000))

@@ -35,7 +35,7 @@ def test_the_defaults_are_the_contract():
         "ties": "drop",
         "split_by": "query",
         "max_length": 512,
-        "pooling": "mean",
+        "pooling": "auto",
         "capability_dim": 64,
         "cluster_dim": 32,
     }
