@@ -135,9 +135,11 @@ def test_an_encoder_is_known_by_its_content_and_not_by_its_path(run_embed, demo,
     assert not torch.equal(other, expected)
 
 
-def test_another_use_of_the_encoder_is_another_part(run_embed, monkeypatch):
+def test_another_use_of_the_encoder_is_another_part(run_embed, encoder_of, monkeypatch):
     expected, _, _ = run_embed(QUERIES)
-    for flag in ({"pooling": "last"}, {"max_length": 3}, {"dtype": "bfloat16"}):
+    # Without prefix and Dense layers a part has the name that it had before there were any.
+    assert list(EmbeddingCache(None, encoder_of().usage).usage) == ["fingerprint", "pooling", "max_length", "dtype"]
+    for flag in ({"pooling": "last"}, {"pooling": "max"}, {"max_length": 3}, {"dtype": "bfloat16"}, {"prefix": "q: "}):
         other, metadata, num_encoded = run_embed(QUERIES, **flag)
         assert num_encoded == 60, flag
         assert not torch.equal(other, expected), flag
