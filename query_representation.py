@@ -18,6 +18,7 @@ from support.encoding.huggingface import (
     hidden_states,
     load_encoder,
     longest_input,
+    own_code,
     pick_dtype,
     vocabulary_size,
 )
@@ -104,6 +105,8 @@ class QueryEncoder:
         chosen_pooling = choose_pooling(settings, pooling, self.folder)
         chosen_prefix = choose_prefix(settings, prefix, prompt, self.folder)
         self.description = describe(settings, chosen_pooling, chosen_prefix, max_length)
+        if code := own_code(self.folder):
+            self.description += f"; its own code, {', '.join(code)}, is not run, but that of transformers"
         self.settings, self.max_length = settings, max_length
         (self.pooling, _), (self.prefix, _) = chosen_pooling, chosen_prefix
         self.dtype = pick_dtype(dtype, device)

@@ -1,16 +1,21 @@
 """Hugging Face encoders: find, fingerprint and load them; a folder that does not load completely is refused."""
 
+import json
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from support.system.errors import UserError, is_out_of_memory, reason
+from support.system.errors import UserError, is_out_of_memory, one_line, reason
 from support.system.files import content_hash
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_hub_id(model_path: str) -> bool:
@@ -21,9 +26,10 @@ def is_hub_id(model_path: str) -> bool:
 def find_encoder(model_path: str, download: bool = True) -> Path:
     """The folder of an encoder, given as a folder or as a hub id; `download` allows fetching the latter on first use.
 
-    Raises `UserError` where there is no such folder, or no model in it.
+    Raises `UserError` where there is no such folder, or no model in it that can be read here.
     """
     folder = _from_hub(model_path, download) if is_hub_id(model_path) else Path(os.path.expanduser(model_path))
+    _refuse_other_formats(folder)
     if not model_path or not os.path.isdir(folder):
         raise UserError(
             f"no model folder at {model_path}; get Qwen2-0.5B with `hf download Qwen/Qwen2-0.5B --local-dir "
@@ -41,6 +47,29 @@ def find_encoder(model_path: str, download: bool = True) -> Path:
             "`hf download OWNER/NAME --local-dir FOLDER` or `save_pretrained(FOLDER)` leaves there"
         )
     return folder
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    """Raise `UserError` on what is no model of transformers, and says what to do with it."""
+    in_folder = sorted(folder.glob("*")) + sorted(folder.glob("[0-9]*/*"))  # such as 2_Dense/model.safetensors
+    for path in in_folder:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe or a device would never end
+            raise UserError(f"{path} is not a file; replace it by one")
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+            raise UserError(f"{path} is a Git LFS pointer in the place of the file; run `git lfs pull` in {folder}")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} has a PEFT adapter, which is not a model (adapter_config.json); merge it into its base model "
+            "with `PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER)`, save the "
+            "tokenizer there, too, and give that folder"
+        )
+    weights = [path for path in in_folder if path.suffix in (".safetensors", ".bin")]
+    if folder.suffix == ".gguf" or (any(path.suffix == ".gguf" for path in in_folder) and not weights):
+        raise UserError(
+            f"{folder} has its weights as GGUF, quantized for llama.cpp; dequantize them with transformers' "
+            "`AutoModel.from_pretrained(FOLDER, gguf_file=NAME)`, save model and tokenizer by `save_pretrained`, and "
+            "give that folder"
+        )
 
 
 def _from_hub(hub_id: str, download: bool) -> Path:
@@ -65,6 +94,16 @@ def encoder_fingerprint(folder: Path, others: Iterable[Path] = ()) -> str:
     return content_hash([*sorted(file for kind in kinds for file in folder.glob(kind)), *others])
 
 
+def own_code(folder: Path) -> list[str]:
+    """The classes in code of its own that a folder names for its network and tokenizer; such code is never run."""
+    names = []
+    for file, kind in (("config.json", "AutoModel"), ("tokenizer_config.json", "AutoTokenizer")):
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            found = json.loads((folder / file).read_bytes())["auto_map"][kind]
+            names += [one_line(name) for name in ([found] if isinstance(found, str) else found) if name]
+    return names
+
+
 def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
     """An encoder's tokenizer and network, frozen, on `device`. Raises `UserError` where any weight is missing."""
     import transformers
@@ -75,25 +114,55 @@ def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype):
         options = {"local_files_only": True, "trust_remote_code": False}
         with warnings.catch_warnings(action="ignore"):  # of torch, about damaged weights
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):  # the library makes one of a lost file
+                raise ValueError("its tokenizer has no vocabulary; get the model's files again")
             options |= {"dtype": dtype, "output_loading_info": True}
             network, info = transformers.AutoModel.from_pretrained(folder, **options)
     except Exception as error:  # a broken folder raises whatever its parsers raise
-        raise UserError(f"{folder} could not be loaded as a Hugging Face encoder: {reason(error)}") from error
-    # A pooler's output is never used, so its weights may be missing; any other missing weight would stay random.
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+        problem = f"{folder} could not be loaded as a Hugging Face encoder"
+        raise UserError(f"{problem}: {_cause(folder, error)}") from error
+    # The configuration of an encoder that was saved without its decoder says that there is none.
+    has_decoder = network.config.is_encoder_decoder or (hasattr(network, "encoder") and hasattr(network, "decoder"))
+    encoder = network.get_encoder() if has_decoder else network
+    # A decoder and a pooler are never used, so their weights may be missing; any other weight would stay random.
+    used = {id(parameter) for parameter in encoder.state_dict(keep_vars=True).values()}
+    unused = {name for name, weight in network.state_dict(keep_vars=True).items() if id(weight) not in used}
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name and name not in unused)
     if missing or info["mismatched_keys"]:
         raise UserError(
             f"the weights in {folder} do not fill the encoder of its config.json: {len(missing)} missing "
             f"({', '.join(missing[:3]) or 'none'}), {len(info['mismatched_keys'])} of a different shape"
         )
-    if network.config.is_encoder_decoder:
-        network = network.get_encoder()
+    network = encoder
     network.config.use_cache = False  # no text is generated, so keys and values are not needed
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no pad, eos or unk token; expected at least one of them")
     return tokenizer, network.to(device).eval().requires_grad_(False)
+
+
+def _cause(folder: Path, error: Exception) -> str:
+    """What a folder that could not be loaded needs, where that is known, else the error's message."""
+    from transformers import CONFIG_MAPPING
+
+    is_known = False
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # of a damaged file
+        is_known = json.loads((folder / "config.json").read_bytes())["model_type"] in CONFIG_MAPPING
+    code = own_code(folder)
+    if code and (not is_known or "trust_remote_code" in str(error)):
+        return f"it needs code of its own ({', '.join(code)}), and no remote code is run here; choose another encoder"
+    is_installed = all(map(_is_installed, ("sentencepiece", "google.protobuf")))
+    if not is_installed and any(folder.glob("*.model")) and not (folder / "tokenizer.json").exists():
+        return "its tokenizer needs the packages sentencepiece and protobuf; `pip install sentencepiece protobuf`"
+    return reason(error)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def longest_input(tokenizer, network) -> int:
