@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     print(render[args.format](rows), end="")
     if args.plots is not None:
         for path in draw(groups, rows, folder):
-            print(f"drawn    {path}", file=sys.stderr)
+            print(f"drawn    {one_line(path)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

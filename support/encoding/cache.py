@@ -71,7 +71,9 @@ class EmbeddingCache:
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             if path.name not in self.names and SHARD_NAME.fullmatch(path.name):
                 self.names.add(path.name)
-                if path.is_file():  # a pipe would never end
+                if _is_other_than_file(path):
+                    _set_aside(path, "is not a file", "its queries are encoded again")
+                elif path.is_file():
                     self._open(path)
 
     def has(self, keys: list[bytes]) -> np.ndarray:
@@ -149,9 +151,8 @@ class EmbeddingCache:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != path.stem[7:]:
-                path.rename(path.with_suffix(".damaged"))
-                message = "is damaged: its content is not what was written; set aside, its queries are encoded again"
-                print(f"warning: {one_line(path)} {message}", file=sys.stderr)
+                problem = "is damaged: its content is not what was written"
+                _set_aside(path, problem, "its queries are encoded again")
                 return
             with safe_open(path, framework="pt") as shard:
                 if (shard.metadata() or {}).get("part") != self.folder.name:
@@ -165,10 +166,14 @@ class EmbeddingCache:
         self._append([keys[32 * row : 32 * row + 32] for row in range(len(embeddings))], embeddings)
 
     def _read_metadata(self) -> dict | None:
-        if self.folder is None or not (self.folder / "encoder.json").is_file():
+        if self.folder is None:
+            return None
+        path = self.folder / "encoder.json"
+        if _is_other_than_file(path):
+            _set_aside(path, "is not a file", "it is written again")
             return None
         try:
-            metadata = json.loads((self.folder / "encoder.json").read_bytes())
+            metadata = json.loads(path.read_bytes())
             return metadata if type(metadata["tokens_read"]) is int and metadata["tokens_read"] > 0 else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # missing, or damaged: written again
             return None
@@ -183,6 +188,21 @@ class EmbeddingCache:
         except (UserError, OSError) as error:
             advice = "Make room there, choose another folder with --cache_dir, or use --no_cache"
             raise UserError(f"{error}; what was stored before remains. {advice}") from error
+
+
+def _is_other_than_file(path: Path) -> bool:
+    """Whether there is a pipe, a device or a folder in the place of a file: reading some of them would never end."""
+    return path.exists() and not path.is_file()
+
+
+def _set_aside(path: Path, problem: str, consequence: str) -> None:
+    """Rename a file that cannot be used, and warn of it."""
+    done = "set aside"
+    try:
+        path.rename(path.with_suffix(".damaged"))
+    except OSError as error:
+        done = f"not set aside ({error.strerror or error})"
+    print(f"warning: {one_line(path)} {problem}; {done}, {consequence}", file=sys.stderr)
 
 
 def parts(cache_dir: str | Path) -> list[dict]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from support.system.errors import UserError, is_out_of_memory, one_line, reason
+from support.system.errors import UserError, is_out_of_memory, one_line, reason, valid_unicode
 from support.system.files import content_hash
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -29,6 +29,8 @@ def find_encoder(model_path: str, download: bool = True) -> Path:
     Raises `UserError` where there is no such folder, or no model in it that can be read here.
     """
     folder = _from_hub(model_path, download) if is_hub_id(model_path) else Path(os.path.expanduser(model_path))
+    if str(folder) != valid_unicode(str(folder)):  # libraries refuse it with errors of their own
+        raise UserError(f"{folder} is not valid UTF-8; rename the folder of the encoder")
     _refuse_other_formats(folder)
     if not model_path or not os.path.isdir(folder):
         raise UserError(

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
@@ -89,7 +90,9 @@ def run_command(main: Callable[[], None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a log file shows each epoch as it ends, and accepts any model's name
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        with signals.handled():
+        with signals.handled(), warnings.catch_warnings():
+            if not sys.warnoptions:  # those of libraries; what a user must know, a command says itself
+                warnings.simplefilter("ignore")
             main()
             print(end="", flush=True)
     except UserError as error:

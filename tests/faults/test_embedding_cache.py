@@ -246,21 +246,27 @@ def test_a_cache_that_is_only_read_need_not_be_writable_but_says_what_it_cannot_
         embedding_cache.main(["--cache_dir", str(tmp_path / "cache"), "--drop", name])
 
 
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
-    keys, embeddings = [b"k" * 32], torch.ones(1, 3)
-    for replaced in ("encoder.json", "*.safetensors"):
-        cache = EmbeddingCache(tmp_path, {"fingerprint": replaced})
-        cache.describe({"tokens_read": 5})
-        cache.store(keys, embeddings)
-        (path,) = cache.folder.glob(replaced)
-        path.unlink()
-        os.mkfifo(path)
-        again = EmbeddingCache(tmp_path, {"fingerprint": replaced})
-        again.refresh()
-        if replaced == "encoder.json":
-            assert again.has(keys).all()
-            with pytest.raises(UserError, match="is not a file"):
-                again.describe({"tokens_read": 5})
-        else:
-            again.store(keys, embeddings)
-            assert torch.equal(again.read(keys), embeddings)
+def test_what_is_no_file_in_the_place_of_one_is_not_waited_for_but_set_aside(run_embed, tmp_path, capsys):
+    expected, _ = run_embed(QUERIES)
+    for put in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)):
+        for name, again in (("encoder.json", 0), (shards(tmp_path)[0].name, 60)):
+            (path,) = tmp_path.glob(f"cache/embeddings/*/{name}")
+            path.unlink()
+            put(path)
+            capsys.readouterr()
+            got, num_encoded = run_embed(QUERIES)
+            assert torch.equal(got, expected), name
+            assert num_encoded == again, name
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"warning: {path} is not a file; set aside, "), name
+            aside = path.with_suffix(".damaged")
+            assert not aside.is_file(), name
+            aside.rename(tmp_path / f"{len(list(tmp_path.iterdir()))}")
+    (path,) = tmp_path.glob("cache/embeddings/*/encoder.json")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", REFUSED)
+        with pytest.raises(UserError, match="is not a file"):
+            run_embed([*QUERIES, "new"])
+    assert "is not a file; not set aside (Permission denied)" in capsys.readouterr().err
