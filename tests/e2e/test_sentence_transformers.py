@@ -16,12 +16,12 @@ from support.system.errors import UserError
 
 CPU = torch.device("cpu")
 QUERIES = ["How do I invert a matrix?", "Who ruled Rome?"]
-RESOLVED = {"pooling": "last", "query_prefix": "query: "}
+RESOLVED = {"pooling": "max", "query_prefix": "query: "}
 
 
 @pytest.fixture
 def folder(demo, tmp_path):
-    """The demo's encoder with the last token, a Dense layer and a default prompt that is not pooled."""
+    """The demo's encoder with max pooling, a Dense layer and a default prompt that is not pooled."""
     folder = tmp_path / "encoder"
     shutil.copytree(demo / "encoder", folder)
     kinds = ("Transformer", "Pooling", "Dense", "Normalize")
@@ -30,7 +30,7 @@ def folder(demo, tmp_path):
     dense = {"in_features": 128, "out_features": 24, "bias": False, "activation_function": "torch.nn.Tanh"}
     for name, content in (
         ("modules.json", modules),
-        ("1_Pooling/config.json", {"pooling_mode": "lasttoken", "include_prompt": False}),
+        ("1_Pooling/config.json", {"pooling_mode": "max", "include_prompt": False}),
         ("2_Dense/config.json", dense),
         ("config_sentence_transformers.json", {"prompts": {"q": "query: ", "d": "x"}, "default_prompt_name": "q"}),
     ):
@@ -62,15 +62,15 @@ def ranking(output, capsys):
 def test_history_and_checkpoint_hold_what_was_resolved_and_routing_goes_by_it(run, folder, tmp_path, capsys):
     output = tmp_path / "output"
     history = run(str(output))
-    line = "last pooling, as the folder says; then 2_Dense; prefix 'query: ', its default prompt 'q', not pooled"
+    line = "max pooling, as the folder says; then 2_Dense; prefix 'query: ', its default prompt 'q', not pooled"
     assert f"encoder  {line}; Normalize left out" in capsys.readouterr().out
     assert {name: history["args"][name] for name in RESOLVED} == RESOLVED
     assert "query_prompt" not in history["args"]
-    expected = {"pooling": "last", "prefix": "query: ", "include_prompt": False, "width": 24}
+    expected = {"pooling": "max", "prefix": "query: ", "include_prompt": False, "width": 24}
     assert history["encoder"] | expected == history["encoder"]
     scores = ranking(output, capsys)
     # The same flags in other words are the same experiment.
-    same = run(str(output), "--pooling", "last", "--query_prompt", "q", "--resume")
+    same = run(str(output), "--pooling", "max", "--query_prompt", "q", "--resume")
     assert "finished already" in capsys.readouterr().out
     assert same == history
     with pytest.raises(UserError, match="--query_prefix was query: , is x; restore that"):

@@ -2,11 +2,13 @@
 
 import argparse
 import io
+import warnings
 
 import pytest
 
 from support.system import command_line
-from support.system.command_line import comma_separated, progress_bar
+from support.system.command_line import comma_separated, progress_bar, run_command
+from support.system.errors import UserError
 
 
 class Full(io.StringIO):
@@ -33,3 +35,15 @@ def test_a_name_with_a_comma_is_quoted_as_in_csv():
     for text in ("", ",", "a,,b"):
         with pytest.raises(argparse.ArgumentTypeError, match="names separated by commas"):
             comma_separated(text)
+
+
+def test_warnings_of_libraries_do_not_stand_before_a_one_line_error(capsys):
+    def command():
+        warnings.warn("of a parser", SyntaxWarning, stacklevel=1)
+        raise UserError("the file is damaged")
+
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(SystemExit):
+        warnings.simplefilter("always")
+        run_command(command)
+    assert not caught
+    assert capsys.readouterr().err == "error: the file is damaged\n"

@@ -96,7 +96,10 @@ def test_an_invalid_value_or_a_claim_to_more_than_the_file_holds_is_refused_with
         (("encoder", "dtype"), "load"),
         (("config", "dropout"), float("nan")),
         (("config", "use_model_id"), "yes"),
-        (("args", "pooling"), "zzz"),
+        (("args", "pooling"), "auto"),
+        (("args", "query_prefix"), 5),
+        (("args", "query_prefix"), "\ud800"),
+        (("encoder", "include_prompt"), "no"),
         (("args", "max_length"), 0),
     ):
         path.write_bytes(content)
