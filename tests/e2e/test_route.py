@@ -161,6 +161,10 @@ def test_scores_and_their_probabilities_are_printed(checkpoint, routed):
     assert alone[3:] == [""]
 
 
+def turns_of(query):
+    return [{"role": "system", "content": "be brief"}, {"role": "User", "content": [{"type": "text", "text": query}]}]
+
+
 def test_a_batch_is_the_same_in_every_form_and_in_order(checkpoint, routed, tmp_path, monkeypatch):
     queries = [*QUERIES, "日本の首都は? “quoted, with a comma”", QUERIES[0]]
     text = "\n".join(queries).encode()
@@ -173,18 +177,23 @@ def test_a_batch_is_the_same_in_every_form_and_in_order(checkpoint, routed, tmp_
         "queries": lines,
         "queries.gz": gzip.compress(lines),
         "queries.json": b"[" + lines.strip().replace(b"\n", b",") + b"]",
+        "Prompts.jsonl": lines.replace(b'"query"', b'"Prompt"'),
+        "turns": "".join(json.dumps({"messages": turns_of(query)}) + "\n" for query in queries).encode(),
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     table = pd.DataFrame({"number": range(len(queries)), "prompt": queries})
     table.to_parquet(tmp_path / "queries.parquet")
     table.to_csv(tmp_path / "queries.csv")
+    table.to_csv(tmp_path / "queries.tsv", sep="\t")
+    table.rename(columns={"prompt": "text"}).assign(prompt="no").to_csv(tmp_path / "text.csv")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
     expected = RankRouter.load(checkpoint).rank(queries, top_k=2)
     target = tmp_path / "out.jsonl"
-    for name in (*contents, "queries.parquet", "queries.csv", "-"):
+    for name in (*contents, "queries.parquet", "queries.csv", "queries.tsv", "text.csv", "-"):
         source = name if name == "-" else str(tmp_path / name)
-        flags = ("--checkpoint", checkpoint, "--no_cache", "--top_k", "2")
+        flags = ["--checkpoint", checkpoint, "--no_cache", "--top_k", "2"]
+        flags += ["--query_column", "text"] if name == "text.csv" else []
         assert routed(*flags, "--input", source, "--output", str(target)) == "", name
         rows = jsonl(target.read_text())
         assert [row["query"] for row in rows] == queries, name
@@ -478,6 +487,7 @@ def test_a_file_without_queries_is_refused(checkpoint, refused, tmp_path):
         ("queries", bytes(range(256)) * 10, "line 1"),
         ("queries", b"PAR1 but no table", "cannot read"),
         ("queries.csv", b"id,text\n1,hello\n", "has the columns id, text; expected one of "),
+        ("queries", b"good\n" + b"x" * (2**24 + 1), "line 2 of "),  # as an endless stream starts
     ):
         (tmp_path / name).write_bytes(content)
         flags = ("--checkpoint", checkpoint, "--no_cache", "--input", str(tmp_path / name))
