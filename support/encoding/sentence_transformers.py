@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tokenizers import normalizers
 from torch import nn
 
 from support.system.errors import UserError, is_out_of_memory, one_line, reason, valid_unicode
@@ -124,6 +123,8 @@ def describe(settings: FolderSettings, pooling: tuple[str, str], prefix: tuple[s
 
 def lowercase(tokenizer) -> None:
     """Let a tokenizer lowercase each text first, as `do_lower_case` asks. Raises `UserError` where it cannot."""
+    from tokenizers import normalizers
+
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError("do_lower_case in sentence_bert_config.json needs a fast tokenizer; choose another encoder")
