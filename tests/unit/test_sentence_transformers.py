@@ -215,3 +215,25 @@ def test_damaged_files_of_the_folder_are_refused_in_one_line(folder_of):
                 assert may_be_missing if content is None else b"prompts" in content, (file, content)
         (folder / file).write_bytes(good)
     encoder_at(folder).embed(QUERIES)
+
+
+def test_embeddings_are_those_of_the_library_itself(folder_of):
+    library = pytest.importorskip("sentence_transformers", reason="no dependency; the tests above need none either")
+    tanh = "torch.nn.modules.activation.Tanh"
+    prompts = {"prompts": {"query": "search: ", "document": "text: "}, "default_prompt_name": "document"}
+    for mode in POOLED:
+        for include in (True, False):
+            dense = [(24, 40, False, "torch.nn.modules.linear.Identity"), (40, 7, True, tanh)]
+            kinds = ["Transformer", "Pooling", "Dense", "Dense"]  # without Normalize
+            pooling = {"pooling_mode": mode, "include_prompt": include, "embedding_dimension": 24}
+            folder = folder_of(pooling, dense, prompts, kinds)
+            model = library.SentenceTransformer(str(folder), device="cpu")
+            for options, same in (
+                ({}, {}),
+                ({"prompt": "query"}, {"prompt_name": "query"}),
+                ({"prefix": ""}, {"prompt": ""}),
+            ):
+                embeddings, _ = encoder_at(folder, **options).embed(QUERIES)
+                np.testing.assert_allclose(
+                    embeddings, model.encode(QUERIES, **same), atol=1e-5, err_msg=f"{mode} {options}"
+                )
