@@ -228,6 +228,7 @@ def test_embeddings_are_those_of_the_library_itself(folder_of):
             pooling = {"pooling_mode": mode, "include_prompt": include, "embedding_dimension": 24}
             folder = folder_of(pooling, dense, prompts, kinds)
             model = library.SentenceTransformer(str(folder), device="cpu")
+            model.tokenizer.pad_token = model.tokenizer.eos_token
             for options, same in (
                 ({}, {}),
                 ({"prompt": "query"}, {"prompt_name": "query"}),
