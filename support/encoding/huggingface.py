@@ -31,7 +31,8 @@ def find_encoder(model_path: str, download: bool = True) -> Path:
     folder = _from_hub(model_path, download) if is_hub_id(model_path) else Path(os.path.expanduser(model_path))
     if str(folder) != valid_unicode(str(folder)):  # libraries refuse it with errors of their own
         raise UserError(f"{folder} is not valid UTF-8; rename the folder of the encoder")
-    _refuse_other_formats(folder)
+    if model_path:
+        _refuse_other_formats(folder)
     if not model_path or not os.path.isdir(folder):
         raise UserError(
             f"no model folder at {model_path}; get Qwen2-0.5B with `hf download Qwen/Qwen2-0.5B --local-dir "
