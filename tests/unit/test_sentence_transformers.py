@@ -217,24 +217,24 @@ def test_damaged_files_of_the_folder_are_refused_in_one_line(folder_of):
     encoder_at(folder).embed(QUERIES)
 
 
-def test_embeddings_are_those_of_the_library_itself(folder_of):
-    library = pytest.importorskip("sentence_transformers", reason="no dependency; the tests above need none either")
-    tanh = "torch.nn.modules.activation.Tanh"
-    prompts = {"prompts": {"query": "search: ", "document": "text: "}, "default_prompt_name": "document"}
+def test_embeddings_are_those_of_the_library_on_folders_that_it_writes(network, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+
+    prompts = {"query": "search: ", "document": "text: "}
     for mode in POOLED:
         for include in (True, False):
-            dense = [(24, 40, False, "torch.nn.modules.linear.Identity"), (40, 7, True, tanh)]
-            kinds = ["Transformer", "Pooling", "Dense", "Dense"]  # without Normalize
-            pooling = {"pooling_mode": mode, "include_prompt": include, "embedding_dimension": 24}
-            folder = folder_of(pooling, dense, prompts, kinds)
-            model = library.SentenceTransformer(str(folder), device="cpu")
+            torch.manual_seed(1)
+            layers = [Dense(24, 40, activation_function=torch.nn.Identity()), Dense(40, 7)] if include else []
+            modules = [Transformer(str(network)), Pooling(24, mode, include_prompt=include), *layers]
+            model = SentenceTransformer(modules=modules, device="cpu", prompts=prompts, default_prompt_name="document")
             model.tokenizer.pad_token = model.tokenizer.eos_token
+            model.save_pretrained(str(tmp_path / f"{mode}_{include}"))
             for options, same in (
                 ({}, {}),
                 ({"prompt": "query"}, {"prompt_name": "query"}),
                 ({"prefix": ""}, {"prompt": ""}),
             ):
-                embeddings, _ = encoder_at(folder, **options).embed(QUERIES)
-                np.testing.assert_allclose(
-                    embeddings, model.encode(QUERIES, **same), atol=1e-5, err_msg=f"{mode} {options}"
-                )
+                embeddings, _ = encoder_at(tmp_path / f"{mode}_{include}", **options).embed(QUERIES)
+                expected = model.encode(QUERIES, **same)
+                np.testing.assert_allclose(embeddings, expected, atol=1e-5, err_msg=f"{mode} {include} {options}")
