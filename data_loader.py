@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from support.data.formats import SUFFIXES, Table, find_files, open_table
-from support.data.layouts import Layout, find_layout, listed, models_by_file
-from support.data.rows import Rows
+from support.data.columns import odd_scores
+from support.data.formats import SUFFIXES, find_files, open_table
+from support.data.layouts import find_layouts, listed
+from support.data.rows import Rows, read_and_dropped
 from support.system.errors import UserError, one_line
 from support.system.files import content_hash
 
 COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, (N,) each
 SIDES = np.array(["train", "val", "test"])  # of an official split
-OTHER_SCALE = 8  # times the largest score of another model: hardly the same metric
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def load_battles(
     layout, or no battle is left.
     """
     files, rows = data_files(path), Rows()
-    layouts = _find_layouts([open_table(file) for file in files], score_columns, query_column, split_column)
+    layouts = find_layouts([open_table(file) for file in files], score_columns, query_column, split_column)
     for table, layout in layouts.items():
         for chunk in table.read(layout.columns):
             rows.add(chunk, layout)
@@ -138,30 +138,18 @@ def load_battles(
         "layouts": sorted({layout.kind for layout in layouts.values()}),
         "columns": list(dict.fromkeys(layout.described for layout in layouts.values())),
         "score_columns": sorted({name for layout in layouts.values() for name in layout.models}),
-        "rows_read": rows.num_read,
-        "rows_dropped": dict(rows.dropped),
-        "unknown_winners": dict(rows.unknown_winners.most_common()),
-        "scores_missing": rows.scores_missing,
-        "scores_not_numbers": dict(rows.not_numbers.most_common()),
-        "scores_averaged": rows.scores_averaged,
-        "costs_missing": rows.costs_missing,
-        "queries_parsed": rows.parsed,
-        "queries_repaired": rows.repaired,
+        **rows.counts(),
         "queries_outside_limit": outside_limit,
     }
     if not len(pairs):
         is_file_of_model = len(model_names) == 1 and len(rows.scores) > 0
         advice = "; give the folder where each model has a file" if is_file_of_model else ""
-        found = f"{read_and_dropped(counts)}; the models {listed(map(one_line, model_names))}"
+        found = f"{read_and_dropped(counts)}; models found: {listed(map(one_line, model_names))}"
         raise UserError(f"no usable battle in {path}: {found}; expected battles between at least two models{advice}")
-    query_idx, model_a_idx, model_b_idx = pairs[:, :3].astype(np.int64).T  # (N,) each
-    queries, outcome = [text for _, text in rows.queries.values()], pairs[:, 3].astype(np.float32)  # (Q,), (N,)
-    table = _score_table(scores, len(model_names)) if len(scores) else None
-    odd = None if table is None else _odd_scores(table.scores, model_names)
+    battles = _as_battles([text for _, text in rows.queries.values()], model_names, pairs, scores, split_column)
+    odd = None if battles.table is None else odd_scores(battles.table.scores, model_names)
     if odd and "wide" in counts["layouts"] and not score_columns:
         raise UserError(f"{path}: {odd}; name the columns of the models with --score_columns")
-    side = pairs[:, 4].astype(np.int8) if split_column else None  # (N,)
-    battles = Battles(queries, model_names, query_idx, model_a_idx, model_b_idx, outcome, table, side)
     return battles, counts | {
         "scores_odd": odd,
         "battles": len(battles),
@@ -171,52 +159,16 @@ def load_battles(
     }
 
 
-def _find_layouts(
-    tables: list[Table], score_columns: list[str] | None, query_column: str | None, split_column: str | None
-) -> dict[Table, Layout]:
-    """The layout of each table; tables with the same columns have the same one, or a model each."""
-    layouts = {}
-    for columns in dict.fromkeys(tuple(table.columns) for table in tables):
-        group = [table for table in tables if tuple(table.columns) == columns]
-        layout = find_layout(group, score_columns, query_column, split_column)
-        of_one_model = layout.kind == "long" and layout.model is not None
-        models = models_by_file(group) if of_one_model else [None] * len(group)
-        layouts |= {table: replace(layout, model=model) for table, model in zip(group, models, strict=True)}
-    first = next(iter(layouts.values()))
-    for table, layout in layouts.items():
-        if layout.kind == first.kind == "long" and (layout.query, layout.others) != (first.query, first.others):
-            one, other = (f"{', '.join(each.others)} by {each.query}" for each in (first, layout))
-            raise UserError(f"{tables[0].file} has {one}, {table.file} has {other}; expected the same in all files")
-    return layouts
-
-
-def _odd_scores(scores: np.ndarray, model_names: list[str]) -> str | None:
-    """What makes the scores (R, M) of a table look like those of several metrics, or like ranks; else None."""
-    import pandas as pd
-
-    largest = pd.DataFrame(np.abs(scores), columns=[one_line(name) for name in model_names]).max()
-    largest = largest[largest > 0].sort_values()
-    if len(largest) and largest.iloc[-1] > 1 and largest.iloc[-1] > OTHER_SCALE * largest.iloc[0]:
-        low, high = (f"{largest.index[i]} up to {largest.iloc[i]:g}" for i in (0, -1))
-        return f"scores on several scales, {low} and {high}"
-    complete = scores[~np.isnan(scores).any(1)]  # (r, M)
-    ranks = np.arange(1, scores.shape[1] + 1)  # (M,)
-    if len(complete) > 1 and len(ranks) > 2 and (np.sort(complete, axis=1) == ranks).all():
-        return f"each row is a ranking from 1 to {len(ranks)}, and the highest score wins"
-    return None
-
-
-def read_and_dropped(counts: dict) -> str:
-    """The rows read and dropped, and what was found instead of known winners and of numbers, for a message."""
-    dropped = ", ".join(f"{count} {reason}" for reason, count in counts["rows_dropped"].items()) or "none"
-    found = f"{counts['rows_read']} rows read, rows dropped: {dropped}"
-    if counts["scores_averaged"]:
-        found += f", {counts['scores_averaged']} averaged"
-    expected = "unknown winners (expected model_a, model_b, tie, or a model's name)"
-    for key, what in (("unknown_winners", expected), ("scores_not_numbers", "scores that are no numbers")):
-        if texts := counts[key]:
-            found += f"; {what}: " + ", ".join(f"{count} x {text!r}" for text, count in list(texts.items())[:5])
-    return found
+def _as_battles(
+    queries: list[str], model_names: list[str], pairs: np.ndarray, scores: np.ndarray, split_column: str | None
+) -> Battles:
+    """The battles (N, 5) and scores (S, 6) that `Rows.finish` returns, over these queries and models."""
+    query_idx, model_a_idx, model_b_idx = pairs[:, :3].astype(np.int64).T  # (N,) each
+    outcome, side = pairs[:, 3].astype(np.float32), pairs[:, 4].astype(np.int8)  # (N,) each
+    table = _score_table(scores, len(model_names)) if len(scores) else None
+    return Battles(
+        *(queries, model_names, query_idx, model_a_idx, model_b_idx, outcome, table), side if split_column else None
+    )
 
 
 def _score_table(scores: np.ndarray, num_models: int) -> ScoreTable:
@@ -247,15 +199,8 @@ def split_battles(
 
     Returns the split and its counts. Raises `UserError` where a side is empty or no model is named `hold_out`.
     """
-    # 1. The side of each query, or of each single battle, and of the rows of a score table; or the official sides.
-    units = battles.unique_queries if by == "query" else np.arange(len(battles))  # (U,)
-    table = battles.table if by == "query" else None  # a split by battle has no side for a row
-    if battles.side is None:
-        side_of_unit = _draw_sides(len(units), seed)  # (U,)
-        side = side_of_unit[battles.query_rows] if by == "query" else side_of_unit  # (N,)
-        row_side = None if table is None else side_of_unit[np.searchsorted(units, table.query_idx)]  # (R,)
-    else:
-        side, row_side = _official_sides(battles, seed)  # (N,), (R,)
+    # 1. The side of each battle, and of each row of a score table.
+    side, row_side = _sides(battles, by, seed)  # (N,), (R,)
 
     # 2. Training battles: ties dropped, pairs drawn, a model held out, each if requested.
     is_tie = battles.outcome == 0.5  # (N,)
@@ -277,9 +222,9 @@ def split_battles(
         found = f"{len(battles)} battles, {is_tie.sum()} of them ties, over {len(battles.unique_queries)} queries"
         raise UserError(f"the split leaves no battle for {listed(empty)}: found {found}; more battles are needed")
 
-    # 5. The rows of a score table, on the side of their query.
-    table_rows = None
-    if table is not None:
+    # 5. The rows of a score table.
+    table, table_rows = battles.table, None
+    if row_side is not None:
         table = replace(
             table.select(slice(None), trained), query_idx=np.searchsorted(kept.unique_queries, table.query_idx)
         )
@@ -295,6 +240,23 @@ def split_battles(
         "test_queries_in_train": len(np.intersect1d(split.train.query_idx, split.test.query_idx)),
     }
     return split, counts
+
+
+def _sides(battles: Battles, by: str, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The sides (N,) of battles and (R,) of table rows: the official ones, or drawn by query or by battle.
+
+    A split by battle has no side for a row.
+    """
+    if battles.side is not None:
+        return _official_sides(battles, seed)
+    if by == "battle":
+        return _draw_sides(len(battles), seed), None
+    side_of_query = _draw_sides(len(battles.unique_queries), seed)  # (Qd,)
+    table = battles.table
+    row_side = (
+        None if table is None else side_of_query[np.searchsorted(battles.unique_queries, table.query_idx)]
+    )  # (R,)
+    return side_of_query[battles.query_rows], row_side
 
 
 def _draw_sides(num_units: int, seed: int) -> np.ndarray:

@@ -4,8 +4,11 @@ import math
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from support.data.cells import COSTS, NO_NUMBER, SCORES, as_number, as_score
 from support.data.formats import Table
+from support.system.errors import one_line
 
 IDS = {
     *("", "id", "index", "idx", "key", "qid", "uid", "nr", "no", "turn", "tstamp"),
@@ -35,6 +38,7 @@ COMPARED = re.compile(r"(model|system|assistant|llm|generator|response|output|an
 OTHER_NUMBERS = re.compile(
     r"\s*(-?\d+,\d+|-?[\d.]+ *%|[$€] *\d.*|\d+ */ *\d+|yes|no|pass|fail|wrong)\s*", re.IGNORECASE
 )
+OTHER_SCALE = 8  # times the largest score of another model: hardly the same metric
 MOST_DISTINCT = 32  # whole numbers that are all different, before a column numbers its rows
 
 
@@ -113,3 +117,19 @@ def is_id_column(column: str) -> bool:
     """Whether a column numbers rows or queries, by its name."""
     name = column.strip().lower()
     return name in IDS or name.startswith(INDEX)
+
+
+def odd_scores(scores: np.ndarray, model_names: list[str]) -> str | None:
+    """What makes the scores (R, M) of a table look like those of several metrics, or like ranks; else None."""
+    import pandas as pd
+
+    largest = pd.DataFrame(np.abs(scores), columns=[one_line(name) for name in model_names]).max()
+    largest = largest[largest > 0].sort_values()
+    if len(largest) and largest.iloc[-1] > 1 and largest.iloc[-1] > OTHER_SCALE * largest.iloc[0]:
+        low, high = (f"{largest.index[i]} up to {largest.iloc[i]:g}" for i in (0, -1))
+        return f"scores on several scales, {low} and {high}"
+    complete = scores[~np.isnan(scores).any(1)]  # (r, M)
+    ranks = np.arange(1, scores.shape[1] + 1)  # (M,)
+    if len(complete) > 1 and len(ranks) > 2 and (np.sort(complete, axis=1) == ranks).all():
+        return f"each row is a ranking from 1 to {len(ranks)}, and the highest score wins"
+    return None

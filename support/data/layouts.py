@@ -87,18 +87,39 @@ class Layout:
         return self.others if self.kind == "wide" else ()
 
 
-def find_layout(
+def find_layouts(
+    tables: list[Table], score_columns: list[str] | None, query_column: str | None, split_column: str | None
+) -> dict[Table, Layout]:
+    """The layout of each table; tables with the same columns have the same one, or a model each.
+
+    score_columns: the models of a wide score table; by default every numeric column that can be one.
+    query_column: the column of the query; by default the first of `QUERIES`.
+    split_column: the column that says on which side of the split a row is, if any.
+
+    Raises `UserError` where a table has no known layout, or could have two, or the tables do not fit together.
+    """
+    layouts = {}
+    for columns in dict.fromkeys(tuple(table.columns) for table in tables):
+        group = [table for table in tables if tuple(table.columns) == columns]
+        layout = _find_layout(group, score_columns, query_column, split_column)
+        of_one_model = layout.kind == "long" and layout.model is not None
+        models = models_by_file(group) if of_one_model else [None] * len(group)
+        layouts |= {table: replace(layout, model=model) for table, model in zip(group, models, strict=True)}
+    first = next(iter(layouts.values()))
+    for table, layout in layouts.items():
+        if layout.kind == first.kind == "long" and (layout.query, layout.others) != (first.query, first.others):
+            one, other = (f"{', '.join(each.others)} by {each.query}" for each in (first, layout))
+            raise UserError(f"{tables[0].file} has {one}, {table.file} has {other}; expected the same in all files")
+    return layouts
+
+
+def _find_layout(
     tables: list[Table],
     score_columns: list[str] | None = None,
     query_column: str | None = None,
     split_column: str | None = None,
 ) -> Layout:
-    """The layout of files with the same columns. Raises `UserError` where it is none, or could be two.
-
-    score_columns: the models of a wide score table; by default every numeric column that can be one.
-    query_column: the column of the query; by default the first of `QUERIES`.
-    split_column: the column that says on which side of the split a row is, if any.
-    """
+    """The layout of tables with the same columns; arguments and errors are those of `find_layouts`."""
     table = tables[0]
     if missing := {*(score_columns or ()), query_column, split_column} - {*table.columns, None}:
         raise UserError(f"{table.file} has no column {listed(missing)}; found {listed(table.columns)}")

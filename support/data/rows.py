@@ -141,6 +141,20 @@ class Rows:
         several = self.repeats.get((id(values), cell))
         return values.get(cell, math.nan) if several is None else math.fsum(several) / len(several)
 
+    def counts(self) -> dict:
+        """What was read, dropped and repaired, for the history."""
+        return {
+            "rows_read": self.num_read,
+            "rows_dropped": dict(self.dropped),
+            "unknown_winners": dict(self.unknown_winners.most_common()),
+            "scores_missing": self.scores_missing,
+            "scores_not_numbers": dict(self.not_numbers.most_common()),
+            "scores_averaged": self.scores_averaged,
+            "costs_missing": self.costs_missing,
+            "queries_parsed": self.parsed,
+            "queries_repaired": self.repaired,
+        }
+
     def clean(self, text: str) -> str:
         repaired = valid_unicode(text)
         self.repaired += repaired != text
@@ -200,3 +214,16 @@ def _pair(scores: np.ndarray) -> np.ndarray:
         outcome = (1 + np.sign(a[:, 4] - b[:, 4])) / 2  # (r * pairs,)
         battles.append(np.column_stack([a[:, 1], a[:, 2], b[:, 2], outcome, a[:, 3]]))  # (r * pairs, 5)
     return np.concatenate(battles)  # (N, 5)
+
+
+def read_and_dropped(counts: dict) -> str:
+    """The rows read and dropped, and what was found instead of known winners and of numbers, for a message."""
+    dropped = ", ".join(f"{count} {reason}" for reason, count in counts["rows_dropped"].items()) or "none"
+    found = f"{counts['rows_read']} rows read, rows dropped: {dropped}"
+    if counts["scores_averaged"]:
+        found += f", {counts['scores_averaged']} averaged"
+    expected = "unknown winners (expected model_a, model_b, tie, or a model's name)"
+    for key, what in (("unknown_winners", expected), ("scores_not_numbers", "scores that are no numbers")):
+        if texts := counts[key]:
+            found += f"; {what}: " + ", ".join(f"{count} x {text!r}" for text, count in list(texts.items())[:5])
+    return f"{found}; read as {' and '.join(counts['columns'][:2])}"

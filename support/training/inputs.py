@@ -4,9 +4,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_loader import Split, data_files, load_battles, read_and_dropped, split_battles
+from data_loader import Split, data_files, load_battles, split_battles
 from support.data.benchmarks import Profiles, read_profiles
 from support.data.demo import demo_folder
+from support.data.rows import read_and_dropped
 from support.encoding.huggingface import find_encoder, is_hub_id
 from support.system.errors import UserError
 from support.system.files import content_hash

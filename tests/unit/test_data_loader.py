@@ -1012,7 +1012,11 @@ BROKEN = [
         b"prompt,model,score\nq,x,1\np,x,0\n",
         "the models x; expected battles between at least two models; give",
     ),
-    ("one.csv", HEADER + b"q,x,x,model_a\n", "against itself; the models none; expected battles"),
+    (
+        "one.csv",
+        HEADER + b"q,x,x,model_a\n",
+        "against itself; read as prompts: query prompt; of model_a, model_b, winner; models found: none",
+    ),
     (
         "none.csv",
         HEADER + b"q,x,y,?\n,x,y,tie\n,x,y,tie\n",
