@@ -1010,7 +1010,7 @@ BROKEN = [
     (
         "one_model.csv",
         b"prompt,model,score\nq,x,1\np,x,0\n",
-        "the models x; expected battles between at least two models; give",
+        "models found: x; expected battles between at least two models; give",
     ),
     (
         "one.csv",
