@@ -29,7 +29,8 @@ TIES = (
 )
 WINNERS = dict.fromkeys(WINS_OF_A, 1.0) | dict.fromkeys(WINS_OF_B, 0.0) | dict.fromkeys(TIES, 0.5)
 USERS = ("user", "human", "prompter")
-CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|type|text)['"]""")  # the start of one, in a text
+CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|type|text)['"].*\]\s*""", re.DOTALL)  # in a text
+PART = {"type", "text", "image", "image_url", "id"}  # keys of the parts of a content
 
 
 @lru_cache(4096)
@@ -107,11 +108,11 @@ def as_text(cell: object, is_conversation: bool = False) -> str:
             return _content(users[0]) if users else ""
         if all(turn is None or isinstance(turn, str) for turn in value):
             return value[0] or ""
-        if all(isinstance(turn, dict) for turn in value) and any("text" in turn for turn in value):
+        if all(isinstance(turn, dict) and turn.keys() <= PART for turn in value):
             return _content({"content": value})
     if value == [] or is_conversation:
         return ""
-    if isinstance(value, str) and CONVERSATION.match(value):  # one that could not be parsed
+    if isinstance(value, str) and CONVERSATION.fullmatch(value):  # one that could not be parsed
         return ""
     is_number = type(cell) is int or (isinstance(cell, float) and math.isfinite(cell))
     return str(cell) if isinstance(cell, str) or is_number else ""

@@ -15,11 +15,19 @@ IDS = {
     *("prompt_id", "question_id", "sample_id", "cluster_id"),
 }
 INDEX = ("unnamed:", "__index_level_")  # what pandas names an index
-GOLD = ("answer", "target", "gold", "golden_answer", "ground_truth", "reference", "expected", "labels")
-SUMMARIES = ("human", "average", "best", "worst", "oracle", "router", "majority", "overall", "random")
+GOLD = (
+    *("answer", "target", "gold", "golden_answer", "ground_truth", "reference", "expected", "labels", "gt", "truth"),
+    *("solution", "ref", "choice", "correct_answer", "gold_label", "answer_idx"),
+)
+SUMMARIES = (
+    *("human", "average", "best", "worst", "oracle", "router", "majority", "overall", "random"),
+    *("best_model", "best_score"),
+)
 METRICS = (
     *("bleu", "rouge", "helpfulness", "helpful", "honest", "correctness", "coherence", "complexity", "verbosity"),
-    *("difficulty", "level", "safety", "harmlessness", "toxicity"),
+    *("difficulty", "level", "safety", "harmlessness", "toxicity", "f1", "em", "exact_match", "rouge1", "rouge2"),
+    *("rougel", "meteor", "bertscore", "pass@1", "mrr", "ndcg", "precision", "recall", "win_rate", "elo", "grade"),
+    *("points", "threshold", "margin", "shots"),
 )
 FACTS = ("turns", "timestamp", "seed", "split", "fold", "row", "line", "step", "epoch", "year", "weight")
 NO_MODEL = {*GOLD, *SUMMARIES, *METRICS, *FACTS, *SCORES, *COSTS}
@@ -36,10 +44,9 @@ ANSWERS = re.compile(r"(response|completion|generation|prediction)s?|(chosen|rej
 COMPARED = re.compile(r"(model|system|assistant|llm|generator|response|output|answer)s?[_ -]?[\dab]")
 # What people write for numbers, and float() does not read.
 OTHER_NUMBERS = re.compile(
-    r"\s*(-?\d+,\d+|-?[\d.]+ *%|[$€] *\d.*|\d+ */ *\d+|yes|no|pass|fail|wrong)\s*", re.IGNORECASE
+    r"\s*(-?\d+,\d+|-?[\d.]+ *%|[$€] *\d.*|\d+ */ *\d+|yes|no|pass(ed)?|fail(ed)?|(in)?correct|right|wrong)\s*", re.I
 )
 OTHER_SCALE = 8  # times the largest score of another model: hardly the same metric
-MOST_DISTINCT = 32  # whole numbers that are all different, before a column numbers its rows
 
 
 @dataclass
@@ -52,8 +59,8 @@ class Column:
     example: str = ""  # one of these
     low: float = math.inf  # of the finite numbers, as `high`
     high: float = -math.inf
-    rises: bool = True  # whole numbers, each higher than the one before
-    distinct: set[float] | None = field(default_factory=set)  # the first whole numbers; None once one occurs again
+    finite: int = 0
+    distinct: set[float] | None = field(default_factory=set)  # whole numbers; None once one occurs again
 
     def add(self, cells: list) -> None:
         for cell in cells:
@@ -68,9 +75,10 @@ class Column:
                 self.other_numbers, self.example = self.other_numbers + 1, cell
 
     def _add_number(self, score: float) -> None:
-        self.rises &= score > self.high and score == int(score)
-        if self.distinct is not None and len(self.distinct) < MOST_DISTINCT:
-            self.distinct = None if score in self.distinct or score != int(score) else self.distinct | {score}
+        self.finite += 1
+        if self.distinct is not None:
+            self.distinct.add(score)
+            self.distinct = self.distinct if score == int(score) and len(self.distinct) == self.finite else None
         self.low, self.high = min(self.low, score), max(self.high, score)
 
     @property
@@ -84,9 +92,9 @@ class Column:
         return 2 * (self.numbers + self.other_numbers) > self.filled
 
     @property
-    def is_counter(self) -> bool:
-        """Whether it numbers the rows: whole numbers that rise, or are all different."""
-        return self.numbers > 2 and (self.rises or (self.distinct is not None and self.numbers > 5))
+    def numbers_rows(self) -> bool:
+        """Whether it holds consecutive whole numbers, each once, as an index does."""
+        return self.distinct is not None and self.finite > 4 and self.high - self.low == self.finite - 1
 
     @property
     def is_other_numbers(self) -> bool:
@@ -123,13 +131,16 @@ def odd_scores(scores: np.ndarray, model_names: list[str]) -> str | None:
     """What makes the scores (R, M) of a table look like those of several metrics, or like ranks; else None."""
     import pandas as pd
 
-    largest = pd.DataFrame(np.abs(scores), columns=[one_line(name) for name in model_names]).max()
+    table = pd.DataFrame(scores, columns=[one_line(name) for name in model_names])
+    largest = table.abs().max()
     largest = largest[largest > 0].sort_values()
     if len(largest) and largest.iloc[-1] > 1 and largest.iloc[-1] > OTHER_SCALE * largest.iloc[0]:
         low, high = (f"{largest.index[i]} up to {largest.iloc[i]:g}" for i in (0, -1))
         return f"scores on several scales, {low} and {high}"
-    complete = scores[~np.isnan(scores).any(1)]  # (r, M)
-    ranks = np.arange(1, scores.shape[1] + 1)  # (M,)
-    if len(complete) > 1 and len(ranks) > 2 and (np.sort(complete, axis=1) == ranks).all():
-        return f"each row is a ranking from 1 to {len(ranks)}, and the highest score wins"
+    table = table[table.max(axis=1) > table.min(axis=1)]  # a row of equal scores says nothing
+    for method, first in (("min", 1), ("dense", 1), ("min", 0), ("dense", 0)):
+        ranks = table.rank(axis=1, method=method) + (first - 1)
+        least = 3 if first == 1 and len(model_names) > 2 else 2  # scores of 0 and 1, or 1 and 2, rank themselves
+        if len(table) > 1 and table.max(axis=None) >= least and ranks.equals(table):
+            return f"each row is a ranking from {first}, and the highest score wins"
     return None

@@ -26,6 +26,7 @@ from support.data.columns import ANSWERS, COMPARED, Column, is_model_column, rea
 from support.data.formats import Table, stem
 from support.system.errors import UserError, one_line
 
+VERDICTS = ("label", "verdict", "outcome", "preferred", "result", "judgment", "preference")  # not read as a winner
 NESTED = ("scores", "records", "completions", "results", "model_scores")
 ONE_HOT = ("winner_model_a", "winner_model_b", "winner_tie")
 # Model a, model b, the columns of the winner, and P(a is better) from their cells and the two names.
@@ -99,12 +100,13 @@ def find_layouts(
     Raises `UserError` where a table has no known layout, or could have two, or the tables do not fit together.
     """
     layouts = {}
-    for columns in dict.fromkeys(tuple(table.columns) for table in tables):
-        group = [table for table in tables if tuple(table.columns) == columns]
-        layout = _find_layout(group, score_columns, query_column, split_column)
-        of_one_model = layout.kind == "long" and layout.model is not None
-        models = models_by_file(group) if of_one_model else [None] * len(group)
-        layouts |= {table: replace(layout, model=model) for table, model in zip(group, models, strict=True)}
+    for columns in dict.fromkeys(tuple(sorted(table.columns)) for table in tables):
+        group = [table for table in tables if tuple(sorted(table.columns)) == columns]
+        layout = _find_layout(group, score_columns, query_column, split_column, num_files=len(tables))
+        layouts |= dict.fromkeys(group, layout)
+    of_one_model = [table for table, layout in layouts.items() if layout.model]
+    for table, model in zip(of_one_model, models_by_file(of_one_model), strict=True):
+        layouts[table] = replace(layouts[table], model=model)
     first = next(iter(layouts.values()))
     for table, layout in layouts.items():
         if layout.kind == first.kind == "long" and (layout.query, layout.others) != (first.query, first.others):
@@ -115,11 +117,12 @@ def find_layouts(
 
 def _find_layout(
     tables: list[Table],
-    score_columns: list[str] | None = None,
-    query_column: str | None = None,
-    split_column: str | None = None,
+    score_columns: list[str] | None,
+    query_column: str | None,
+    split_column: str | None,
+    num_files: int,
 ) -> Layout:
-    """The layout of tables with the same columns; arguments and errors are those of `find_layouts`."""
+    """The layout of tables with the same columns, of `num_files`; the others as of `find_layouts`."""
     table = tables[0]
     if missing := {*(score_columns or ()), query_column, split_column} - {*table.columns, None}:
         raise UserError(f"{table.file} has no column {listed(missing)}; found {listed(table.columns)}")
@@ -127,7 +130,8 @@ def _find_layout(
     if score_columns:
         layout = Layout("wide", query, tuple(score_columns), costs=_costs_of_models(table, score_columns))
     else:
-        layout = _battles(tables, query) or _long(tables, query) or _nested(table, query) or _wide(tables, query)
+        layout = _battles(tables, query) or _long(tables, query) or _nested(table, query)
+        layout = layout or _wide(tables, query, num_files)
     layout = replace(layout, split=split_column)
     return replace(layout, left_out=tuple(name for name in table.columns if name not in layout.columns))
 
@@ -155,6 +159,10 @@ def _battles(tables: list[Table], query: str) -> Layout | None:
         others = [table.first(name) for name in (name_a, name_b, *winner)]
         if None in others:
             continue
+        chunk = next(table.read(others[:2]), {})
+        numbers = [as_number(cell) for cells in chunk.values() for cell in cells]
+        if numbers and not any(number is None or number.is_integer() for number in numbers):
+            raise UserError(f"{table.file}: `{others[0]}` and `{others[1]}` hold numbers; expected names of models")
         if outcome is PAIRS[-1][-1]:
             values = read_columns(tables, others[2:])[others[2]]
             if values.low < 1 or values.high > 2:
@@ -162,7 +170,8 @@ def _battles(tables: list[Table], query: str) -> Layout | None:
                 raise UserError(f"{table.file} has {found}; expected 1 for the first, 2 for the second, 1.5 for a tie")
         return Layout("conversations" if query.lower() in CONVERSATIONS else "prompts", query, tuple(others), outcome)
     compared = [name for name in table.columns if COMPARED.fullmatch(name.strip().lower())]
-    if len(compared) > 1 and not any(column.is_score for column in read_columns(tables, compared).values()):
+    verdict = any(table.first(name) for name in VERDICTS)
+    if len(compared) > 1 and (verdict or not any(each.is_score for each in read_columns(tables, compared).values())):
         raise _unknown(table, f"{listed(compared)} to compare, and no column of the winner")
     return None
 
@@ -187,7 +196,8 @@ def _score_and_costs(tables: list[Table], query: str) -> tuple[str | None, tuple
     columns = read_columns(tables, list(found.values()))
     scores = [found[name] for name in SCORES if name in found]
     usable = [name for name in scores if columns[name].is_score]
-    _refuse_other_numbers(table, {name: columns[name] for name in scores if name not in usable})
+    preferred = scores[: scores.index(usable[0])] if usable else scores
+    _refuse_other_numbers(table, {name: columns[name] for name in preferred})
     costs = [found[name] for name in COSTS if name in found and columns[found[name]].is_cost]
     return usable[0] if usable else None, tuple(costs[:1])
 
@@ -195,7 +205,8 @@ def _score_and_costs(tables: list[Table], query: str) -> tuple[str | None, tuple
 def _refuse_other_numbers(table: Table, columns: dict[str, Column]) -> None:
     for name, column in columns.items():
         if column.is_other_numbers:
-            raise UserError(f"{table.file}: `{name}` holds {one_line(column.example)!r}; expected numbers such as 0.85")
+            found = f"{table.file}: `{name}` holds {one_line(column.example)!r}"
+            raise UserError(f"{found}; expected numbers such as 0.85, or the models' columns in --score_columns")
 
 
 def _nested(table: Table, query: str) -> Layout | None:
@@ -221,37 +232,42 @@ def _refuse_answers(table: Table, scores: str | None = None) -> None:
         raise _unknown(table, f"`{answers[0]}`, an answer, and no column that names its model ({', '.join(MODELS)})")
 
 
-def _wide(tables: list[Table], query: str) -> Layout:
+def _wide(tables: list[Table], query: str, num_files: int) -> Layout:
     """A table with a column per model, or with the scores of one model, which the file's name then tells."""
     table = tables[0]
     columns = read_columns(tables, [name for name in table.columns if name != query])
-    usable = [name for name, column in columns.items() if column.is_score and not column.is_counter]
-    models = _varying([name for name in usable if is_model_column(name)], columns)
+    named = {name: column for name, column in columns.items() if is_model_column(name)}
+    models = [name for name, column in named.items() if column.is_score]
+    score, costs = _score_and_costs(tables, query)
+    if score is not None and num_files > 1 and not models:
+        return Layout("long", query, (score,), costs=costs, model="?")
+    _refuse_answers(table)
+    _refuse_other_numbers(table, named)
     if len(models) < 2:
-        score, costs = _score_and_costs(tables, query)
-        if score is not None and len(tables) > 1 and not models:
-            return Layout("long", query, (score,), costs=costs, model="?")
-        _refuse_answers(table)
-        _refuse_other_numbers(table, columns)
         found = f"the columns of models {listed(models)}" if models else "no column of a model"
         numbers = [name for name, column in columns.items() if column.numbers and name not in models]
         raise _unknown(table, f"{found}; columns with numbers that do not look like models: {listed(numbers)}")
-    _refuse_answers(table)
-    _refuse_other_numbers(table, {name: columns[name] for name in columns if is_model_column(name)})
+    doubts = [(name, problem) for name, column in named.items() if (problem := _doubt(name, column, named))]
+    if score is not None and score.lower() != "label":
+        doubts.append((score, "is a score, and not that of a model"))
+    if doubts:
+        found = "; ".join(f"`{name}` {problem}" for name, problem in doubts[:3])
+        raise UserError(f"{table.file}: {found}; name the columns of the models with --score_columns")
     return Layout("wide", query, tuple(models), costs=_costs_of_models(table, models))
 
 
-def _varying(models: list[str], columns: dict[str, Column]) -> list[str]:
-    """The columns that can be models: a constant one only if its value is a possible score, as the others show.
-
-    That is, in the range of the others, or 0 or 1 beside scores from 0 to 1.
-    """
-    varying = [name for name in models if columns[name].low < columns[name].high]
-    if not varying:
-        return models
-    low, high = min(columns[name].low for name in varying), max(columns[name].high for name in varying)
+def _doubt(name: str, column: Column, columns: dict[str, Column]) -> str | None:
+    """What speaks against a column with numbers, which is named as a model can be; None where nothing does."""
+    if not column.is_score:
+        return f"holds {column.finite} numbers in {column.filled} cells" if column.finite else None
+    if column.numbers_rows:
+        return f"numbers the rows, from {column.low:g} to {column.high:g}"
+    others = [other for each, other in columns.items() if each != name and other.is_score and other.low < other.high]
+    low, high = min((other.low for other in others), default=0.0), max((other.high for other in others), default=1.0)
     low, high = (0.0, 1.0) if 0 <= low <= high <= 1 else (low, high)
-    return [name for name in models if name in varying or low <= columns[name].low <= high]
+    if column.low == column.high and others and not low <= column.low <= high:
+        return f"is always {column.low:g}, beside scores from {low:g} to {high:g}"
+    return None
 
 
 def _costs_of_models(table: Table, models: list[str]) -> tuple[str | None, ...]:
@@ -264,6 +280,8 @@ def _costs_of_models(table: Table, models: list[str]) -> tuple[str | None, ...]:
 
 def models_by_file(tables: list[Table]) -> list[str]:
     """The model of each file, from its name. Raises `UserError` where the names are not those of models."""
+    if not tables:
+        return []
     names, folders = [stem(table.file) for table in tables], {table.file.parent for table in tables}
     odd = [name for name in names if PARTS.fullmatch(name.lower()) or not is_model_column(name)]
     if odd or len(folders) > 1 or len(set(names)) < len(names):
