@@ -14,7 +14,7 @@ from support.data.layouts import listed
 from support.system.errors import UserError, valid_unicode
 
 READ_AT_ONCE = 2**20  # bytes at most; from a pipe, as many as have arrived
-LONGEST_LINE = 2**24  # bytes: a stream without line ends would never end
+LONGEST_LINE = 2**27  # bytes: a stream without line ends would never end
 TABLES = (".parquet", ".csv", ".tsv", ".json")
 JSON_LINES = (".jsonl", ".ndjson")
 
