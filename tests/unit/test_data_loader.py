@@ -448,6 +448,21 @@ FORMS = [
         {"unknown_winners": {"2, 1, 0": 1, "4, 0, 1": 1, "3, 0, 0": 1}},
     ),
     (
+        "winner_by_names_that_are_much_alike.csv",  # and by one that is a label of the other side
+        [
+            {"prompt": "q", "model_a": a, "model_b": b, "winner": winner}
+            for a, b, winner in (
+                ("gpt-4", "gpt4", "gpt4"),
+                ("gpt-4", "gpt4", "GPT 4"),
+                ("b", "a", "a"),
+                ("b", "a", "model_a"),
+            )
+        ],
+        [("q", "gpt-4", "gpt4", 0.0), ("q", "b", "a", 1.0)],
+        {"with an unknown winner": 2},
+        {},
+    ),
+    (
         "winner_that_may_be_a_code.csv",  # or the id of a model
         [{"prompt": "q", "model_a": "0", "model_b": "1", "winner": winner} for winner in ("1", "model_a")],
         [("q", "0", "1", 1.0)],
@@ -965,6 +980,15 @@ BROKEN = [
         b"prompt,m1,m2,letters\nq,1,0,300\np,0,1,20\n",
         "scores on several scales, m1 up to 1 and letters up to 300; name",
     ),
+    ("serial.csv", SERIAL, "`serial` numbers the rows, from 0 to 4; name the columns of the models"),
+    ("always.csv", b"prompt,m1,m2\nq,10,7\np,10,6\n", "`m1` is always 10, beside scores from 6 to 7; name"),
+    ("few.csv", b"prompt,m1,m2,m3\nq,1,0,-\np,0,0,-\nr,1,1,1\n", "`m3` holds 1 numbers in 3 cells"),
+    ("means.csv", b"prompt,m1,m2,score\nq,1,0,0.5\np,0,0,0\n", "`score` is a score, and not that of a model"),
+    ("ties.csv", b"prompt,m1,m2,m3\nq,1,2,2\np,1,3,2\nr,2,2,1\n", "each row is a ranking from 1, and the"),
+    ("zero.csv", b"prompt,m1,m2,m3\nq,0,1,2\np,2,1,0\nr,0,2,1\n", "each row is a ranking from 0, and the"),
+    ("two.csv", b"prompt,m1,m2\nq,1,2\np,2,1\n", "each row is a ranking from 1, and the"),
+    ("numbers.csv", HEADER + b"q,.5,.7,model_b\np,.5,.2,model_a\n", "`model_a` and `model_b` hold numbers"),
+    ("verdict.csv", b"prompt,model_a,model_b,verdict\nq,1,2,A\n", "model_a, model_b to compare, and no column of"),
     (
         "ranks.csv",
         b"prompt,m1,m2,m3\nq,1,2,3\np,2,3,1\n",
