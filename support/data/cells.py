@@ -102,6 +102,8 @@ def as_text(cell: object, is_conversation: bool = False) -> str:
     if isinstance(value, dict):
         value = value.get("messages") or value.get("conversation") or [value]
     if isinstance(value, list) and value:
+        if isinstance(value[0], dict) and value[0].get("role") == "user":  # nearly always
+            return _content(value[0])
         roles = [turn.get("role", turn.get("from")) if isinstance(turn, dict) else None for turn in value]
         users = [turn for turn, role in zip(value, roles, strict=True) if role in USERS or str(role).lower() in USERS]
         if users or any(roles):
