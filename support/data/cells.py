@@ -184,13 +184,13 @@ def outcome_of_label(label: object, a: str, b: str) -> float | None:
     return by_label
 
 
-def outcome_of_flags(win_a: object, win_b: object, tie: object) -> float | None:
+def outcome_of_flags(win_a: object, win_b: object, tie: object, *_: str) -> float | None:
     """P(a is better) where one of three columns is 1 and the others are 0; None where they are not, as with votes."""
     flags = [as_number(flag) for flag in (win_a, win_b, tie)]
     return (1.0, 0.0, 0.5)[flags.index(1)] if sorted(flags, key=str) == [0, 0, 1] else None
 
 
-def outcome_of_preference(preference: object) -> float | None:
+def outcome_of_preference(preference: object, *_: str) -> float | None:
     """P(the first is better) from AlpacaEval's preference: 1 the first, 2 the second, the nearer one between."""
     number = as_number(preference)
     if number is None or not 1 <= number <= 2:

@@ -32,8 +32,8 @@ ONE_HOT = ("winner_model_a", "winner_model_b", "winner_tie")
 # Model a, model b, the columns of the winner, and P(a is better) from their cells and the two names.
 PAIRS = (
     ("model_a", "model_b", ("winner",), outcome_of_label),
-    ("model_a", "model_b", ONE_HOT, lambda *cells: outcome_of_flags(*cells[:3])),
-    ("generator_1", "generator_2", ("preference",), lambda cell, *_: outcome_of_preference(cell)),
+    ("model_a", "model_b", ONE_HOT, outcome_of_flags),
+    ("generator_1", "generator_2", ("preference",), outcome_of_preference),
 )
 PARTS = re.compile(  # names of files that are parts of a table, not models
     r"(train|test|val|valid|validation|dev|data|part|shard|chunk|run|results?|samples?|outputs?|scores?|table|file)?"
@@ -163,7 +163,7 @@ def _battles(tables: list[Table], query: str) -> Layout | None:
         numbers = [as_number(cell) for cells in chunk.values() for cell in cells]
         if numbers and not any(number is None or number.is_integer() for number in numbers):
             raise UserError(f"{table.file}: `{others[0]}` and `{others[1]}` hold numbers; expected names of models")
-        if outcome is PAIRS[-1][-1]:
+        if outcome is outcome_of_preference:
             values = read_columns(tables, others[2:])[others[2]]
             if values.low < 1 or values.high > 2:
                 found = f"`{others[2]}` from {values.low:g} to {values.high:g}"
