@@ -93,14 +93,14 @@ class Split:
     test: Battles  # no ties
 
 
-def data_files(path: str, advice: str = "") -> list[Path]:
-    """The data files at `path`. Raises `UserError`, which ends with the advice, if there are none."""
+def data_files(path: str, advice: str = "") -> tuple[list[Path], list[Path]]:
+    """The data files at `path`, and the other files there. Raises `UserError`, with the advice, if there are none."""
     files, others = find_files(path)
     if not files:
         found = f", found {listed(file.name for file in others)}" if others else ""
         expected = f"expected a file, a glob, or a folder of {listed(SUFFIXES)}{found}"
         raise UserError(f"no data at {path}: {expected}{advice}")
-    return files
+    return files, others
 
 
 def load_battles(
@@ -125,7 +125,7 @@ def load_battles(
     Returns the battles and the counts for the history. Raises `UserError` where a file cannot be read or has no known
     layout, or no battle is left.
     """
-    files, rows = data_files(path), Rows()
+    (files, skipped), rows = data_files(path), Rows()
     layouts = find_layouts([open_table(file) for file in files], score_columns, query_column, split_column)
     for table, layout in layouts.items():
         for chunk in table.read(layout.columns):
@@ -134,7 +134,7 @@ def load_battles(
     counts = {
         "path": str(path),
         "content_hash": content_hash(files),
-        "files_skipped": [str(file) for file in find_files(path)[1]],
+        "files_skipped": [str(file) for file in skipped],
         "layouts": sorted({layout.kind for layout in layouts.values()}),
         "columns": list(dict.fromkeys(layout.described for layout in layouts.values())),
         "score_columns": sorted({name for layout in layouts.values() for name in layout.models}),

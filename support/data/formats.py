@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from support.data.cells import MODELS, QUERIES
 from support.system.errors import UserError
+from support.system.files import LFS_POINTER
 
 SUFFIXES = (
     *(".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".json", ".json.gz"),
@@ -29,7 +30,6 @@ METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "sta
 CHUNK_ROWS = 4096
 
 FORMATS = "parquet, CSV in UTF-8 (with commas, semicolons or tabs), or JSON (the last two also gzipped)"
-LFS_POINTER = b"version https://git-lfs"
 # The parsers' errors on a broken file.
 BROKEN = (OSError, EOFError, ValueError, OverflowError, RecursionError, csv.Error, zlib.error, pa.ArrowException)
 
@@ -76,7 +76,7 @@ def find_files(path: str) -> tuple[list[Path], list[Path]]:
 def stem(file: Path) -> str:
     """A data file's name without its suffix."""
     suffix = max((end for end in SUFFIXES if file.name.lower().endswith(end)), key=len, default="")
-    return file.name.removesuffix(file.name[len(file.name) - len(suffix) :])
+    return file.name[: len(file.name) - len(suffix)]
 
 
 def open_table(file: Path) -> Table:

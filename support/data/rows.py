@@ -34,7 +34,7 @@ class Rows:
         self.battles = []  # (query, model a, model b, outcome, side)
         self.scores = {}  # (table row, query, model, side) -> its first score
         self.costs = {}  # the same -> its first cost
-        self.repeats = {}  # (id of one of these two, cell) -> all of its values, where there are several
+        self.repeats = {}  # ("score" or "cost", cell) -> all of its values, where there are several
         self.table_row_idx = {}  # a row of a wide or nested table, or a prompt of a long one -> index
 
     def add(self, chunk: Chunk, layout: Layout) -> None:
@@ -117,9 +117,11 @@ class Rows:
 
     def _keep(self, cell: tuple[int, int, int, int], score: float, cost: float | None) -> None:
         self.scores_averaged += cell in self.scores
-        for values, value in ((self.scores, score), (self.costs, cost)):
-            if value is not None and values.setdefault(cell, value) is not value:
-                self.repeats.setdefault((id(values), cell), [values[cell]]).append(value)
+        for kind, values, value in (("score", self.scores, score), ("cost", self.costs, cost)):
+            if value is not None and cell in values:
+                self.repeats.setdefault((kind, cell), [values[cell]]).append(value)
+            elif value is not None:
+                values[cell] = value
 
     def _cost(self, cell: object) -> float | None:
         cost = as_cost(cell)
@@ -136,10 +138,12 @@ class Rows:
         if shown in texts or len(texts) < NUM_LABELS:
             texts[shown] += 1
 
-    def _mean(self, values: dict, cell: tuple[int, int, int, int]) -> float:
+    def _mean(self, kind: str, cell: tuple[int, int, int, int]) -> float:
         """The mean of a cell's scores or costs, NaN without one. It does not depend on their order: equal means tie."""
-        several = self.repeats.get((id(values), cell))
-        return values.get(cell, math.nan) if several is None else math.fsum(several) / len(several)
+        several = self.repeats.get((kind, cell))
+        if several is None:
+            return (self.scores if kind == "score" else self.costs).get(cell, math.nan)
+        return math.fsum(several) / len(several)
 
     def counts(self) -> dict:
         """What was read, dropped and repaired, for the history."""
@@ -182,7 +186,7 @@ class Rows:
         query, model, side, score, cost, and the number of queries with battles that `limit` leaves out.
         """
         battles = np.array(self.battles, np.float64).reshape(-1, 5)  # (N, 5)
-        cells = [(*cell, self._mean(self.scores, cell), self._mean(self.costs, cell)) for cell in self.scores]
+        cells = [(*cell, self._mean("score", cell), self._mean("cost", cell)) for cell in self.scores]
         scores = np.array(cells, np.float64).reshape(-1, 6)  # (S, 6)
         # A score that is alone in its row makes no battle.
         alone = (np.bincount(scores[:, 0].astype(np.int64)) == 1)[scores[:, 0].astype(np.int64)]  # (S,)

@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 
 from support.system.errors import UserError, is_out_of_memory, one_line, reason, valid_unicode
-from support.system.files import content_hash
-
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+from support.system.files import LFS_POINTER, content_hash
 
 
 def is_hub_id(model_path: str) -> bool:

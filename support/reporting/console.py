@@ -35,20 +35,17 @@ def print_rows(counts: dict) -> None:
 def print_data(data: dict, split_by: str) -> None:
     """The counts of data and split, from the `data` of a history, and what was left out."""
     print_rows(data)
-    if data["scores_odd"]:
-        print(f"scores   {data['scores_odd']}: are they scores of one metric, the higher the better?")
-    if data["costs_missing"]:
-        print(f"costs    {data['costs_missing']} cells hold no cost")
-    if data["queries_parsed"]:
-        print(f"parsed   {data['queries_parsed']} queries, from lists of turns or texts")
-    if data["scores_averaged"]:
-        print(f"averaged {data['scores_averaged']} scores with others of the same model and row")
-    if data["scores_missing"]:
-        print(f"missing  {data['scores_missing']} single scores, in rows that have others")
-    if data["queries_outside_limit"]:
-        print(f"limit    leaves out {data['queries_outside_limit']} queries")
-    if data["queries_repaired"]:
-        print(f"repaired {data['queries_repaired']} texts with broken Unicode")
+    for key, subject, note in (
+        ("scores_odd", "scores  ", ": are they scores of one metric, the higher the better?"),
+        ("costs_missing", "costs   ", " cells hold no cost"),
+        ("queries_parsed", "parsed  ", " queries, from lists of turns or texts"),
+        ("scores_averaged", "averaged", " scores with others of the same model and row"),
+        ("scores_missing", "missing ", " single scores, in rows that have others"),
+        ("queries_outside_limit", "limit    leaves out", " queries"),
+        ("queries_repaired", "repaired", " texts with broken Unicode"),
+    ):
+        if data[key]:
+            print(f"{subject} {data[key]}{note}")
     ties = f"{data['ties']} ties, {data['ties_left_out']} of them left out"
     print(f"battles  {data['battles']} on {data['queries']} queries, {data['models']} models; {ties}")
     sides = ", ".join(f"{name} {size['battles']} ({size['queries']} queries)" for name, size in data["split"].items())

@@ -16,6 +16,8 @@ from typing import IO, BinaryIO
 
 from support.system.errors import UserError, valid_unicode
 
+LFS_POINTER = b"version https://git-lfs"  # how the file that git-LFS leaves in the place of another one starts
+
 SECONDS_TO_DIE = 5  # a killed process may take this long to free its memory, and then its lock
 
 

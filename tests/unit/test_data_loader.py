@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_loader import load_battles, query_ids, split_battles
+from support.data.layouts import Layout
+from support.data.rows import Rows
 from support.system.errors import UserError
 
 
@@ -659,6 +661,14 @@ def test_costs_are_kept_beside_the_scores_and_repeated_scores_are_means(tmp_path
         np.testing.assert_allclose(battles.table.scores, table.groupby("model")["score"].mean().to_numpy()[None])
         np.testing.assert_array_equal(battles.table.costs, [[0.5, 3, np.nan]])  # none below 0
         assert ("q", "m2", "m3", 0.5) in unordered(as_rows(battles))
+
+
+def test_equal_scores_of_a_model_each_count_in_its_mean():
+    rows, high = Rows(), 0.75  # the same object twice
+    chunk = {"prompt": ["q"] * 4, "model": ["a", "a", "a", "b"], "score": [high, high, 0.0, 0.5]}
+    rows.add(chunk, Layout("long", "prompt", ("model", "score")))
+    _, battles, scores, _ = rows.finish(None, 0)
+    assert (scores[:, 4].tolist(), battles[:, 3].tolist(), rows.counts()["scores_averaged"]) == ([0.5, 0.5], [0.5], 2)
 
 
 def test_an_official_split_is_kept_and_validation_drawn_from_training_where_it_lacks(tmp_path):
