@@ -1,4 +1,6 @@
-"""Losses of a battle from the scores of its two models: BPR, BCE and hinge. A new loss is written here alone.
+"""Losses of a battle from the scores of its two models: BPR, BCE and hinge; and the pointwise one, of a single score.
+
+A new loss is written here alone.
 
 Each takes float tensors of one shape, whatever that is: `score_a`, `score_b`, and `outcome`, P(a is better): 1, 0, or
 0.5 for a tie, half a win for each. Each takes `margin` >= 0, in units of the score. Each returns the loss
@@ -40,7 +42,15 @@ def hinge(score_a: torch.Tensor, score_b: torch.Tensor, outcome: torch.Tensor, m
     return outcome * F.relu(margin - d) + (1 - outcome) * F.relu(margin + d)
 
 
-LOSSES = {"bpr": bpr, "bce": bce, "hinge": hinge}  # what --loss_type names
+def pointwise(score: torch.Tensor, label: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
+    """Binary cross-entropy of a single score: the logit of a label in [0, 1], such as "this model answers right".
+
+    For score tables, whose scores are the labels; `margin` is ignored.
+    """
+    return F.binary_cross_entropy_with_logits(score, label, reduction="none")
+
+
+LOSSES = {"bpr": bpr, "bce": bce, "hinge": hinge, "pointwise": pointwise}  # what --loss_type names
 
 
 def link_margin(loss_type: str, margin: float) -> float:

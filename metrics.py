@@ -1,8 +1,7 @@
 """Metrics of pairwise routing, computed from plain arrays of decisive battles.
 
 Throughout, `d` (N,) is score of a - score of b, `outcome` (N,) is 1 where a won and 0 where b won, and a battle with
-d = 0 counts one half. `weights` (R, N) count how often each battle occurs in each of R bootstrap samples: with them
-(N >= 1) a metric is an array (R,), without them a float, or None where it is undefined (N = 0).
+d = 0 counts one half. Metrics are floats, or None where they are undefined (N = 0).
 """
 
 from collections.abc import Sequence
@@ -11,89 +10,134 @@ import numpy as np
 
 # scipy is imported inside the functions: `route.py` needs only a probability from this file.
 
-WEIGHTS_AT_ONCE = 2**18  # entries of the bootstrap weights: 2 MB as float64, about a core's cache
+SAMPLES_AT_ONCE = 128  # bootstrap samples whose weights are there as float64
+LEAD_BINS = 4096  # bins of the winner's lead on each side of 0, for the AUC of bootstrap samples
 
-Metric = float | np.ndarray | None
-Weights = np.ndarray | None
-
-
-def accuracy(d: np.ndarray, outcome: np.ndarray, weights: Weights = None) -> Metric:
-    """Share of battles whose winner is scored higher."""
-    return _mean(_is_correct(d, outcome), weights)
+Metric = float | None
 
 
-def _is_correct(d: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+def is_correct(d: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+    """Whether the winner of each battle is scored higher, (N,): 1, 0, or 0.5 where d = 0."""
     return np.where(d == 0, 0.5, (d > 0) == (outcome == 1))  # (N,)
 
 
-def _mean(values: np.ndarray, weights: Weights) -> Metric:
-    if weights is None:
-        return float(values.mean()) if len(values) else None
-    sums = [chunk.astype(np.float64) @ values for chunk in _chunks(weights)]  # (r,) each
-    return np.concatenate(sums) / weights.sum(1)  # (R,)
-
-
-def _chunks(weights: np.ndarray) -> list[np.ndarray]:
-    """Weights (R, N) in parts (r, N), of which a float64 copy is small."""
-    return np.array_split(weights, -(-weights.size // WEIGHTS_AT_ONCE))
-
-
-def auc(d: np.ndarray, outcome: np.ndarray, weights: Weights = None) -> Metric:
+def auc(d: np.ndarray, outcome: np.ndarray) -> Metric:
     """ROC AUC of d against the outcome, over both orientations (d, y) and (-d, 1 - y) of each battle.
 
     The winner of battle i leads by l_i, so the positives are the l_i and the negatives the -l_j: the AUC is
     P(l_i > -l_j) + P(l_i = -l_j) / 2 over all pairs (i, j). It does not depend on which of the two models is a, and
     both classes are always present. Raises `ValueError` where a d is not finite.
     """
-    if len(d) == 0:
+    return auc_of_leads(np.where(outcome == 1, d, -d))
+
+
+def auc_of_leads(lead: np.ndarray) -> Metric:
+    """The `auc` from the winners' leads (N,)."""
+    if len(lead) == 0:
         return None
-    if not np.isfinite(d).all():
+    if not np.isfinite(lead).all():
         raise ValueError("expected finite differences of scores")
-    lead = np.where(outcome == 1, d, -d)  # (N,)
-    order = np.argsort(lead)  # (N,)
-    lead = lead[order]  # (N,)
+    lead = np.sort(lead)  # (N,)
     # Of the pairs with winner i, those with l_j < -l_i are lost; those with l_j = -l_i count one half.
-    fewer, at_most = np.searchsorted(lead, -lead, "left"), np.searchsorted(lead, -lead, "right")  # (N,) each
-    if weights is None:
-        return float(1 - (fewer + at_most).sum() / (2 * len(lead) ** 2))
-    parts = []
-    for chunk in _chunks(weights):
-        weight = chunk.take(order, axis=1).astype(np.float64)  # (r, N)
-        cumulative = np.pad(weight.cumsum(1), ((0, 0), (1, 0)))  # (r, N + 1), weight of the first n battles
-        twice_lost = cumulative.take(fewer, axis=1) + cumulative.take(at_most, axis=1)  # (r, N)
-        lost = np.einsum("rn,rn->r", weight, twice_lost) / 2  # (r,)
-        parts.append(1 - lost / cumulative[:, -1] ** 2)  # (r,)
-    return np.concatenate(parts)  # (R,)
+    lost = 0
+    for some in np.array_split(lead, len(lead) // 2**20 + 1):  # (n,) each
+        lost += int(np.searchsorted(lead, -some, "left").sum()) + int(np.searchsorted(lead, -some, "right").sum())
+    return float(1 - lost / (2 * len(lead) ** 2))
 
 
-def precision_recall_f1(
-    d: np.ndarray, outcome: np.ndarray, model_a_idx: np.ndarray, model_b_idx: np.ndarray, weights: Weights = None
-) -> tuple[Metric, Metric, Metric]:
-    """Macro precision, recall and F1 over models: the model chosen from the two, against the model that won.
+def lead_bins(d: np.ndarray) -> np.ndarray:
+    """Upper ends of bins of |d| > 0, for `Totals`: its values, or `LEAD_BINS` quantiles of them if there are more."""
+    values = np.unique(np.abs(d[d != 0]))
+    return values if len(values) <= LEAD_BINS else np.unique(np.quantile(values, np.linspace(0, 1, LEAD_BINS + 1)[1:]))
 
-    The classes are all models that won or were chosen; a division by zero counts as 0. A battle with d = 0
-    chooses each of its models with weight one half.
+
+class Totals:
+    """Sums over decisive battles, in S weighted samples of their queries; all metrics follow from them.
+
+    Battles are added list by list, so that those of a large score table are never there at once.
+
+    Args:
+        weights: how often each of Q queries occurs in each sample, (S, Q).
+        num_models: M.
+        margin: that of the BPR loss in training, and 0 for every other method (see `log_win_probability`).
+        temperature: at which scores are calibrated.
+        bins: those of `lead_bins`, for the AUC; None leaves it out.
     """
-    from scipy.sparse import coo_array
 
-    if len(d) == 0:
-        return None, None, None
-    won = np.where(outcome == 1, model_a_idx, model_b_idx)  # (N,)
-    lost = np.where(outcome == 1, model_b_idx, model_a_idx)  # (N,)
-    correct, battle, num_models = _is_correct(d, outcome), np.arange(len(d)), max(won.max(), lost.max()) + 1
-    # What each battle adds to its models' hits (chosen and won), wins, and choices: three blocks of columns.
-    columns = np.concatenate([won, num_models + won, 2 * num_models + won, 2 * num_models + lost])  # (4N,)
-    values = np.concatenate([correct, np.ones(len(d)), correct, 1 - correct])  # (4N,)
-    counts = coo_array((values, (np.tile(battle, 4), columns)), (len(d), 3 * num_models)).tocsr()  # (N, 3M)
-    samples = np.ones((1, len(d))) if weights is None else weights  # (R, N)
-    sums = np.concatenate([chunk.astype(np.float64) @ counts for chunk in _chunks(samples)])  # (R, 3M)
-    hits, wins, chosen = np.split(sums, 3, axis=1)  # (R, M) each
-    num_classes = (wins + chosen > 0).sum(1)  # (R,)
+    def __init__(
+        self,
+        weights: np.ndarray,
+        num_models: int,
+        margin: float = 0.0,
+        temperature: float = 1.0,
+        bins: np.ndarray | None = None,
+    ):
+        self.weights, self.num_models, self.bins = weights, num_models, bins
+        self.margin, self.temperature = margin, temperature
+        # By sample: battles, correct ones, log loss without and with temperature; each model's hits, wins and choices.
+        self.sums, self.by_model = np.zeros((len(weights), 4)), np.zeros((len(weights), 3 * num_models))
+        # By sample: battles by their winner's lead, in bins from the most negative to the most positive one.
+        self.leads = None if bins is None else np.zeros((len(weights), 2 * len(bins) + 1))
+
+    def add(
+        self, row: np.ndarray, model_a_idx: np.ndarray, model_b_idx: np.ndarray, outcome: np.ndarray, d: np.ndarray
+    ) -> None:
+        """Add battles (N,) of the queries `row` (N,), which index the Q columns of the weights."""
+        correct, lead = is_correct(d, outcome), np.where(outcome == 1, d, -d)  # (N,) each
+        losses = -log_win_probability(lead, self.margin), -log_win_probability(lead, temperature=self.temperature)
+        values = np.concatenate([np.ones(len(d)), correct, *losses])  # (4N,)
+        self.sums += self._sums(values, np.repeat(np.arange(4), len(d)), np.tile(row, 4), 4)
+        # The classes of precision and recall: hits are battles whose model was chosen and won.
+        won = np.where(outcome == 1, model_a_idx, model_b_idx)  # (N,)
+        lost = np.where(outcome == 1, model_b_idx, model_a_idx)  # (N,)
+        classes = np.concatenate([won, self.num_models + won, 2 * self.num_models + won, 2 * self.num_models + lost])
+        values = np.concatenate([correct, np.ones(len(d)), correct, 1 - correct])  # (4N,)
+        self.by_model += self._sums(values, classes, np.tile(row, 4), 3 * self.num_models)
+        if self.bins is not None:
+            size = 1 + np.minimum(np.searchsorted(self.bins, np.abs(lead)), len(self.bins) - 1)  # (N,)
+            bin_idx = len(self.bins) + np.sign(lead).astype(np.int64) * size  # (N,)
+            self.leads += self._sums(np.ones(len(d), np.float32), bin_idx, row, 2 * len(self.bins) + 1)
+
+    def _sums(self, values: np.ndarray, column: np.ndarray, row: np.ndarray, num_columns: int) -> np.ndarray:
+        """Sums of values (N,) by column, weighted as in each sample: (S, columns)."""
+        from scipy.sparse import coo_array
+
+        by_query = coo_array((values, (column, row)), (num_columns, self.weights.shape[1])).tocsr()  # (C, Q)
+        parts = np.array_split(self.weights, -(-len(self.weights) // SAMPLES_AT_ONCE))  # (s, Q) each
+        return np.concatenate([(by_query @ part.T.astype(values.dtype)).T for part in parts])  # (S, C)
+
+    def metrics(self) -> dict[str, np.ndarray]:
+        """The metrics in each sample, (S,) each: those of `evaluate`, and log_loss_calibrated; auc only with bins."""
+        count, *sums = self.sums.T  # (S,) each
+        accuracy, log_loss, calibrated = (values / count for values in sums)  # (S,) each
+        precision, recall, f1 = macro(*np.split(self.by_model, 3, axis=1))  # (S,) each
+        results = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
+        if self.bins is not None:
+            results["auc"] = self._auc()
+        return results | {"log_loss": log_loss, "log_loss_calibrated": calibrated}
+
+    def _auc(self) -> np.ndarray:
+        """The AUC (S,), in which leads of opposite sign in bins of the same size are equal.
+
+        It is exact where every size has a bin of its own.
+        """
+        below = self.leads.cumsum(1) - self.leads / 2  # (S, bins), with half of the bin itself
+        lost = (self.leads * below[:, ::-1]).sum(1)  # (S,)
+        return 1 - lost / self.leads.sum(1) ** 2
+
+
+def macro(hits: np.ndarray, wins: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Macro precision, recall and F1 (S,) over models: the model chosen from the two, against the model that won.
+
+    Each is given by sample and model (S, M). The classes are all models that won or were chosen; a division by zero
+    counts as 0. A battle with d = 0 chooses each of its models with weight one half.
+    """
+    num_classes = (wins + chosen > 0).sum(1)  # (S,)
     results = []
     for numerator, denominator in ((hits, chosen), (hits, wins), (2 * hits, wins + chosen)):
-        per_model = np.divide(numerator, denominator, out=np.zeros_like(hits), where=denominator > 0)  # (R, M)
-        results.append(per_model.sum(1) / num_classes)  # (R,)
-    return tuple(float(values[0]) if weights is None else values for values in results)
+        per_model = np.divide(numerator, denominator, out=np.zeros_like(hits), where=denominator > 0)  # (S, M)
+        results.append(per_model.sum(1) / num_classes)  # (S,)
+    return tuple(results)
 
 
 def log_win_probability(d: np.ndarray, margin: float = 0.0, temperature: float = 1.0) -> np.ndarray:
@@ -109,12 +153,10 @@ def log_win_probability(d: np.ndarray, margin: float = 0.0, temperature: float =
     return for_a - np.logaddexp(for_a, for_b)
 
 
-def log_loss(
-    d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperature: float = 1.0, weights: Weights = None
-) -> Metric:
+def log_loss(d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperature: float = 1.0) -> Metric:
     """Mean -log probability of the winner, in nats; ln 2 where all scores are equal."""
     lead = np.where(outcome == 1, d, -d)  # (N,) of the winner
-    return _mean(-log_win_probability(lead, margin, temperature), weights)
+    return float(-log_win_probability(lead, margin, temperature).mean()) if len(d) else None
 
 
 def log_odds(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -137,28 +179,39 @@ def fit_temperature(d: np.ndarray, outcome: np.ndarray) -> float:
     return float(np.exp(best.x))
 
 
-def reliability(
-    d: np.ndarray, outcome: np.ndarray, margin: float = 0.0, temperature: float = 1.0, num_bins: int = 10
-) -> dict:
-    """Expected calibration error and reliability diagram of the probability that the chosen model wins; N >= 1.
+class Reliability:
+    """Expected calibration error and reliability diagram of the probability that the chosen model wins.
 
-    That probability lies in [0.5, 1], which is divided into `num_bins` bins of equal width. Returns the mean over
-    battles of |probability - won| of their bin as `expected_calibration_error`, and `bins`, each with its bounds `low`
-    and `high`, the number of its `battles`, their mean `probability`, and the share `won` by the chosen model. Bins
-    without battles are left out.
+    That probability lies in [0.5, 1], which is divided into `num_bins` bins of equal width. Battles are added list by
+    list; `margin` and `temperature` are those of `log_win_probability`.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
-    p = np.exp(log_win_probability(np.abs(d), margin, temperature))  # (N,)
-    correct = _is_correct(d, outcome)  # (N,)
-    edges = np.linspace(0.5, 1, num_bins + 1).round(6)  # (num_bins + 1,)
-    bin_idx = np.digitize(p, edges[1:-1])  # (N,)
-    bins = []
-    for k in np.unique(bin_idx):
-        inside = bin_idx == k  # (N,)
-        means = {"probability": float(p[inside].mean()), "won": float(correct[inside].mean())}
-        bins.append({"low": float(edges[k]), "high": float(edges[k + 1]), "battles": int(inside.sum())} | means)
-    error = sum(part["battles"] * abs(part["probability"] - part["won"]) for part in bins) / len(d)
-    return {"expected_calibration_error": float(error), "bins": bins}
+
+    def __init__(self, margin: float = 0.0, temperature: float = 1.0, num_bins: int = 10):
+        self.margin, self.temperature = margin, temperature
+        self.edges = np.linspace(0.5, 1, num_bins + 1).round(6)  # (num_bins + 1,)
+        self.sums = np.zeros((3, num_bins))  # by bin: battles, their probabilities, those that the chosen model won
+
+    def add(self, d: np.ndarray, outcome: np.ndarray) -> None:
+        """Add battles (N,)."""
+        p = np.exp(log_win_probability(np.abs(d), self.margin, self.temperature))  # (N,)
+        bin_idx = np.digitize(p, self.edges[1:-1])  # (N,)
+        for total, values in zip(self.sums, (np.ones(len(d)), p, is_correct(d, outcome)), strict=True):
+            total += np.bincount(bin_idx, values, len(total))
+
+    def as_dict(self) -> dict:
+        """The mean over battles of |probability - won| of their bin as `expected_calibration_error`, and `bins`.
+
+        Each bin has its bounds `low` and `high`, the number of its `battles`, their mean `probability`, and the share
+        `won` by the chosen model. Bins without battles are left out.
+        """
+        bins = []
+        for low, high, (battles, p, won) in zip(self.edges[:-1], self.edges[1:], self.sums.T, strict=True):
+            if battles:
+                means = {"probability": float(p / battles), "won": float(won / battles)}
+                bins.append({"low": float(low), "high": float(high), "battles": int(battles)} | means)
+        error = sum(part["battles"] * abs(part["probability"] - part["won"]) for part in bins) / self.sums[0].sum()
+        return {"expected_calibration_error": float(error), "bins": bins}
 
 
 def route(scores: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,57 +238,34 @@ def gap_closed(score: np.ndarray, single: np.ndarray, oracle: np.ndarray) -> np.
 
 
 def evaluate(
-    d: np.ndarray,
-    outcome: np.ndarray,
-    model_a_idx: np.ndarray,
-    model_b_idx: np.ndarray,
-    margin: float = 0.0,
-    weights: Weights = None,
+    d: np.ndarray, outcome: np.ndarray, model_a_idx: np.ndarray, model_b_idx: np.ndarray, margin: float = 0.0
 ) -> dict[str, Metric]:
     """All metrics of N decisive battles: accuracy, precision, recall, f1, auc, log_loss (at temperature 1).
 
     `margin` is that of the BPR loss in training, and 0 for every other method (see `log_win_probability`).
     """
     d = np.asarray(d, dtype=np.float64)
-    precision, recall, f1 = precision_recall_f1(d, outcome, model_a_idx, model_b_idx, weights)
-    return {
-        "accuracy": accuracy(d, outcome, weights),
-        "precision": precision,
-        "recall": recall,
-        "f1": f1,
-        "auc": auc(d, outcome, weights),
-        "log_loss": log_loss(d, outcome, margin, weights=weights),
-    }
+    if not len(d):
+        return dict.fromkeys(("accuracy", "precision", "recall", "f1", "auc", "log_loss"))
+    totals = Totals(np.ones((1, 1)), 1 + int(max(model_a_idx.max(), model_b_idx.max())), margin)
+    totals.add(np.zeros(len(d), np.int64), model_a_idx, model_b_idx, outcome, d)
+    results = {name: float(value) for name, (value,) in totals.metrics().items() if name != "log_loss_calibrated"}
+    return results | {"auc": auc(d, outcome)}
 
 
-def bootstrap_weights(query_idx: np.ndarray, seed: int, resamples: int = 1000) -> np.ndarray:
-    """How often each of N battles occurs in each of R bootstrap samples of their queries: int (R, N).
+def bootstrap_weights(num_queries: int, seed: int, resamples: int = 1000) -> np.ndarray:
+    """How often each of Q queries occurs in each of R bootstrap samples of them: int (R, Q).
 
     Queries are drawn rather than battles, because the battles of one query are not independent.
     """
-    _, row = np.unique(query_idx, return_inverse=True)  # (N,), into the Q queries
-    num_queries = row.max(initial=-1) + 1
-    drawn = np.random.default_rng(seed).integers(num_queries, size=(resamples, num_queries))  # (R, Q)
-    cells = drawn + num_queries * np.arange(resamples)[:, None]  # (R, Q), into the flattened counts
-    counts = np.bincount(cells.ravel(), minlength=resamples * num_queries).reshape(resamples, num_queries)  # (R, Q)
-    return counts.astype(np.min_scalar_type(counts.max(initial=0))).take(row, axis=1)  # (R, N)
-
-
-def evaluate_resamples(
-    d: np.ndarray,
-    outcome: np.ndarray,
-    model_a_idx: np.ndarray,
-    model_b_idx: np.ndarray,
-    weights: np.ndarray,
-    margin: float = 0.0,
-    temperature: float = 1.0,
-) -> dict[str, np.ndarray]:
-    """The metrics of `evaluate`, and log_loss_calibrated at the temperature, on each of R bootstrap samples: (R,) each.
-
-    `weights` (R, N) are those of `bootstrap_weights`, N >= 1. Two methods evaluated with the same weights are paired.
-    """
-    calibrated = log_loss(d, outcome, temperature=temperature, weights=weights)
-    return evaluate(d, outcome, model_a_idx, model_b_idx, margin, weights) | {"log_loss_calibrated": calibrated}
+    rng, parts = np.random.default_rng(seed), []
+    for low in range(0, resamples, SAMPLES_AT_ONCE):
+        size = min(SAMPLES_AT_ONCE, resamples - low)
+        drawn = rng.integers(num_queries, size=(size, num_queries))  # (r, Q)
+        cells = drawn + num_queries * np.arange(size)[:, None]  # (r, Q), into the flattened counts
+        counts = np.bincount(cells.ravel(), minlength=cells.size)  # (r Q,)
+        parts.append(counts.astype(np.min_scalar_type(counts.max(initial=0))).reshape(cells.shape))  # (r, Q)
+    return np.concatenate(parts)  # (R, Q)
 
 
 def interval(values: np.ndarray) -> list[float] | None:

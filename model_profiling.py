@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data_loader import Battles
+from support.data.battles import Battles, WinCounts
 from support.data.benchmarks import Profiles, standardize
 
 SMOOTHING = 20.0  # weight, in battles, of the prior that a model's strength in a cluster is its overall strength
@@ -95,12 +94,7 @@ def _with_row(embedding: nn.Embedding, row: torch.Tensor) -> nn.Embedding:
 
 
 def win_rate_profiles(
-    cluster_idx: torch.Tensor,
-    models: torch.Tensor,
-    outcome: torch.Tensor,
-    num_models: int,
-    num_clusters: int,
-    known: torch.Tensor | None = None,
+    wins: WinCounts, num_models: int, num_clusters: int, known: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Smoothed log-odds of each model of beating an average one, per cluster of queries: float64 (M, K).
 
@@ -109,18 +103,13 @@ def win_rate_profiles(
     deviation shrinks to 0 as with `SMOOTHING` more battles. A tie is half a win of each side.
 
     Args:
-        cluster_idx: int64 (N,), of each battle's query.
-        models: int64 (N, 2), a and b of each battle.
-        outcome: float (N,), P(a is better).
+        wins: of the battles, per cluster.
         known: profiles (L, K) of the first L models, which are kept. The prior of the others has their mean and the
             variance of their overall strengths. Without battles, a model's profile is that mean.
 
     Source: Bradley and Terry, "Rank analysis of incomplete block designs", Biometrika 1952.
     """
-    numbers = (cluster_idx * num_models + models[:, 0]) * num_models + models[:, 1]  # (N,)
-    cells, cell = numbers.unique(return_inverse=True)  # (C,), (N,): battles of a cell differ only in the outcome
-    cluster, a, b = cells // num_models**2, cells // num_models % num_models, cells % num_models  # (C,) each
-    battles, won = cell.bincount().double(), cell.bincount(outcome.double())  # (C,) each
+    cluster, a, b, won, lost = (torch.from_numpy(column) for column in wins)  # (C,) each
     known = torch.zeros(0, num_clusters) if known is None else known  # (L, K)
     center = known.double().mean(0) if len(known) else torch.zeros(num_clusters)  # (K,)
     variance = max(known.double().mean(1).var().item(), MIN_VARIANCE) if len(known) > 1 else WIDE_VARIANCE
@@ -132,7 +121,7 @@ def win_rate_profiles(
         strength = profiles(x)  # (M, K)
         d = strength[a, cluster] - strength[b, cluster]  # (C,)
         prior = x[:, 0].square().sum() / variance + x[:, 1:].square().sum() * SMOOTHING / 4  # p (1 - p) = 1/4
-        return (won * F.softplus(-d) + (battles - won) * F.softplus(d)).sum() + prior / 2
+        return (won * F.softplus(-d) + lost * F.softplus(d)).sum() + prior / 2
 
     return profiles(_minimize(loss_of, (num_models - len(known), 1 + num_clusters)))
 
@@ -193,8 +182,5 @@ def initial_capabilities(
         return torch.from_numpy(standardize(profiles.of(names, allow_missing), statistics)), statistics  # (M, C)
     if num_clusters is None:
         return None, {"kind": "random"}
-    models = torch.from_numpy(np.column_stack([battles.model_a_idx, battles.model_b_idx]))  # (N, 2)
-    outcome = torch.from_numpy(battles.outcome)  # (N,)
-    clusters = cluster_idx[torch.from_numpy(battles.query_idx)]  # (N,)
-    known = win_rate_profiles(clusters, models, outcome, len(names), num_clusters)  # (M, K)
+    known = win_rate_profiles(battles.win_counts(cluster_idx.numpy()), len(names), num_clusters)  # (M, K)
     return known, {"kind": "win_rate", "known": known}

@@ -31,6 +31,7 @@ from support.training.batches import BattleBatches, QueryBatches
 from support.training.checkpoint import Checkpoint, TrainingState, check_outputs, experiment
 from support.training.history import Best, History
 from support.training.inputs import Data, find_inputs, load_data
+from support.training.items import make_items
 from support.training.optimization import EMA, make_optimizer, set_learning_rates, warmup_then_decay
 
 
@@ -43,6 +44,7 @@ class Run:
     encoder: QueryEncoder
     history: History
     checkpoint: Checkpoint
+    tower_threads: int  # of frozen training and baselines; the encoder's are torch's
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
     timing, chosen_device = device.Timing(), device.pick_device(args.device)
     with timing("load"):
         data = load_data(args)
-    console.print_data(data.counts, args.split_by)
+    console.print_data(data.counts)
     if data.profiles is not None:
         console.print_profiles(data.profiles, data.full_split.train.model_names)
     if args.hold_out_model is not None:
@@ -91,8 +93,9 @@ def train(args: argparse.Namespace) -> None:
     if resume and console.print_resume(checkpoint.message, checkpoint.finished_auc(), args.output_dir):
         return
     device.tune_cpu()
-    with history.recorded():
-        run_method(Run(args, data, encoder, history, checkpoint), demo)
+    tower_threads = device.tower_threads(args.threads)
+    with history.recorded(), device.threads(args.threads or torch.get_num_threads()):
+        run_method(Run(args, data, encoder, history, checkpoint, tower_threads), demo)
     if distributed.rank() == 0:
         console.print_test(history.as_dict())
 
@@ -104,7 +107,7 @@ def run_method(run: Run, demo: Path | None) -> None:
     with history.timing("encode"):
         embeddings, num_encoded = encoder.embed(queries)  # (Q, H)
         encoder.release()  # training may need its network's memory
-    history.add_encoding(encoder, num_encoded, embeddings)
+    history.add_encoding(encoder, num_encoded, embeddings, run.tower_threads)
     console.print_encoding(encoder.metadata, history.as_dict()["timing"], args.max_length)
 
     run.checkpoint.start()  # an earlier run's checkpoints are kept until here
@@ -139,20 +142,27 @@ def train_router(run: Run, split: Split, embeddings: torch.Tensor, is_ceiling: b
     args, history = run.args, run.history
     towers, finetuning = ("ceiling", "ceiling_encoder") if is_ceiling else ("towers", "encoder")
     router, x, cluster_idx = build(run, split, embeddings, towers)
-    batches = BattleBatches(x, cluster_idx, split.train, args.batch_size)
+    items = make_items(split.train, x.device, run.data.label_range)
+    batches = BattleBatches(x, cluster_idx, items, args.batch_size)
     if not args.finetune_encoder:
-        with history.curves[towers].timing("train"):
+        with history.curves[towers].timing("train"), device.threads(run.tower_threads):
             fit(run, router, batches, split, phase=towers, epochs=args.epochs, patience=args.patience)
         return router, x, cluster_idx
     # Train the towers first; otherwise the encoder adapts to random towers.
     console.print_towers(args.tower_epochs)
     cuda = [run.encoder.device] if run.encoder.device.type == "cuda" else []
     # What follows has the same random numbers after any number of tower epochs.
-    with torch.random.fork_rng(cuda), history.curves[towers].timing("train"):
+    with torch.random.fork_rng(cuda), history.curves[towers].timing("train"), device.threads(run.tower_threads):
         fit(run, router, batches, split, phase=towers, epochs=args.tower_epochs, patience=None)
     trainable = run.encoder.trainable(args.finetune_layers, args.lora_rank, args.gradient_checkpointing)
     batches = QueryBatches(
-        split.train, router.query_tower, cluster_idx, trainable, tokens=args.batch_tokens, accumulate=args.accumulate
+        split.train,
+        items,
+        router.query_tower,
+        cluster_idx,
+        trainable,
+        tokens=args.batch_tokens,
+        accumulate=args.accumulate,
     )
     tokens = int(batches.lengths.sum())
     history.counts.setdefault("tokens_per_epoch", tokens)
@@ -194,7 +204,7 @@ def build(run: Run, split: Split, embeddings: torch.Tensor, phase: str) -> tuple
     distributed.broadcast(list(router.state_dict().values()))
     if distributed.rank():  # each process draws its own dropout; rank 0 draws that of a run with one process
         torch.manual_seed(args.seed + distributed.rank())
-    seen = np.union1d(split.train.query_idx, split.val.query_idx)  # (Qs,)
+    seen = np.union1d(split.train.unique_queries, split.val.unique_queries)  # (Qs,)
     router.metadata = Metadata(
         args=vars(args),
         encoder=run.encoder.metadata,
@@ -268,10 +278,10 @@ def train_step(args: argparse.Namespace, state: TrainingState, batch: object) ->
     for queries, row, models, outcome in batches.parts(batch):  # (b,), (B,), (B, 2), (B,): this process's share
         # Forward: the scores of all models for each query, then those of the two models of each battle.
         x, cluster_idx = batches.embed(queries)  # (b, H), (b,)
-        scores = router(x, cluster_idx)[row]  # (B, M)
-        score_a, score_b = scores.gather(1, models).unbind(1)  # (B,) each
+        scores = router(x, cluster_idx)  # (b, M)
+        compared = [scores[row, model] for model in models.unbind(1)]  # (B,) each: two, or one with a pointwise loss
         # Loss: the mean over the battles of the whole batch, of which these are a part.
-        losses = LOSSES[args.loss_type](score_a, score_b, outcome, args.margin)  # (B,)
+        losses = LOSSES[args.loss_type](*compared, outcome, args.margin)  # (B,)
         loss = losses.sum() / num_battles
         # Backward: the gradients of all parts add up.
         loss.backward()
@@ -293,11 +303,11 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
 
     They are the averaged weights where there is an average.
     """
-    router, curves, val = state.router, state.curves, split.val
+    router, curves, val = state.router, state.curves, split.val_pairs
     step = None if state.epoch_is_over else state.step_in_epoch
     loss = state.mean_loss()
     with curves.timing("evaluate"), state.ema.applied():
-        d = val.margins(state.scores(val.unique_queries))  # (N,)
+        d = val.margins(state.scores(split.val.unique_queries))  # (N,)
         margin = link_margin(args.loss_type, args.margin)
         val_metrics = metrics.evaluate(d, val.outcome, val.model_a_idx, val.model_b_idx, margin)
         val_metrics = distributed.broadcast_from_rank0(val_metrics)
@@ -346,7 +356,7 @@ def test(run: Run, router: RankRouter, inputs: tuple, pretrained: tuple) -> None
         if args.num_clusters:
             history.results["clusters"] = describe_clusters(router, *inputs, split.train)
     if args.baselines != "none":
-        with history.timing("baselines"):
+        with history.timing("baselines"), device.threads(run.tower_threads):
             x, cluster_idx = (column.cpu().numpy() for column in pretrained)  # (Q, H), (Q,)
             fitted = baselines.fit(split, x, cluster_idx, args.num_clusters, args.baselines == "all", args.seed)
             history.results["baselines"] = evaluation.compare(fitted)

@@ -1,6 +1,7 @@
 """Rows of battles and score tables, collected as numbers; each row that is dropped is counted under one reason."""
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 
@@ -32,10 +33,10 @@ class Rows:
         self.model_idx = {}  # name -> index
         self.names = {}  # cell -> name
         self.battles = []  # (query, model a, model b, outcome, side)
-        self.scores = {}  # (table row, query, model, side) -> its first score
-        self.costs = {}  # the same -> its first cost
-        self.repeats = {}  # ("score" or "cost", cell) -> all of its values, where there are several
-        self.table_row_idx = {}  # a row of a wide or nested table, or a prompt of a long one -> index
+        # The cells of score tables, one after the other: table row, model, score, and cost or NaN.
+        self.cells = array("q"), array("q"), array("d"), array("d")
+        self.table_rows = array("q"), array("b")  # query and side of each table row
+        self.row_of_prompt = {}  # a prompt of a long table -> its table row
 
     def add(self, chunk: Chunk, layout: Layout) -> None:
         """Add the rows of a chunk with the layout's columns."""
@@ -92,8 +93,11 @@ class Rows:
             return "without a score"
         query = self.query(text)
         # By the id alone, prompts would mix where each shard counts from 0, or where the id is empty.
-        table_row = self.table_row_idx.setdefault((str(prompt_id), query, side), len(self.table_row_idx))
-        self._keep((table_row, query, self.model(name), side), value, self._cost(costs[0] if costs else cost_in(score)))
+        prompt = str(prompt_id), query, side
+        if prompt not in self.row_of_prompt:
+            self.row_of_prompt[prompt] = self._start_table_row(query, side)
+        cost = self._cost(costs[0] if costs else cost_in(score))
+        self._keep(self.row_of_prompt[prompt], self.model(name), value, cost)
         return None
 
     def add_scores(
@@ -108,20 +112,22 @@ class Rows:
         if len({name for name, *_ in valid}) < 2:
             return "with fewer than two scores"
         self.scores_missing += len(read) - len(valid)
-        # A key of its own for each row; those of long tables start with a string.
-        table_row = self.table_row_idx.setdefault((None, self.num_read), len(self.table_row_idx))
-        query = self.query(text)
+        table_row = self._start_table_row(self.query(text), side)
         for name, score, cost in valid:
-            self._keep((table_row, query, self.model(name), side), score, cost)
+            self._keep(table_row, self.model(name), score, cost)
         return None
 
-    def _keep(self, cell: tuple[int, int, int, int], score: float, cost: float | None) -> None:
-        self.scores_averaged += cell in self.scores
-        for kind, values, value in (("score", self.scores, score), ("cost", self.costs, cost)):
-            if value is not None and cell in values:
-                self.repeats.setdefault((kind, cell), [values[cell]]).append(value)
-            elif value is not None:
-                values[cell] = value
+    def _start_table_row(self, query: int, side: int) -> int:
+        for column, value in zip(self.table_rows, (query, side), strict=True):
+            column.append(value)
+        return len(self.table_rows[0]) - 1
+
+    def _keep(self, table_row: int, model: int, score: float, cost: float | None) -> None:
+        rows, models, scores, costs = self.cells
+        rows.append(table_row)
+        models.append(model)
+        scores.append(score)
+        costs.append(math.nan if cost is None else cost)
 
     def _cost(self, cell: object) -> float | None:
         cost = as_cost(cell)
@@ -137,13 +143,6 @@ class Rows:
         shown = one_line(valid_unicode(text[:40]))
         if shown in texts or len(texts) < NUM_LABELS:
             texts[shown] += 1
-
-    def _mean(self, kind: str, cell: tuple[int, int, int, int]) -> float:
-        """The mean of a cell's scores or costs, NaN without one. It does not depend on their order: equal means tie."""
-        several = self.repeats.get((kind, cell))
-        if several is None:
-            return (self.scores if kind == "score" else self.costs).get(cell, math.nan)
-        return math.fsum(several) / len(several)
 
     def counts(self) -> dict:
         """What was read, dropped and repaired, for the history."""
@@ -177,47 +176,46 @@ class Rows:
     def model(self, name: str) -> int:
         return self.model_idx.setdefault(name, len(self.model_idx))
 
-    def finish(self, limit: int | None, seed: int) -> tuple[list[str], np.ndarray, np.ndarray, int]:
-        """All rows as arrays, with scores paired into battles and models sorted by name.
+    def battles_read(self) -> np.ndarray:
+        """The single battles, float (N, 5): query, model a, model b, outcome, side."""
+        return np.array(self.battles, np.float64).reshape(-1, 5)  # (N, 5)
 
-        limit: keep this many queries with battles, drawn with `seed`; None keeps all.
+    def table_read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray] | None:
+        """The score tables: query (R,), scores (R, M), costs (R, M) or None, and side (R,); None where there are none.
 
-        Returns model names (M,), battles (N, 5) as query, model a, model b, outcome, side, scores (S, 6) as table row,
-        query, model, side, score, cost, and the number of queries with battles that `limit` leaves out.
+        Missing scores and costs are NaN. Several scores of a model in a row are averaged, and counted. Rows with a
+        single score make no battle: they are dropped, and counted.
         """
-        battles = np.array(self.battles, np.float64).reshape(-1, 5)  # (N, 5)
-        cells = [(*cell, self._mean("score", cell), self._mean("cost", cell)) for cell in self.scores]
-        scores = np.array(cells, np.float64).reshape(-1, 6)  # (S, 6)
-        # A score that is alone in its row makes no battle.
-        alone = (np.bincount(scores[:, 0].astype(np.int64)) == 1)[scores[:, 0].astype(np.int64)]  # (S,)
-        self.dropped += Counter({"alone with their query": int(alone.sum())})
-        scores = scores[~alone]
-        # The limit is applied before scores are paired: the pairs of a large table may not fit into memory.
-        queries = np.union1d(battles[:, 0], scores[:, 1])  # those with battles
-        outside_limit = max(0, len(queries) - limit) if limit else 0
-        if outside_limit:
-            kept = np.random.default_rng(seed).choice(queries, limit, replace=False)
-            battles, scores = battles[np.isin(battles[:, 0], kept)], scores[np.isin(scores[:, 1], kept)]
-        battles = np.concatenate([battles, _pair(scores)])  # (N, 5)
-        model_names = sorted(self.model_idx)
-        rank = np.argsort([self.model_idx[name] for name in model_names])  # (M,) index -> place in sorted names
-        battles[:, 1:3] = rank[battles[:, 1:3].astype(np.int64)]
-        scores[:, 2] = rank[scores[:, 2].astype(np.int64)]
-        return model_names, battles, scores, outside_limit
+        row, model, score, cost = (np.frombuffer(column, column.typecode) for column in self.cells)  # (S,) each
+        query, side = (np.frombuffer(column, column.typecode) for column in self.table_rows)  # (R,) each
+        if not len(row):
+            return None
+        num_models = len(self.model_idx)
+        scores = _as_matrix(row, model, score, (len(query), num_models))  # (R, M)
+        costs = None if np.isnan(cost).all() else _as_matrix(row, model, cost, scores.shape)  # (R, M)
+        known = (~np.isnan(scores)).sum(1)  # (R,)
+        self.scores_averaged = len(score) - int(known.sum())
+        self.dropped += Counter({"alone with their query": int((known == 1).sum())})
+        kept = known > 1  # (R,)
+        return (query[kept], scores[kept], None if costs is None else costs[kept], side[kept]) if kept.any() else None
 
 
-def _pair(scores: np.ndarray) -> np.ndarray:
-    """Battles (N, 5) of all pairs of scores in a table row: the higher score wins, equal scores tie."""
-    scores = scores[np.argsort(scores[:, 0], kind="stable")]  # (S, 6): table row, query, model, side, score, cost
-    _, starts, sizes = np.unique(scores[:, 0], return_index=True, return_counts=True)  # (R,) each
-    battles = [np.empty((0, 5))]
-    for size in np.unique(sizes):  # the r rows of the same size at once
-        places = starts[sizes == size, None] + np.arange(size)  # (r, size)
-        first, second = np.triu_indices(size, 1)  # (pairs,) each
-        a, b = scores[places[:, first].ravel()], scores[places[:, second].ravel()]  # (r * pairs, 6) each
-        outcome = (1 + np.sign(a[:, 4] - b[:, 4])) / 2  # (r * pairs,)
-        battles.append(np.column_stack([a[:, 1], a[:, 2], b[:, 2], outcome, a[:, 3]]))  # (r * pairs, 5)
-    return np.concatenate(battles)  # (N, 5)
+def _as_matrix(row: np.ndarray, column: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The matrix of single values (S,), NaN where there is none; the mean where there are several.
+
+    A mean does not depend on their order: equal means tie.
+    """
+    there = ~np.isnan(values)  # (S,)
+    cell, values = (row * shape[1] + column)[there], values[there]  # (s,) each
+    matrix = np.full(shape[0] * shape[1], np.nan)  # (R M,)
+    matrix[cell] = values
+    repeated = np.bincount(cell, minlength=1)[cell] > 1  # (s,)
+    several = {}  # cell -> its values
+    for one, value in zip(cell[repeated].tolist(), values[repeated].tolist(), strict=True):
+        several.setdefault(one, []).append(value)
+    for one, group in several.items():
+        matrix[one] = math.fsum(group) / len(group)
+    return matrix.reshape(shape)  # (R, M)
 
 
 def read_and_dropped(counts: dict) -> str:

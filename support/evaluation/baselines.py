@@ -11,6 +11,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 from scipy.special import expit
 
 import metrics
+from support.data.battles import Pairs, WinCounts
 
 INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # C of the logistic regressions
 NEIGHBORS = (8, 32, 128, 512, 2048)
@@ -20,63 +21,55 @@ PENALTIES = tuple(400 / 2**step for step in range(17))  # of the learned heads' 
 CLEARLY_WORSE = 0.005  # below the best validation AUC: a path of penalties ends there
 RANK = 16  # upper limit for the factorization; penalizing the squares of both factors also penalizes their rank
 MAX_STEPS = 300  # of L-BFGS
+LISTED_BATTLES = 2**20  # training battles that the two learned by gradient descent are given, about; all if fewer
 
 # A fitted baseline: its hyperparameters, and its scores of the validation and of the test queries, each (Q, M) in the
 # order of `unique_queries`, or (1, M) where they are the same for every query.
 Candidate = tuple[dict, np.ndarray, np.ndarray]
 
 
-def sum_by_model(for_a: np.ndarray, for_b: np.ndarray, battles) -> csr_array:
+def sum_by_model(for_a: np.ndarray, for_b: np.ndarray, battles: Pairs, shape: tuple[int, int]) -> csr_array:
     """Sums of battles' values for their model a and for their model b, (N,) each, by query and model: (Q, M)."""
-    indices = np.tile(battles.query_rows, 2), np.concatenate([battles.model_a_idx, battles.model_b_idx])  # (2N,) each
-    shape = len(battles.unique_queries), len(battles.model_names)
+    indices = np.tile(battles.row, 2), np.concatenate([battles.model_a_idx, battles.model_b_idx])  # (2N,) each
     return coo_array((np.concatenate([for_a, for_b]), indices), shape).tocsr()
 
 
-def bradley_terry(
-    battles, inverse_penalty: float, cluster_idx: np.ndarray | None = None, num_clusters: int = 0
-) -> np.ndarray:
+def bradley_terry(wins: WinCounts, num_models: int, inverse_penalty: float, num_clusters: int = 0) -> np.ndarray:
     """Bradley-Terry strengths (1, M) by logistic regression with an L2 penalty; with clusters (K, M).
 
     With clusters, a strength is a shared one plus a deviation of the cluster, and the penalty shrinks deviations to 0.
-    `inverse_penalty` is scikit-learn's C, `cluster_idx` (N,) is each battle's. A tie is half a win of each side.
+    `inverse_penalty` is scikit-learn's C. A tie is half a win of each side.
     Source: Bradley and Terry, "Rank analysis of incomplete block designs", Biometrika 1952.
     """
     from sklearn.linear_model import LogisticRegression
 
-    # Battles of the same two models in the same cluster differ only in the outcome: C cells with counts suffice.
-    num_models = len(battles.model_names)
-    cluster = cluster_idx if num_clusters else np.zeros(len(battles), np.int64)  # (N,)
-    keys = (cluster * num_models + battles.model_a_idx) * num_models + battles.model_b_idx  # (N,)
-    cells, cell = np.unique(keys, return_inverse=True)  # (C,), (N,)
-    cluster, a, b = cells // num_models**2, cells // num_models % num_models, cells % num_models  # (C,) each
-    weights = [np.bincount(cell, outcome) for outcome in (battles.outcome, 1 - battles.outcome)]  # (C,) each
-
+    cluster, a, b, won, lost = wins  # (C,) each
     first = num_models * (1 + cluster)  # (C,), the first column of the cluster's deviations
     columns = [a, b, first + a, first + b] if num_clusters else [a, b]
-    values = np.array([GLOBAL_SCALE, -GLOBAL_SCALE, 1.0, -1.0])[: len(columns)].repeat(len(cells))
-    indices = np.tile(np.arange(len(cells)), len(columns)), np.concatenate(columns)
-    design = coo_array((values, indices), (len(cells), num_models * (1 + num_clusters))).tocsr()  # (C, M + K M)
+    values = np.array([GLOBAL_SCALE, -GLOBAL_SCALE, 1.0, -1.0])[: len(columns)].repeat(len(a))
+    indices = np.tile(np.arange(len(a)), len(columns)), np.concatenate(columns)
+    design = coo_array((values, indices), (len(a), num_models * (1 + num_clusters))).tocsr()  # (C, M + K M)
     design = vstack([design, design], format="csr")  # (2C, M + K M): each cell as won by a, and as won by b
-    won = np.repeat([1, 0], len(cells))  # (2C,)
+    labels = np.repeat([1, 0], len(a))  # (2C,)
     model = LogisticRegression(fit_intercept=False, C=inverse_penalty, solver="newton-cg", tol=1e-7, max_iter=1000)
-    strengths = model.fit(design, won, np.concatenate(weights)).coef_[0].reshape(-1, num_models)  # (1 + K, M)
+    strengths = model.fit(design, labels, np.concatenate([won, lost])).coef_[0].reshape(-1, num_models)  # (1 + K, M)
     return GLOBAL_SCALE * strengths[:1] + (strengths[1:] if num_clusters else 0)  # (K, M) or (1, M)
 
 
 def rankings(split) -> Iterator[Candidate]:
     """One ranking for all queries, for each penalty."""
+    wins = split.train.win_counts()
     for inverse_penalty in INVERSE_PENALTIES:
-        strengths = bradley_terry(split.train, inverse_penalty)  # (1, M)
+        strengths = bradley_terry(wins, len(split.train.model_names), inverse_penalty)  # (1, M)
         yield {"inverse_penalty": inverse_penalty}, strengths, strengths
 
 
 def rankings_by_cluster(split, cluster_idx: np.ndarray, num_clusters: int) -> Iterator[Candidate]:
     """One ranking for each of `num_clusters` clusters, for each penalty; `cluster_idx` (Q,) is each query's."""
-    of_train = cluster_idx[split.train.query_idx]  # (N,)
+    wins = split.train.win_counts(cluster_idx)
     held_out = [cluster_idx[side.unique_queries] for side in (split.val, split.test)]  # (Q,) each
     for inverse_penalty in INVERSE_PENALTIES:
-        strengths = bradley_terry(split.train, inverse_penalty, of_train, num_clusters)  # (K, M)
+        strengths = bradley_terry(wins, len(split.train.model_names), inverse_penalty, num_clusters)  # (K, M)
         yield {"inverse_penalty": inverse_penalty}, *(strengths[cluster] for cluster in held_out)
 
 
@@ -91,10 +84,13 @@ def neighbors(split, strengths: np.ndarray, x: np.ndarray) -> Iterator[Candidate
 
     train = split.train
     train_queries = train.unique_queries  # (Qt,)
-    p = expit(train.margins(strengths))  # (N,)
-    residual, variance = train.outcome - p, p * (1 - p)  # (N,) each
-    residuals = sum_by_model(residual, -residual, train)  # (Qt, M)
-    information = sum_by_model(variance, variance, train)  # (Qt, M)
+    shape = len(train_queries), len(train.model_names)
+    residuals, information = csr_array(shape), csr_array(shape)  # (Qt, M) each
+    for battles in train.chunks():
+        p = expit(battles.margins(strengths))  # (N,)
+        residual, variance = battles.outcome - p, p * (1 - p)  # (N,) each
+        residuals += sum_by_model(residual, -residual, battles, shape)
+        information += sum_by_model(variance, variance, battles, shape)
     index = NearestNeighbors(metric="cosine", algorithm="brute").fit(x[train_queries])
     counts = sorted({min(k, len(train_queries)) for k in NEIGHBORS})
     held_out = x[split.val.unique_queries], x[split.test.unique_queries]  # (Q, H) each
@@ -110,7 +106,7 @@ def neighbors(split, strengths: np.ndarray, x: np.ndarray) -> Iterator[Candidate
             yield {"neighbours": k, "damping": damping}, *scores
 
 
-def descend(battles, penalty: float, forward: Callable, parameters: list[np.ndarray]) -> list[np.ndarray]:
+def descend(battles: Pairs, penalty: float, forward: Callable, parameters: list[np.ndarray]) -> list[np.ndarray]:
     """Parameters that minimize the Bradley-Terry loss of the battles plus their penalized squares, by L-BFGS.
 
     Args:
@@ -131,7 +127,7 @@ def descend(battles, penalty: float, forward: Callable, parameters: list[np.ndar
         scores, backward = forward(*current)  # (Q, M)
         d = battles.margins(scores)  # (N,)
         residual = expit(d) - battles.outcome  # (N,)
-        gradients = backward(sum_by_model(residual, -residual, battles).toarray())
+        gradients = backward(sum_by_model(residual, -residual, battles, scores.shape).toarray())
         total = (np.logaddexp(0, d) - battles.outcome * d).sum()
         total += sum(weight * (part**2).sum() / 2 for weight, part in zip(penalties, current, strict=True))
         parts = [g + weight * part for g, weight, part in zip(gradients, penalties, current, strict=True)]
@@ -147,11 +143,12 @@ def scaled(split, x: np.ndarray) -> list[np.ndarray]:
     return [x[side.unique_queries].astype(np.float64) / x.shape[1] ** 0.5 for side in sides]
 
 
-def linear_heads(split, strengths: np.ndarray, x: np.ndarray) -> Iterator[Candidate]:
+def linear_heads(split, strengths: np.ndarray, x: np.ndarray, seed: int) -> Iterator[Candidate]:
     """Strengths that are linear in the embedding, starting from Bradley-Terry's (1, M); yields each penalty.
 
     Source of the form: Frick et al., "Prompt-to-Leaderboard", 2025, there on top of a language model trained with it.
     """
+    battles = split.train.sample(LISTED_BATTLES, seed)
     train, val, test = scaled(split, x)  # (Q, H) each
     parameters = [np.zeros((train.shape[1], strengths.shape[1])), strengths]  # (H, M), (1, M)
 
@@ -159,7 +156,7 @@ def linear_heads(split, strengths: np.ndarray, x: np.ndarray) -> Iterator[Candid
         return train @ weights + shared, lambda by_scores: (train.T @ by_scores, by_scores.sum(0, keepdims=True))
 
     for penalty in PENALTIES:
-        parameters = weights, shared = descend(split.train, penalty, forward, parameters)
+        parameters = weights, shared = descend(battles, penalty, forward, parameters)
         yield {"penalty": penalty}, val @ weights + shared, test @ weights + shared
 
 
@@ -169,6 +166,7 @@ def factorizations(split, strengths: np.ndarray, x: np.ndarray, seed: int) -> It
     Source of the form: the matrix factorization of Ong et al., "RouteLLM", 2024, and of Zhuang et al., "EmbedLLM",
     2024; their weight of each dimension is part of the model's vector here.
     """
+    battles = split.train.sample(LISTED_BATTLES, seed)
     train, val, test = scaled(split, x)  # (Q, H) each
 
     def forward(projection, factors, shared):
@@ -184,7 +182,7 @@ def factorizations(split, strengths: np.ndarray, x: np.ndarray, seed: int) -> It
         # Each penalty starts at random: a strong one leads to 0, where the gradient is 0 too.
         rng = np.random.default_rng(seed)
         start = [rng.normal(0, 0.1, (width, RANK)) for width in (train.shape[1], strengths.shape[1])]
-        projection, factors, shared = descend(split.train, penalty, forward, [*start, strengths])
+        projection, factors, shared = descend(battles, penalty, forward, [*start, strengths])
         yield {"penalty": penalty}, *(side @ projection @ factors.T + shared for side in (val, test))
 
 
@@ -217,7 +215,7 @@ def best(candidates: Iterable[Candidate], split, leave_early: bool = False) -> C
     """
     chosen, highest = None, -1.0
     for candidate in candidates:
-        auc = metrics.auc(split.val.margins(candidate[1]), split.val.outcome)
+        auc = metrics.auc(split.val_pairs.margins(candidate[1]), split.val_pairs.outcome)
         if auc > highest:
             chosen, highest = candidate, auc
         elif leave_early and auc < highest - CLEARLY_WORSE:
@@ -234,7 +232,7 @@ def fit(
         x: standardized embeddings (Q, H).
         cluster_idx: int (Q,), the queries' clusters; with `num_clusters` 0 there is no ranking per cluster.
         learned: adds the two baselines that are trained by gradient descent, which take longer.
-        seed: of the initial weights of these two.
+        seed: of the initial weights of these two, and of the training battles that they are given where there are many.
     """
     equal = np.zeros((1, len(split.train.model_names)))  # (1, M)
     fitted = {"random": ({}, equal, equal)}
@@ -247,6 +245,6 @@ def fit(
         fitted["cluster_bradley_terry"] = best(rankings_by_cluster(split, cluster_idx, num_clusters), split)
     fitted["neighbours"] = best(neighbors(split, strengths, x), split)
     if learned:
-        fitted["linear_head"] = best(linear_heads(split, strengths, x), split, leave_early=True)
+        fitted["linear_head"] = best(linear_heads(split, strengths, x, seed), split, leave_early=True)
         fitted["factorisation"] = best(factorizations(split, strengths, x, seed), split, leave_early=True)
     return fitted

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 import metrics
+from support.data.battles import WinCounts
 from support.data.benchmarks import standardize
 from support.evaluation.baselines import best, bradley_terry, rankings
 from support.routing.new_model import battles_of, in_view_of, vector_from_battles
@@ -36,14 +37,18 @@ class ColdStartEvaluation:
 
     def __init__(self, test, seed: int):
         self.test = test
-        samples = metrics.bootstrap_weights(test.query_idx, seed)  # (R, n)
-        self.weights = np.concatenate([np.ones_like(samples[:1]), samples])  # (1 + R, n)
+        (self.battles,) = test.chunks()
+        weights = metrics.bootstrap_weights(len(test.unique_queries), seed)  # (R, q)
+        self.weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + R, q)
 
     def of_scores(self, scores: np.ndarray, temperature: float) -> np.ndarray:
         """Evaluates scores (q, M) of the distinct test queries, or (1, M) for all of them."""
-        test = self.test
-        columns = test.margins(scores), test.outcome, test.model_a_idx, test.model_b_idx
-        results = metrics.evaluate_resamples(*columns, self.weights, temperature=temperature)
+        d = self.battles.margins(scores)  # (n,)
+        bins = metrics.lead_bins(d)
+        totals = metrics.Totals(self.weights, scores.shape[1], temperature=temperature, bins=bins)
+        totals.add(*self.battles, d)
+        results = totals.metrics()
+        results["auc"][0] = metrics.auc(d, self.battles.outcome)
         return np.array([results[metric] for metric in METRICS])  # (3, 1 + R)
 
     def of_router(self, router, x: torch.Tensor, cluster_idx: torch.Tensor) -> np.ndarray:
@@ -77,8 +82,8 @@ def cold_start(name: str, split, full_split, trained: tuple, ceiling: tuple, pro
     (router, x, cluster_idx), (pool, test) = trained, held_out_battles(name, split, full_split)
     evaluation, rng = ColdStartEvaluation(test, seed), np.random.default_rng(seed)
     train = full_split.train
-    model_idx = train.model_names.index(name)
-    others = train.select((train.model_a_idx != model_idx) & (train.model_b_idx != model_idx))
+    num_models, model_idx = len(train.model_names), train.model_names.index(name)
+    others = train.among(np.delete(np.arange(num_models), model_idx)).win_counts()
     chosen, _, temperature = _best_ranking(split)
     _, full_strengths, full_temperature = _best_ranking(full_split)
 
@@ -91,13 +96,14 @@ def cold_start(name: str, split, full_split, trained: tuple, ceiling: tuple, pro
             query = query.to(x.device)
             vector = vector_from_battles(router, x[query], cluster_idx[query], *battles)  # (C,)
             routed.append(evaluation.of_new_model(name, vector, *trained))
-            ranked.append(evaluation.of_scores(bradley_terry(others.concatenate(drawn), **chosen), temperature))
+            wins = WinCounts(*map(np.concatenate, zip(others, drawn.win_counts(), strict=True)))
+            ranked.append(evaluation.of_scores(bradley_terry(wins, num_models, **chosen), temperature))
         rows.append({"battles": count, "from": "battles"} | _compare(routed, ranked))
     if profiles is not None and name in profiles.rows:
         scores = profiles.of([name], allow_missing=True)  # (1, C)
         vector = torch.from_numpy(standardize(scores, router.metadata.profiles)[0])  # (C,)
         routed = evaluation.of_new_model(name, vector, *trained)
-        ranked = evaluation.of_scores(bradley_terry(others, **chosen), temperature)
+        ranked = evaluation.of_scores(bradley_terry(others, num_models, **chosen), temperature)
         rows.insert(1, {"battles": 0, "from": "profile"} | _compare([routed], [ranked]))
     upper = _compare([evaluation.of_router(*ceiling)], [evaluation.of_scores(full_strengths, full_temperature)])
     rows.append({"battles": len(pool), "from": "training"} | upper)
@@ -108,7 +114,8 @@ def cold_start(name: str, split, full_split, trained: tuple, ceiling: tuple, pro
 def _best_ranking(split) -> tuple[dict, np.ndarray, float]:
     """The Bradley-Terry ranking of the best validation AUC: hyperparameters, strengths (1, M), and temperature."""
     chosen, strengths, _ = best(rankings(split), split)
-    return chosen, strengths, metrics.fit_temperature(split.val.margins(strengths), split.val.outcome)
+    val = split.val_pairs
+    return chosen, strengths, metrics.fit_temperature(val.margins(strengths), val.outcome)
 
 
 def _compare(routed: list[np.ndarray], ranked: list[np.ndarray]) -> dict:

@@ -5,6 +5,7 @@ import numpy as np
 import metrics
 from support.evaluation.baselines import best_single_model, ranking_by_mean
 
+LISTED_BATTLES = 2**18  # test battles from which the bins of leads are computed
 CENTRAL_QUERIES, QUERY_LENGTH = 3, 200  # shown of each cluster, and the characters shown of each query
 
 
@@ -28,11 +29,15 @@ class TestEvaluation:
     def __init__(self, split, scores: np.ndarray, margin: float, temperature: float, seed: int):
         self.split, self.battles, self.table = split, split.test, split.test.table
         self.scores, self.margin, self.temperature = scores, margin, temperature
-        self.weights = metrics.bootstrap_weights(self.battles.query_idx, seed)  # (R, N)
+        self.sample = self.battles.sample(LISTED_BATTLES, seed)
+        weights = metrics.bootstrap_weights(len(self.battles.unique_queries), seed)  # (R, Q)
+        self.weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + R, Q), the test set itself first
+        if split.train.table is None:  # then no best single model is chosen by scores
+            self.table = None
         if self.table is not None:
-            weights = metrics.bootstrap_weights(self.table.query_idx, seed)  # (R, rows)
-            self.row_shares = weights / weights.sum(1, keepdims=True)  # (R, rows)
             self.query_of_row = np.searchsorted(self.battles.unique_queries, self.table.query_idx)  # (rows,)
+            shares = weights[:, self.query_of_row]  # (R, rows)
+            self.row_shares = shares / shares.sum(1, keepdims=True)  # (R, rows)
             self.single, self.single_is_best = self.route(ranking_by_mean(split.train.table))  # (rows,) each
             self.oracle = np.nanmax(self.table.scores, 1)  # (rows,)
         self.router_metrics, self.router_samples = self.evaluate(scores, margin, temperature)
@@ -42,11 +47,16 @@ class TestEvaluation:
 
         `margin` and `temperature` are those of the method, as for the class.
         """
-        d = self.battles.margins(scores)  # (N,)
-        columns = d, self.battles.outcome, self.battles.model_a_idx, self.battles.model_b_idx
-        calibrated = metrics.log_loss(d, self.battles.outcome, temperature=temperature)
-        row = metrics.evaluate(*columns, margin) | {"log_loss_calibrated": calibrated}
-        samples = metrics.evaluate_resamples(*columns, self.weights, margin, temperature)
+        bins = metrics.lead_bins(self.sample.margins(scores))
+        totals, leads = metrics.Totals(self.weights, scores.shape[1], margin, temperature, bins), []
+        for battles in self.battles.chunks():
+            d = battles.margins(scores)  # (N,)
+            totals.add(*battles, d)
+            leads.append(np.where(battles.outcome == 1, d, -d))
+        results = totals.metrics()  # (1 + R,) each
+        row = {name: float(values[0]) for name, values in results.items()}
+        row["auc"] = metrics.auc_of_leads(np.concatenate(leads))
+        samples = {name: values[1:] for name, values in results.items()}
         if self.table is not None:
             for name, values in zip(("mean_score", "top1_accuracy"), self.route(scores), strict=True):  # (rows,) each
                 row[name], samples[name] = float(values.mean()), self.row_shares @ values  # (R,)
@@ -62,13 +72,15 @@ class TestEvaluation:
 
     def results(self) -> dict:
         """RankRouter's results for the history: metrics, intervals, calibration, and the bounds of a score table."""
-        d, outcome = self.battles.margins(self.scores), self.battles.outcome  # (N,) each
-        calibrated = metrics.reliability(d, outcome, temperature=self.temperature)
-        uncalibrated = metrics.reliability(d, outcome, self.margin)
+        calibrated, uncalibrated = metrics.Reliability(temperature=self.temperature), metrics.Reliability(self.margin)
+        for battles in self.battles.chunks():
+            for reliability in (calibrated, uncalibrated):
+                reliability.add(battles.margins(self.scores), battles.outcome)
+        calibration = {"temperature": self.temperature, **calibrated.as_dict(), "uncalibrated": uncalibrated.as_dict()}
         results = {
             "test_metrics": self.router_metrics,
             "test_intervals": metrics.intervals(self.router_samples),
-            "calibration": {"temperature": self.temperature, **calibrated, "uncalibrated": uncalibrated},
+            "calibration": calibration,
         }
         if self.table is not None:
             single = self._routing_metrics(self.single, self.single_is_best)
@@ -89,7 +101,8 @@ class TestEvaluation:
         """For each baseline of `baselines.fit`: metrics, intervals, and RankRouter's paired differences from it."""
         rows = {}
         for name, (chosen, val_scores, test_scores) in fitted.items():
-            temperature = metrics.fit_temperature(self.split.val.margins(val_scores), self.split.val.outcome)
+            val = self.split.val_pairs
+            temperature = metrics.fit_temperature(val.margins(val_scores), val.outcome)
             row, samples = self.evaluate(test_scores, 0.0, temperature)
             router, differences = self.router_metrics, {key: self.router_samples[key] - samples[key] for key in samples}
             rows[name] = row | {
@@ -109,8 +122,9 @@ def compare_with_truth(battles, skills: np.ndarray, fixed_skills: np.ndarray, au
     """
     rows = {}
     for name, scores in (("fixed_ranking", fixed_skills[None]), ("true_margins", skills[battles.unique_queries])):
-        d = battles.margins(scores)  # (N,)
-        rows[name] = metrics.evaluate(d, battles.outcome, battles.model_a_idx, battles.model_b_idx)
+        (pairs,) = battles.chunks()
+        d = pairs.margins(scores)  # (N,)
+        rows[name] = metrics.evaluate(d, pairs.outcome, pairs.model_a_idx, pairs.model_b_idx)
     gap = metrics.gap_closed(auc, rows["fixed_ranking"]["auc"], rows["true_margins"]["auc"])
     return rows | {"gap_closed": None if np.isnan(gap) else float(gap)}
 

@@ -32,7 +32,7 @@ def print_rows(counts: dict) -> None:
             print(f"texts    {what}: " + ", ".join(f"{count} x {text!r}" for text, count in texts.items()))
 
 
-def print_data(data: dict, split_by: str) -> None:
+def print_data(data: dict) -> None:
     """The counts of data and split, from the `data` of a history, and what was left out."""
     print_rows(data)
     for key, subject, note in (
@@ -56,12 +56,8 @@ def print_data(data: dict, split_by: str) -> None:
         print(f"rows     {rows} of the score table; {equal} whose scores do not differ are left out")
         if not (data["table_rows"]["train"] and data["table_rows"]["test"]):
             print("rows     are not evaluated: training and test need some")
-    elif split_by == "battle" and {"wide", "nested", "long"}.intersection(data["layouts"]):
-        print("rows     of the score table are not evaluated: --split_by battle puts battles of a row on several sides")
     if data["training_battles_held_out"]:
         print(f"held out {data['training_battles_held_out']} training battles, of the model of --hold_out_model")
-    if data["training_battles_not_drawn"]:
-        print(f"drawn    {data['training_battles_not_drawn']} training battles are left out by --pairs_per_query")
     if data["unseen_model_battles"]:
         print(f"unseen   {data['unseen_model_battles']} val and test battles of models unseen in training: left out")
 

@@ -161,7 +161,8 @@ def curve(
     Each point has `cost_weight`, `mean_price`, the mean reward as `worth`, its 95 % `interval`, and `random_mix`: the
     reward at the same mean price of random routing between the two ends of the curve.
     """
-    weights = metrics.bootstrap_weights(query_idx, seed)  # (R, n)
+    queries, row = np.unique(query_idx, return_inverse=True)  # (Q,), (n,)
+    weights = metrics.bootstrap_weights(len(queries), seed)[:, row]  # (R, n)
     shares = weights / weights.sum(1, keepdims=True)  # (R, n)
     order = np.argsort(prices, axis=1, kind="stable")  # (n, m), so that argmax takes the cheapest of equals
     scores, prices, reward = (np.take_along_axis(array, order, axis=1) for array in (scores, prices, reward))  # (n, m)

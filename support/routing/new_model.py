@@ -1,23 +1,33 @@
 """Adding a model without retraining: its capability vector from battles, with all weights frozen."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from model_profiling import fitted_vector, win_rate_profiles
+from support.data.battles import COLUMNS, Battles, count_wins
 
 
-def battles_of(battles, name: str, known: list[str]):
-    """The battles of a model against the models of `known`; none where it has no battle."""
+def battles_of(battles: Battles, name: str, known: list[str]) -> Battles:
+    """The battles of a model against the models of `known`, all as single ones; none where it has no battle."""
     is_model = np.array([other == name for other in battles.model_names])  # (M,)
     is_other = np.array([other in known for other in battles.model_names]) & ~is_model  # (M,)
     a, b = battles.model_a_idx, battles.model_b_idx  # (N,) each
-    return battles.select(is_model[a] & is_other[b] | is_other[a] & is_model[b])
+    single = battles.select(is_model[a] & is_other[b] | is_other[a] & is_model[b])
+    if battles.table is None or not is_model.any():
+        return single
+    model, others = np.flatnonzero(is_model), np.flatnonzero(is_other)  # (1,), (m,)
+    d = battles.table.scores[:, model] - battles.table.scores[:, others]  # (R, m), NaN where one is missing
+    row, which = (~np.isnan(d) if battles.ties else np.abs(d) > 0).nonzero()  # (n,) each
+    outcome = (1 + np.sign(d[row, which])).astype(np.float32) / 2  # (n,)
+    columns = battles.table.query_idx[row], model.repeat(len(row)), others[which], outcome  # (n,) each
+    return single.concatenate(replace(single, **dict(zip(COLUMNS, columns, strict=True))))
 
 
-def in_view_of(name: str, battles, router) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def in_view_of(name: str, battles: Battles, router) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, opponents and P(the model is better) of a model's battles, (n,) each, for `vector_from_battles`."""
     is_a = battles.model_a_idx == battles.model_names.index(name)  # (n,)
     opponent_idx = np.where(is_a, battles.model_b_idx, battles.model_a_idx)  # (n,)
@@ -45,8 +55,9 @@ def vector_from_battles(
     profiles = router.metadata.profiles
     if profiles["kind"] == "win_rate":
         known = profiles["known"]  # (M, K)
-        models = torch.stack([torch.full_like(opponents, len(known)), opponents], dim=1)  # (n, 2)
-        return win_rate_profiles(clusters, models, outcome, len(known) + 1, known.shape[1], known)[-1]  # (K,)
+        new = np.full(len(outcome), len(known))  # (n,)
+        wins = count_wins(clusters.numpy(), new, opponents.numpy(), outcome.numpy(), len(known) + 1)
+        return win_rate_profiles(wins, len(known) + 1, known.shape[1], known)[-1]  # (K,)
     if not len(outcome):
         return router.model_tower.capability.weight.mean(0).cpu().double()  # (C,)
     without_encoder = {id(router.encoder): None}  # deepcopy takes None for its copy

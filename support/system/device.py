@@ -31,6 +31,29 @@ def tune_cpu() -> None:
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
+def tower_threads(requested: int | None) -> int:
+    """The threads that train towers on frozen embeddings: `requested`, or what OMP_NUM_THREADS says, or one.
+
+    Their matrix products are so small that more threads gain little, and cost a multiple where other runs use the same
+    cores, since threads wait for each other after each product.
+    """
+    return requested or (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within the block torch and numpy compute with this many threads."""
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with threadpool_limits(count):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @contextmanager
 def deterministic(is_enabled: bool) -> Iterator[None]:
     """Within the block, use only algorithms that give the same bits each time, on a GPU too, before it is first used.

@@ -1,15 +1,16 @@
-"""Batches of a training: of battles on frozen embeddings, or of queries from which an encoder is trained."""
+"""Batches of a training: of battles or rows on frozen embeddings, or of queries from which an encoder is trained."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data_loader import Battles
 from query_representation import QueryEncoder, QueryTower
+from support.data.battles import Battles
 from support.encoding.batching import plan_batches
 from support.system import distributed
 from support.system.errors import UserError
+from support.training.items import Items
 
 WINDOW = 16  # batches' worth of randomly drawn queries, among which those of similar length share a batch
 MEMORY = 50  # a centroid is the running mean of about this many of its queries, those seen last
@@ -19,51 +20,45 @@ MIN_RELATIVE_SCALE = 1e-3
 
 
 class Part(NamedTuple):
-    """A part of a batch that is computed at once: b queries with their B battles."""
+    """A part of a batch that is computed at once: b queries, and the B battles of them from which it learns.
+
+    With a pointwise loss these are B single scores instead.
+    """
 
     queries: torch.Tensor  # int64 (b,)
-    row: torch.Tensor | slice  # int64 (B,), the row of each battle's query among the b
-    models: torch.Tensor  # int64 (B, 2), a and b
-    outcome: torch.Tensor  # float (B,), P(a is better)
-
-
-def to_tensors(battles: Battles, device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Battles as tensors: query (N,), models a and b (N, 2), outcome (N,)."""
-    columns = (battles.query_idx, np.column_stack([battles.model_a_idx, battles.model_b_idx]), battles.outcome)
-    return tuple(torch.from_numpy(column).to(device) for column in columns)
+    row: torch.Tensor  # int64 (B,), the row of each battle's query among the b
+    models: torch.Tensor  # int64 (B, 2), a and b; (B, 1) with a pointwise loss
+    outcome: torch.Tensor  # float (B,), P(a is better); with a pointwise loss the score, scaled to [0, 1]
 
 
 class BattleBatches:
-    """Batches of `batch_size` battles, split among the processes, on queries whose embeddings are frozen.
+    """Batches of `batch_size` items, split among the processes, on queries whose embeddings are frozen.
 
     Args:
         x: standardized embeddings, float (Q, H).
         cluster_idx: their clusters, int64 (Q,).
-        battles: the training battles.
-        batch_size: battles per step.
+        items: single battles, or rows of a score table.
+        batch_size: items per step.
     """
 
-    def __init__(self, x: torch.Tensor, cluster_idx: torch.Tensor, battles: Battles, batch_size: int):
-        self.x, self.cluster_idx, self.batch_size = x, cluster_idx, batch_size
+    def __init__(self, x: torch.Tensor, cluster_idx: torch.Tensor, items: Items, batch_size: int):
+        self.x, self.cluster_idx, self.items, self.batch_size = x, cluster_idx, items, batch_size
         self.trains_encoder, self.parameters, self.cluster_sums = False, {}, []
-        self.battles, self.device = to_tensors(battles, x.device), x.device
-        self.count = len(battles)  # items that an epoch shuffles
+        self.device, self.query_idx = x.device, torch.from_numpy(items.query_idx).to(x.device)
+        self.count = len(items.query_idx)  # items that an epoch shuffles
 
-    def plan(self, order: torch.Tensor) -> list[tuple]:
-        """The batches of an epoch with the battles in this order (N,)."""
-        order = order.to(self.device)  # (N,)
-        return list(zip(*(column[order].split(self.batch_size) for column in self.battles), strict=True))
+    def plan(self, order: torch.Tensor) -> list[torch.Tensor]:
+        """The batches of an epoch with the items in this order (I,)."""
+        return list(order.split(self.batch_size))
 
-    def num_battles(self, batch: tuple) -> int:
+    def num_battles(self, batch: torch.Tensor) -> int:
         """The number of battles of a batch, in all processes."""
-        return len(batch[0])
+        return int(self.items.counts[batch].sum())
 
-    def parts(self, batch: tuple) -> list[Part]:
+    def parts(self, batch: torch.Tensor) -> list[Part]:
         """This process's parts of a batch."""
-        if distributed.size() > 1:
-            batch = [column.tensor_split(distributed.size())[distributed.rank()] for column in batch]  # (b, ...)
-        query, models, outcome = batch  # (b,), (b, 2), (b,)
-        return [Part(query, slice(None), models, outcome)] if len(query) else []
+        own = batch.tensor_split(distributed.size())[distributed.rank()].to(self.device)  # (b,)
+        return [Part(self.query_idx[own], *self.items.battles(own))] if len(own) else []
 
     def embed(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Standardized embeddings (b, H) and clusters (b,) of queries (b,)."""
@@ -92,6 +87,7 @@ class QueryBatches:
 
     Args:
         battles: the training battles; `queries` are all of the split.
+        items: the same as items.
         tower: the query tower, with its statistics and centroids.
         cluster_idx: clusters of the split's queries, int64 (Q,), as K-means assigned them.
         encoder: a trainable encoder.
@@ -102,6 +98,7 @@ class QueryBatches:
     def __init__(
         self,
         battles: Battles,
+        items: Items,
         tower: QueryTower,
         cluster_idx: torch.Tensor,
         encoder: QueryEncoder,
@@ -110,16 +107,18 @@ class QueryBatches:
         accumulate: int,
     ):
         self.trains_encoder, self.parameters = True, encoder.parameters
-        self.queries, self.tower, self.encoder = battles.queries, tower, encoder
+        self.queries, self.items, self.tower, self.encoder = battles.queries, items, tower, encoder
         self.tokens, self.accumulate, self.device = tokens, accumulate, encoder.device
-        train_queries, row = battles.unique_queries, battles.query_rows  # (Qt,), (N,)
+        train_queries = battles.unique_queries  # (Qt,)
         self.ids = encoder.tokenize([battles.queries[i] for i in train_queries])  # Qt of (T,)
         self.lengths = np.array([len(ids) for ids in self.ids])  # (Qt,)
-        self.count = len(self.ids)  # items that an epoch shuffles
-        by_query = torch.from_numpy(np.argsort(row, kind="stable")).to(self.device)  # (N,)
-        self.battles = [column[by_query] for column in to_tensors(battles, self.device)]
-        self.battles_of_query = torch.from_numpy(np.bincount(row, minlength=self.count))  # (Qt,), counts
-        self.first_battle = self.battles_of_query.cumsum(0) - self.battles_of_query  # (Qt,)
+        self.count = len(self.ids)  # queries that an epoch shuffles
+        row = np.searchsorted(train_queries, items.query_idx)  # (I,)
+        self.by_query = torch.from_numpy(np.argsort(row, kind="stable"))  # (I,), items
+        self.items_of_query = torch.from_numpy(np.bincount(row, minlength=self.count))  # (Qt,), counts
+        self.first_item = self.items_of_query.cumsum(0) - self.items_of_query  # (Qt,)
+        self.battles_of_query = torch.zeros(self.count, dtype=torch.int64)  # (Qt,), counts
+        self.battles_of_query.index_add_(0, torch.from_numpy(row), items.counts)
         self.cluster_of_query = cluster_idx.cpu()[torch.from_numpy(train_queries)]  # (Qt,)
         sizes = self.cluster_of_query.bincount(minlength=len(tower.centroids))  # (K,)
         self.decay = (1 - 1 / sizes.clamp(1, MEMORY)).to(self.device)  # (K,), of a centroid per query seen
@@ -153,12 +152,12 @@ class QueryBatches:
         return [self._with_battles(torch.from_numpy(part)) for part in own if len(part)]
 
     def _with_battles(self, queries: torch.Tensor) -> Part:
-        counts = self.battles_of_query[queries]  # (b,)
-        row = torch.arange(len(queries)).repeat_interleave(counts)  # (B,)
+        counts = self.items_of_query[queries]  # (b,)
+        row = torch.arange(len(queries)).repeat_interleave(counts)  # (n,), of each item's query
         first = counts.cumsum(0) - counts  # (b,), of each query within the part
-        battles = torch.arange(len(row)) + (self.first_battle[queries] - first)[row]  # (B,)
-        _, models, outcome = (column[battles.to(self.device)] for column in self.battles)
-        return Part(queries, row.to(self.device), models, outcome)
+        places = torch.arange(len(row)) + (self.first_item[queries] - first)[row]  # (n,)
+        item, models, outcome = self.items.battles(self.by_query[places].to(self.device))
+        return Part(queries, row.to(self.device)[item], models, outcome)
 
     def embed(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Standardized embeddings (b, H), differentiable, and clusters (b,) of training queries (b,)."""

@@ -128,10 +128,13 @@ class History:
         empty = {"test_metrics": None, "test_intervals": None, "baselines": {}}
         return history | empty | {"data": self.data, "timing": timing} | self.results
 
-    def add_encoding(self, encoder: QueryEncoder, num_encoded: int, embeddings: torch.Tensor) -> None:
+    def add_encoding(
+        self, encoder: QueryEncoder, num_encoded: int, embeddings: torch.Tensor, tower_threads: int
+    ) -> None:
         """Record the encoder, its device, and the embeddings (Q, H), of which `num_encoded` were not cached."""
         self.counts = {"queries_encoded": num_encoded, "queries_from_cache": len(embeddings) - num_encoded}
-        self.results |= {"encoder": encoder.metadata, "environment": environment(encoder.device, encoder.dtype)}
+        used = environment(encoder.device, encoder.dtype) | {"tower_threads": tower_threads}
+        self.results |= {"encoder": encoder.metadata, "environment": used}
         self.data["embeddings_hash"] = hashlib.sha256(embeddings.numpy()).hexdigest()
 
     def add_clusters(self, sizes: list[int]) -> None:

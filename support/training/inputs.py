@@ -4,6 +4,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from data_loader import Split, data_files, load_battles, split_battles
 from support.data.benchmarks import Profiles, read_profiles
 from support.data.demo import demo_folder
@@ -27,6 +29,7 @@ class Data:
     full_split: Split  # with the model of --hold_out_model, which `split` leaves out; else the same
     profiles: Profiles | None  # of --capability_file
     counts: dict  # the `data` of the history
+    label_range: tuple[float, float] | None  # the scores that are 0 and 1 for a pointwise loss; None for the others
 
 
 def find_inputs(args: argparse.Namespace) -> Path | None:
@@ -53,7 +56,10 @@ def load_data(args: argparse.Namespace) -> Data:
     """
     columns = {"query_column": args.query_column, "split_column": args.split_column}
     battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed, **columns)
-    options = {"by": args.split_by, "ties": args.ties, "pairs_per_query": args.pairs_per_query}
+    is_pointwise = args.loss_type == "pointwise"
+    if is_pointwise and (battles.table is None or len(battles.outcome)):
+        raise UserError(f"--loss_type pointwise learns from the scores of a score table; {args.data_path} has battles")
+    options = {"by": args.split_by, "ties": args.ties, "equal_rows": is_pointwise}
     try:
         split, split_counts = split_battles(battles, args.split_seed, **options, hold_out=args.hold_out_model)
     except UserError as error:
@@ -73,4 +79,11 @@ def load_data(args: argparse.Namespace) -> Data:
         profiles.of(full_split.train.model_names, args.allow_missing_profiles)  # raises where a row is missing
     if args.capability_dim is None:
         args.capability_dim = args.num_clusters if profiles is None else len(profiles.columns)
-    return Data(split, full_split, profiles, counts)
+    counts["label_range"] = label_range(full_split.train.table.scores) if is_pointwise else None
+    return Data(split, full_split, profiles, counts, counts["label_range"])
+
+
+def label_range(scores: np.ndarray) -> list[float]:
+    """The scores that are 0 and 1 as labels: those, or the least and the largest where some are outside of them."""
+    low, high = float(np.nanmin(scores)), float(np.nanmax(scores))
+    return [0.0, 1.0] if low >= 0 and high <= 1 else [low, high]

@@ -17,7 +17,7 @@ NO_EXPERIMENT = {
     *("output_dir", "data_path", "model_path", "demo", "demo_dir", "cache_dir", "no_cache", "seed", "split_seed"),
     *("device", "dtype", "encode_tokens", "baselines", "deterministic", "accumulate", "gradient_checkpointing"),
     *("resume", "overwrite"),
-    "checkpoint_minutes",  # of histories of earlier versions
+    *("threads", "checkpoint_minutes", "pairs_per_query"),  # the last two of histories of earlier versions
 }
 
 # Defaults of --recipe original; it also leaves the dot product unscaled and the query tower's last layer random.
@@ -120,8 +120,6 @@ def _parser() -> OneLineParser:
         "what is split 80/10/10; battle: test queries also occur in training, and score-table rows are not evaluated"
     )
     add("--split_by", choices=["query", "battle"], default="query", help=split)
-    drawn = "at most N training battles of a query, drawn by --split_seed; default: all"
-    add("--pairs_per_query", metavar="N", type=count, help=drawn)
     add("--limit", metavar="N", type=count, help="only N queries: a quick look")
     add("--demo", **switch, help="synthetic battles, tiny Qwen2; paths that are given are used")
     add("--demo_dir", metavar="DIR", help="folder of the demo; default: the user's cache folder")
@@ -139,6 +137,8 @@ def _parser() -> OneLineParser:
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 where that is faster, else float32")
     budgets = "tokens per batch of queries; default: 2048 on cpu, 32768 on cuda, 8192 on mps"
+    limit = "of a CPU; default: OMP_NUM_THREADS, else all cores for the encoder and one for towers and baselines"
+    add("--threads", metavar="N", type=whole_number(1, 1024), help=limit)
     add("--encode_tokens", metavar="N", type=count, help=budgets)
     add("--cache_dir", metavar="DIR", help="folder of cached embeddings; default: the user's cache folder")
     add("--no_cache", **switch, help="neither read nor write cached embeddings")

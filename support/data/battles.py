@@ -1,0 +1,236 @@
+"""Battles and score tables as arrays: their pairs of models listed in chunks, sampled, and counted."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, (N,) each
+PAIRS_AT_ONCE = 2**20  # pairs of models of a score table that are listed at once
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """R rows of score tables: a query and what each of the M models scored on it. Each pair of models is a battle."""
+
+    query_idx: np.ndarray  # (R,) int64 into the queries of the battles
+    scores: np.ndarray  # (R, M) float64, higher is better, NaN where missing
+    costs: np.ndarray | None = None  # (R, M) float64, NaN where missing; None where the files have none
+    side: np.ndarray | None = None  # (R,) as of Battles
+
+    def __len__(self) -> int:
+        return len(self.query_idx)
+
+    def select(self, rows: np.ndarray, models: np.ndarray | slice = slice(None)) -> "ScoreTable":
+        """The rows of a mask or indices (r,), with the models of indices (m,)."""
+        costs = None if self.costs is None else self.costs[rows][:, models]
+        side = None if self.side is None else self.side[rows]
+        return ScoreTable(self.query_idx[rows], self.scores[rows][:, models], costs, side)
+
+    def differs(self) -> np.ndarray:
+        """Which rows have scores that differ, (R,): the others hold no decisive battle."""
+        return np.fmax.reduce(self.scores, axis=1) > np.fmin.reduce(self.scores, axis=1)  # NaN is ignored
+
+    def ranks(self) -> np.ndarray:
+        """The place of each score among the different ones of its row, from 0 for the lowest: float32 (R, M).
+
+        They compare as the scores do, and in float32 without rounding. NaN where a score is missing.
+        """
+        order = np.argsort(self.scores, axis=1)  # (R, M), NaN last
+        in_order = np.take_along_axis(self.scores, order, axis=1)  # (R, M)
+        steps = np.diff(in_order, axis=1, prepend=in_order[:, :1]) > 0  # (R, M)
+        ranks = np.empty(self.scores.shape, np.float32)  # (R, M)
+        np.put_along_axis(ranks, order, steps.cumsum(1, dtype=np.float32), axis=1)
+        ranks[np.isnan(self.scores)] = np.nan
+        return ranks
+
+
+def pairs_and_ties(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number of pairs of scores (R, M) in each row, without NaN, and that of ties among them: int64 (R,) each."""
+    pairs, ties, place = [], [], np.arange(scores.shape[1])  # (M,)
+    for some in np.array_split(scores, len(scores) // 2**14 + 1):  # (r, M) each
+        in_order = np.sort(some, axis=1)  # (r, M), NaN last
+        starts = np.diff(in_order, axis=1, prepend=np.nan) != 0  # (r, M), where another score starts
+        first = np.maximum.accumulate(np.where(starts, place, 0), axis=1)  # (r, M), place of the first of equals
+        known = (~np.isnan(some)).sum(1)  # (r,)
+        pairs.append(known * (known - 1) // 2)
+        ties.append(np.where(np.isnan(in_order), 0, place - first).sum(1))
+    return np.concatenate(pairs), np.concatenate(ties)
+
+
+class Pairs(NamedTuple):
+    """A list of N battles over the Q queries of `Battles.unique_queries`."""
+
+    row: np.ndarray  # int64 (N,), of each battle's query in `unique_queries`
+    model_a_idx: np.ndarray  # int64 (N,)
+    model_b_idx: np.ndarray  # int64 (N,)
+    outcome: np.ndarray  # float32 (N,), P(a is better)
+
+    def margins(self, scores: np.ndarray) -> np.ndarray:
+        """Margins d = s_a - s_b of the battles (N,), from scores (Q, M), or (1, M) where they ignore the query."""
+        row = self.row if len(scores) > 1 else 0
+        return scores[row, self.model_a_idx] - scores[row, self.model_b_idx]
+
+
+class WinCounts(NamedTuple):
+    """Wins of one model against another in a cluster of queries, for the C such cells that have battles; (C,) each."""
+
+    cluster: np.ndarray  # int64, zeros where there are no clusters
+    model_a_idx: np.ndarray  # int64
+    model_b_idx: np.ndarray  # int64
+    won: np.ndarray  # float64, battles that a won; a tie is half a win of each
+    lost: np.ndarray  # float64
+
+
+def count_wins(
+    cluster: np.ndarray, model_a_idx: np.ndarray, model_b_idx: np.ndarray, outcome: np.ndarray, num_models: int
+) -> WinCounts:
+    """The win counts of a list of battles, (N,) each."""
+    keys = (cluster * num_models + model_a_idx) * num_models + model_b_idx  # (N,)
+    cells, cell = np.unique(keys, return_inverse=True)  # (C,), (N,)
+    won, lost = np.bincount(cell, outcome, len(cells)), np.bincount(cell, 1 - outcome, len(cells))  # (C,) each
+    return WinCounts(cells // num_models**2, cells // num_models % num_models, cells % num_models, won, lost)
+
+
+@dataclass(frozen=True)
+class Battles:
+    """Battles over Q distinct queries and M models: N single ones, and the pairs of models in rows of a score table."""
+
+    queries: list[str]  # (Q,) texts
+    model_names: list[str]  # (M,) sorted
+    query_idx: np.ndarray  # (N,) int64 into queries
+    model_a_idx: np.ndarray  # (N,) int64 into model_names
+    model_b_idx: np.ndarray  # (N,) int64 into model_names
+    outcome: np.ndarray  # (N,) float32, P(a is better): 1, 0, or 0.5 for a tie
+    table: ScoreTable | None = None
+    ties: bool = True  # whether equal scores of the table are battles, too
+    side: np.ndarray | None = None  # (N,) int8 into SIDES, where the files have an official split
+
+    def query_columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """The queries of single battles (N,), and those of the table's rows (R,), none without a table."""
+        return self.query_idx, np.empty(0, np.int64) if self.table is None else self.table.query_idx
+
+    @cached_property
+    def _pairs_and_ties(self) -> tuple[int, int]:
+        return (0, 0) if self.table is None else tuple(int(n.sum()) for n in pairs_and_ties(self.table.scores))
+
+    @property
+    def num_ties(self) -> int:
+        """The number of ties among the battles."""
+        return int((self.outcome == 0.5).sum()) + (self._pairs_and_ties[1] if self.ties else 0)
+
+    def __len__(self) -> int:
+        """The number of battles: single ones, and pairs in the table."""
+        pairs, ties = self._pairs_and_ties
+        return len(self.outcome) + pairs - (0 if self.ties else ties)
+
+    @cached_property
+    def unique_queries(self) -> np.ndarray:
+        """The distinct queries of battles and table, sorted: int64 (Qd,) into `queries`."""
+        return np.unique(np.concatenate(self.query_columns()))
+
+    @cached_property
+    def query_rows(self) -> np.ndarray:
+        """The row in `unique_queries` of each single battle's query: int64 (N,)."""
+        return np.searchsorted(self.unique_queries, self.query_idx)
+
+    @cached_property
+    def unique_models(self) -> np.ndarray:
+        """The distinct models of battles and table, sorted: int64 into `model_names`."""
+        models = np.union1d(self.model_a_idx, self.model_b_idx)
+        return models if self.table is None else np.union1d(models, np.flatnonzero(~np.isnan(self.table.scores).all(0)))
+
+    def chunks(self) -> Iterator[Pairs]:
+        """All battles in lists of bounded size: the single ones, then those of some rows of the table after others."""
+        if len(self.outcome):
+            yield Pairs(self.query_rows, self.model_a_idx, self.model_b_idx, self.outcome)
+        if self.table is None:
+            return
+        first, second = np.triu_indices(len(self.model_names), 1)  # (P,) each
+        rows = np.searchsorted(self.unique_queries, self.table.query_idx)  # (R,)
+        at_once = max(1, PAIRS_AT_ONCE // len(first))
+        for low in range(0, len(rows), at_once):
+            scores = self.table.scores[low : low + at_once]  # (r, M)
+            d = scores[:, first] - scores[:, second]  # (r, P), NaN where one is missing
+            which = (~np.isnan(d) if self.ties else np.abs(d) > 0).nonzero()  # (n,), (n,)
+            outcome = (1 + np.sign(d[which])).astype(np.float32) / 2  # (n,)
+            yield Pairs(rows[low:][which[0]], first[which[1]], second[which[1]], outcome)
+
+    def sample(self, most: int, seed: int) -> Pairs:
+        """All battles in one list, or where there are more than `most`, about that many, drawn with `seed`."""
+        share, rng, parts = most / max(1, len(self)), np.random.default_rng(seed), []
+        for part in self.chunks():
+            drawn = slice(None) if share >= 1 else rng.random(len(part.row)) < share  # (n,)
+            parts.append([column[drawn] for column in part])
+        return Pairs(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def win_counts(self, cluster_idx: np.ndarray | None = None) -> WinCounts:
+        """Wins per pair of models; with `cluster_idx` (Q,), the cluster of each of `queries`, in each cluster."""
+        cluster_idx = np.zeros(len(self.queries), np.int64) if cluster_idx is None else cluster_idx  # (Q,)
+        num_models = len(self.model_names)
+        columns = self.model_a_idx, self.model_b_idx, self.outcome  # (N,) each
+        parts = [count_wins(cluster_idx[self.query_idx], *columns, num_models)]
+        if self.table is not None:
+            of_row, (a, b) = cluster_idx[self.table.query_idx], np.triu_indices(num_models, 1)  # (R,), (P,) each
+            for cluster in np.unique(of_row):
+                won, lost, rows = np.zeros(len(a)), np.zeros(len(a)), np.flatnonzero(of_row == cluster)  # (P,), (P,)
+                for some in np.array_split(rows, len(rows) * len(a) // PAIRS_AT_ONCE + 1):  # (r,) each
+                    d = (
+                        self.table.scores[some][:, a] - self.table.scores[some][:, b]
+                    )  # (r, P), NaN where one is missing
+                    tied = (d == 0).sum(0) / 2 if self.ties else 0  # (P,)
+                    won, lost = won + (d > 0).sum(0) + tied, lost + (d < 0).sum(0) + tied  # (P,) each
+                had = won + lost > 0  # (P,)
+                cells = np.full(had.sum(), cluster), a[had], b[had], won[had], lost[had]  # (C,) each
+                parts.append(WinCounts(*cells))
+        return WinCounts(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def select(self, keep: np.ndarray, rows: np.ndarray | None = None) -> "Battles":
+        """The single battles of a mask or indices, and the table's rows of another; None keeps no table."""
+        side = None if self.side is None else self.side[keep]
+        table = None if self.table is None or rows is None else self.table.select(rows)
+        table = None if table is None or not len(table) else table
+        return replace(self, side=side, table=table, **{name: getattr(self, name)[keep] for name in COLUMNS})
+
+    def usable(self, ties: bool = False, equal_rows: bool = False) -> "Battles":
+        """These battles with or without ties, and of the table the rows that then hold battles.
+
+        equal_rows: keeps rows in which all scores are equal, also without ties.
+        """
+        rows = None
+        if self.table is not None:
+            known = (~np.isnan(self.table.scores)).sum(1)  # (R,)
+            rows = known > 1 if ties or equal_rows else self.table.differs()  # (R,)
+        return replace(self.select(ties | (self.outcome != 0.5), rows), ties=ties)
+
+    def among(self, models: np.ndarray) -> "Battles":
+        """The battles between models of these indices (m,); in the table the other models have no score."""
+        kept = self.select(np.isin(self.model_a_idx, models) & np.isin(self.model_b_idx, models), slice(None))
+        if kept.table is None or len(models) == len(self.model_names):
+            return kept
+        scores = np.full_like(kept.table.scores, np.nan)  # (R, M)
+        scores[:, models] = kept.table.scores[:, models]
+        return replace(kept, table=replace(kept.table, scores=scores))
+
+    def renumbered(self, queries: np.ndarray, models: np.ndarray) -> "Battles":
+        """The same battles over only the queries and models of these sorted indices, which include all in use."""
+        table = self.table
+        if table is not None:
+            table = replace(table.select(slice(None), models), query_idx=np.searchsorted(queries, table.query_idx))
+        return replace(
+            self,
+            queries=[self.queries[i] for i in queries],
+            model_names=[self.model_names[i] for i in models],
+            query_idx=np.searchsorted(queries, self.query_idx),
+            model_a_idx=np.searchsorted(models, self.model_a_idx),
+            model_b_idx=np.searchsorted(models, self.model_b_idx),
+            table=table,
+            side=None,
+        )
+
+    def concatenate(self, other: "Battles") -> "Battles":
+        """These battles followed by the single ones of `other`, a selection from the same queries and models."""
+        columns = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in COLUMNS}
+        return replace(self, side=None, **columns)
