@@ -46,6 +46,11 @@ def median(times: list[list[float]], action: int) -> float:
     return statistics.median(row[action] for row in times)
 
 
+def peak_memory() -> float:
+    """The peak memory of this process in GiB, on Linux; that of `resource.getrusage` may be its parent's."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+
+
 def add_corpus(parser: OneLineParser) -> None:
     """Flags for the queries that `corpus` draws."""
     parser.add_argument("--files", nargs="+", required=True, help="battles from which queries are drawn")

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import ROOT, print_header, report
+from benchmarks.common import ROOT, peak_memory, print_header, report
 from support.system.command_line import OneLineParser, run_command, whole_number
 from support.system.device import tune_cpu
 
@@ -53,6 +53,7 @@ def measure(path: str) -> dict[str, float]:
     from support.training.batches import BattleBatches
     from support.training.checkpoint import TrainingState
     from support.training.history import LearningCurves
+    from support.training.items import make_items
     from support.training.optimization import EMA, make_optimizer
 
     tune_cpu()
@@ -75,18 +76,17 @@ def measure(path: str) -> dict[str, float]:
     cluster_idx = router.query_tower.assign(x)  # (Q,)
     lap("cluster")
     optimizer = make_optimizer(router.parameters(), [], lr=1e-4, encoder_lr=None, weight_decay=0.01)
-    batches, args = BattleBatches(x, cluster_idx, split.train, batch_size=32), train.parse_args([])
+    items = make_items(split.train, x.device, label_range=None)
+    batches, args = BattleBatches(x, cluster_idx, items, batch_size=32), train.parse_args([])
     state = TrainingState(router, batches, optimizer, EMA([], 0.0), LearningCurves(), epochs=1)
     for batch in state.remaining_batches():
         state.record(train.train_step(args, state, batch))
     lap("epoch")
-    test = split.test
-    d = test.margins(router.score(x[test.unique_queries], cluster_idx[test.unique_queries]))  # (N,)
-    metrics.evaluate(d, test.outcome, test.model_a_idx, test.model_b_idx, 1.0)
+    test, (pairs,) = split.test, split.test.chunks()
+    d = pairs.margins(router.score(x[test.unique_queries], cluster_idx[test.unique_queries]))  # (N,)
+    metrics.evaluate(d, pairs.outcome, pairs.model_a_idx, pairs.model_b_idx, 1.0)
     lap("evaluate")
-    # Of Linux; the peak of `resource.getrusage` would be that of the process that started this one, if it is higher.
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # KiB
-    return stages | {"peak GB": peak / 2**20}
+    return stages | {"peak GB": peak_memory()}
 
 
 def main(argv: list[str] | None = None) -> None:

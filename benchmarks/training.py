@@ -68,6 +68,7 @@ def benchmark_step(args) -> None:
     from support.training.batches import BattleBatches
     from support.training.checkpoint import TrainingState
     from support.training.history import LearningCurves
+    from support.training.items import make_items
     from support.training.optimization import EMA, make_optimizer
 
     tune_cpu()
@@ -80,7 +81,8 @@ def benchmark_step(args) -> None:
     for parameter in twin.parameters():
         parameter.grad = torch.randn_like(parameter)
     products = matrix_products(router, batch_size)
-    batches = BattleBatches(torch.randn(2000, width), torch.randint(50, (2000,)), battles, batch_size)
+    items = make_items(battles, torch.device("cpu"), label_range=None)
+    batches = BattleBatches(torch.randn(2000, width), torch.randint(50, (2000,)), items, batch_size)
     ema = EMA(list(router.parameters()), 0.999)
     state = TrainingState(router, batches, optimizer, ema, LearningCurves(), epochs=1)
     flags = train.parse_args([])
