@@ -74,43 +74,40 @@ class Totals:
     ):
         self.weights, self.num_models, self.bins = weights, num_models, bins
         self.margin, self.temperature = margin, temperature
-        # By sample: battles, correct ones, log loss without and with temperature; each model's hits, wins and choices.
-        self.sums, self.by_model = np.zeros((len(weights), 4)), np.zeros((len(weights), 3 * num_models))
+        # By query: battles, correct ones, log loss without and with temperature; each model's hits, wins and choices.
+        self.by_query = np.zeros((weights.shape[1], 4 + 3 * num_models))  # (Q, 4 + 3M)
         # By sample: battles by their winner's lead, in bins from the most negative to the most positive one.
-        self.leads = None if bins is None else np.zeros((len(weights), 2 * len(bins) + 1))
+        self.leads = None if bins is None else np.zeros((2 * len(bins) + 1, len(weights)), np.float32)  # (bins, S)
+        self.query_weights = None if bins is None else np.ascontiguousarray(weights.T, np.float32)  # (Q, S)
 
     def add(
         self, row: np.ndarray, model_a_idx: np.ndarray, model_b_idx: np.ndarray, outcome: np.ndarray, d: np.ndarray
     ) -> None:
         """Add battles (N,) of the queries `row` (N,), which index the Q columns of the weights."""
-        correct, lead = is_correct(d, outcome), np.where(outcome == 1, d, -d)  # (N,) each
+        from scipy.sparse import coo_array
+
+        correct, lead, ones = is_correct(d, outcome), np.where(outcome == 1, d, -d), np.ones(len(d))  # (N,) each
         losses = -log_win_probability(lead, self.margin), -log_win_probability(lead, temperature=self.temperature)
-        values = np.concatenate([np.ones(len(d)), correct, *losses])  # (4N,)
-        self.sums += self._sums(values, np.repeat(np.arange(4), len(d)), np.tile(row, 4), 4)
         # The classes of precision and recall: hits are battles whose model was chosen and won.
-        won = np.where(outcome == 1, model_a_idx, model_b_idx)  # (N,)
-        lost = np.where(outcome == 1, model_b_idx, model_a_idx)  # (N,)
-        classes = np.concatenate([won, self.num_models + won, 2 * self.num_models + won, 2 * self.num_models + lost])
-        values = np.concatenate([correct, np.ones(len(d)), correct, 1 - correct])  # (4N,)
-        self.by_model += self._sums(values, classes, np.tile(row, 4), 3 * self.num_models)
+        won = 4 + np.where(outcome == 1, model_a_idx, model_b_idx)  # (N,), columns of `by_query`
+        lost = 4 + np.where(outcome == 1, model_b_idx, model_a_idx)  # (N,)
+        columns = [*(np.full(len(d), column) for column in range(4)), won, self.num_models + won]
+        columns += [2 * self.num_models + won, 2 * self.num_models + lost]
+        values = ones, correct, *losses, correct, ones, correct, 1 - correct
+        for value, column in zip(values, columns, strict=True):
+            self.by_query += coo_array((value, (row, column)), self.by_query.shape).toarray()
         if self.bins is not None:
             size = 1 + np.minimum(np.searchsorted(self.bins, np.abs(lead)), len(self.bins) - 1)  # (N,)
             bin_idx = len(self.bins) + np.sign(lead).astype(np.int64) * size  # (N,)
-            self.leads += self._sums(np.ones(len(d), np.float32), bin_idx, row, 2 * len(self.bins) + 1)
-
-    def _sums(self, values: np.ndarray, column: np.ndarray, row: np.ndarray, num_columns: int) -> np.ndarray:
-        """Sums of values (N,) by column, weighted as in each sample: (S, columns)."""
-        from scipy.sparse import coo_array
-
-        by_query = coo_array((values, (column, row)), (num_columns, self.weights.shape[1])).tocsr()  # (C, Q)
-        parts = np.array_split(self.weights, -(-len(self.weights) // SAMPLES_AT_ONCE))  # (s, Q) each
-        return np.concatenate([(by_query @ part.T.astype(values.dtype)).T for part in parts])  # (S, C)
+            by_bin = coo_array((ones.astype(np.float32), (bin_idx, row)), (len(self.leads), len(self.by_query)))
+            self.leads += by_bin.tocsr() @ self.query_weights  # (bins, S)
 
     def metrics(self) -> dict[str, np.ndarray]:
         """The metrics in each sample, (S,) each: those of `evaluate`, and log_loss_calibrated; auc only with bins."""
-        count, *sums = self.sums.T  # (S,) each
-        accuracy, log_loss, calibrated = (values / count for values in sums)  # (S,) each
-        precision, recall, f1 = macro(*np.split(self.by_model, 3, axis=1))  # (S,) each
+        parts = np.array_split(self.weights, -(-len(self.weights) // SAMPLES_AT_ONCE))  # (s, Q) each
+        sums = np.concatenate([part.astype(np.float64) @ self.by_query for part in parts])  # (S, 4 + 3M)
+        accuracy, log_loss, calibrated = (sums[:, column] / sums[:, 0] for column in (1, 2, 3))  # (S,) each
+        precision, recall, f1 = macro(*np.split(sums[:, 4:], 3, axis=1))  # (S,) each
         results = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
         if self.bins is not None:
             results["auc"] = self._auc()
@@ -121,9 +118,12 @@ class Totals:
 
         It is exact where every size has a bin of its own.
         """
-        below = self.leads.cumsum(1) - self.leads / 2  # (S, bins), with half of the bin itself
-        lost = (self.leads * below[:, ::-1]).sum(1)  # (S,)
-        return 1 - lost / self.leads.sum(1) ** 2
+        aucs = []
+        for leads in np.array_split(self.leads, -(-len(self.weights) // SAMPLES_AT_ONCE), axis=1):  # (bins, s) each
+            leads = leads.astype(np.float64)
+            below = leads.cumsum(0) - leads / 2  # (bins, s), with half of the bin itself
+            aucs.append(1 - (leads * below[::-1]).sum(0) / leads.sum(0) ** 2)  # (s,)
+        return np.concatenate(aucs)  # (S,)
 
 
 def macro(hits: np.ndarray, wins: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -148,6 +148,8 @@ def log_win_probability(d: np.ndarray, margin: float = 0.0, temperature: float =
     every calibrated one, since training that stops early does not reach that minimum and a fitted temperature alone
     predicts better.
     """
+    if margin == 0:
+        return -np.logaddexp(0, -d / temperature)
     for_a = -np.logaddexp(0, -(margin + d / temperature))  # log sigmoid, which does not overflow
     for_b = -np.logaddexp(0, -(margin - d / temperature))
     return for_a - np.logaddexp(for_a, for_b)

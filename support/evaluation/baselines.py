@@ -11,7 +11,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 from scipy.special import expit
 
 import metrics
-from support.data.battles import Pairs, WinCounts
+from support.data.battles import PAIRS_AT_ONCE, Battles, Pairs, WinCounts
 
 INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # C of the logistic regressions
 NEIGHBORS = (8, 32, 128, 512, 2048)
@@ -73,6 +73,28 @@ def rankings_by_cluster(split, cluster_idx: np.ndarray, num_clusters: int) -> It
         yield {"inverse_penalty": inverse_penalty}, *(strengths[cluster] for cluster in held_out)
 
 
+def residuals_of(battles: Battles, strengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By query and model (Q, M): sums over the battles of wins - P(win), and of P (1 - P), at strengths (1, M)."""
+    p = expit(strengths.T - strengths)  # (M, M), that the model of the row wins
+    a, b, shape = battles.model_a_idx, battles.model_b_idx, (len(battles.unique_queries), len(p))
+    single = Pairs(battles.query_rows, a, b, battles.outcome)
+    residual, variance = battles.outcome - p[a, b], (p * (1 - p))[a, b]  # (N,) each
+    residuals = sum_by_model(residual, -residual, single, shape).toarray()  # (Q, M)
+    information = sum_by_model(variance, variance, single, shape).toarray()  # (Q, M)
+    if battles.table is None:
+        return residuals, information
+    query_rows = np.searchsorted(battles.unique_queries, battles.table.query_idx)  # (R,)
+    others = ~np.eye(len(p), dtype=bool)  # (M, M)
+    for rows in np.array_split(np.arange(len(query_rows)), len(query_rows) * p.size // PAIRS_AT_ONCE + 1):  # (r,) each
+        scores = battles.table.scores[rows]  # (r, M)
+        d = scores[:, :, None] - scores[:, None, :]  # (r, M, M), NaN where one is missing
+        counted = ~np.isnan(d) & others if battles.ties else np.abs(d) > 0  # (r, M, M)
+        residual = np.where(counted, (1 + np.sign(d)) / 2 - p, 0)  # (r, M, M)
+        np.add.at(residuals, query_rows[rows], residual.sum(2))
+        np.add.at(information, query_rows[rows], (counted * (p * (1 - p))).sum(2))
+    return residuals, information
+
+
 def neighbors(split, strengths: np.ndarray, x: np.ndarray) -> Iterator[Candidate]:
     """Bradley-Terry strengths (1, M) plus a correction by the battles of the nearest training queries.
 
@@ -84,13 +106,7 @@ def neighbors(split, strengths: np.ndarray, x: np.ndarray) -> Iterator[Candidate
 
     train = split.train
     train_queries = train.unique_queries  # (Qt,)
-    shape = len(train_queries), len(train.model_names)
-    residuals, information = csr_array(shape), csr_array(shape)  # (Qt, M) each
-    for battles in train.chunks():
-        p = expit(battles.margins(strengths))  # (N,)
-        residual, variance = battles.outcome - p, p * (1 - p)  # (N,) each
-        residuals += sum_by_model(residual, -residual, battles, shape)
-        information += sum_by_model(variance, variance, battles, shape)
+    residuals, information = residuals_of(train, strengths)  # (Qt, M) each
     index = NearestNeighbors(metric="cosine", algorithm="brute").fit(x[train_queries])
     counts = sorted({min(k, len(train_queries)) for k in NEIGHBORS})
     held_out = x[split.val.unique_queries], x[split.test.unique_queries]  # (Q, H) each
@@ -100,7 +116,7 @@ def neighbors(split, strengths: np.ndarray, x: np.ndarray) -> Iterator[Candidate
         for order in nearest:
             ends = k * np.arange(len(order) + 1)  # (Q + 1,)
             near = csr_array((np.ones(ends[-1]), order[:, :k].ravel(), ends), (len(order), len(train_queries)))
-            sums.append(((near @ residuals).toarray(), (near @ information).toarray()))  # (Q, M) each
+            sums.append((near @ residuals, near @ information))  # (Q, M) each
         for damping in DAMPINGS:
             scores = [strengths + gradient / (curvature + damping) for gradient, curvature in sums]  # (Q, M) each
             yield {"neighbours": k, "damping": damping}, *scores
