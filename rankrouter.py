@@ -59,6 +59,7 @@ class Metadata:
     temperature: float = 1.0  # at which differences of scores are log-odds
     trained: dict | None = None  # a finetuned encoder's layers, lora_rank and weights
     added_models: list = field(default_factory=list)
+    label_range: list[float] | None = None  # of a pointwise loss: the scores whose labels are 0 and 1
 
 
 class RankRouter(nn.Module):
@@ -226,6 +227,22 @@ class RankRouter(nn.Module):
         self.model_blocks = self.model_blocks or self._model_blocks()
         return self._score(x, cluster_idx, self.model_blocks)  # (Q, M)
 
+    def expected_scores(self, queries: list[str]) -> np.ndarray:
+        """What each model is expected to score on queries, float64 (Q, M), in the units of the score table.
+
+        Where those scores are 0 and 1, it is the probability that the model is right. For a router that was trained by
+        `--loss_type pointwise`; raises `UserError` for others, and as `embed` does.
+        """
+        if self._trained().label_range is None:
+            raise UserError("the router was not trained by --loss_type pointwise, so its scores only rank models")
+        return self._expected(self.scores_of(queries))  # (Q, M)
+
+    def _expected(self, scores: np.ndarray) -> np.ndarray:
+        low, high = self._trained().label_range
+        # Of two independent answers one right, one wrong, the log-odds are the difference of the logits, so the
+        # temperature of those differences is that of the logits.
+        return low + (high - low) / (1 + np.exp(-scores / self.temperature))  # (Q, M)
+
     def rank(
         self, queries: list[str], top_k: int | None = None, models: list[str] | None = None
     ) -> list[list[tuple[str, float]]]:
@@ -320,7 +337,8 @@ class RankRouter(nn.Module):
     def _from_checkpoint(cls, checkpoint: dict) -> tuple["RankRouter", dict[str, torch.dtype]]:
         """The router, and the dtypes that its weights should have."""
         config = RouterConfig(**checkpoint["config"])
-        metadata = Metadata(**{each.name: checkpoint[each.name] for each in fields(Metadata)})
+        names = [each.name for each in fields(Metadata)]
+        metadata = Metadata(**{name: checkpoint[name] for name in names if name in checkpoint})
         with torch.device("meta"):  # takes no memory, whatever widths the file claims
             router = cls(checkpoint["model_names"], metadata.encoder["width"], config)
         dtypes = {name: tensor.dtype for name, tensor in router.state_dict().items()}
@@ -350,6 +368,9 @@ class RankRouter(nn.Module):
         yield "the encoder's include_prompt", type(encoder.get("include_prompt", True)) is bool
         yield "--max_length", type(args["max_length"]) is int and 1 <= args["max_length"] <= 2**20
         yield "--seed", type(args["seed"]) is int and 0 <= args["seed"] < 2**32
+        if metadata.label_range is not None:
+            low, high = metadata.label_range
+            yield "the label range", type(low) is type(high) is float and -np.inf < low < high < np.inf
         seen = metadata.seen_queries
         yield "the list of seen queries", is_plain(seen) and seen.dtype == torch.int64 and seen.ndim == 1
         yield "the finetuned encoder", (trained is not None) == args["finetune_encoder"]

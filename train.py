@@ -212,6 +212,7 @@ def build(run: Run, split: Split, embeddings: torch.Tensor, phase: str) -> tuple
         seen_queries=torch.from_numpy(query_ids([split.train.queries[i] for i in seen])),  # (Qs,)
         profiles=profile_metadata,
         best_single_model=baselines.best_single_model(split),
+        label_range=run.data.label_range,
     )
     if args.num_clusters:
         sizes = cluster_idx.cpu()[train_queries].bincount(minlength=args.num_clusters).tolist()  # (K,)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_loader import Split, data_files, load_battles, split_battles
+from support.data.battles import Battles
 from support.data.benchmarks import Profiles, read_profiles
 from support.data.demo import demo_folder
 from support.data.rows import read_and_dropped
@@ -29,7 +30,7 @@ class Data:
     full_split: Split  # with the model of --hold_out_model, which `split` leaves out; else the same
     profiles: Profiles | None  # of --capability_file
     counts: dict  # the `data` of the history
-    label_range: tuple[float, float] | None  # the scores that are 0 and 1 for a pointwise loss; None for the others
+    label_range: list[float] | None  # the scores whose labels are 0 and 1 with a pointwise loss; None with others
 
 
 def find_inputs(args: argparse.Namespace) -> Path | None:
@@ -50,7 +51,7 @@ def find_inputs(args: argparse.Namespace) -> Path | None:
 
 
 def load_data(args: argparse.Namespace) -> Data:
-    """Read and split the battles, read the benchmarks, and set `args.capability_dim`.
+    """Read and split the battles, read the benchmarks, and set `args.capability_dim` and `args.eval_every`.
 
     Raises `UserError` where a file cannot be read or does not fit the flags.
     """
@@ -79,8 +80,16 @@ def load_data(args: argparse.Namespace) -> Data:
         profiles.of(full_split.train.model_names, args.allow_missing_profiles)  # raises where a row is missing
     if args.capability_dim is None:
         args.capability_dim = args.num_clusters if profiles is None else len(profiles.columns)
+    if args.eval_every is None:
+        args.eval_every = validation_interval(full_split.train, args.batch_size)
     counts["label_range"] = label_range(full_split.train.table.scores) if is_pointwise else None
     return Data(split, full_split, profiles, counts, counts["label_range"])
+
+
+def validation_interval(train: Battles, batch_size: int) -> int:
+    """Steps between validations: 100, or a tenth of an epoch's, in hundreds, so that their cost grows with the data."""
+    steps = sum(map(len, train.query_columns())) / batch_size
+    return max(100, round(steps / 1000) * 100)
 
 
 def label_range(scores: np.ndarray) -> list[float]:

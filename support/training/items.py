@@ -56,7 +56,7 @@ class ScoreItems:
         label_range: the scores that are 0 and 1 as labels.
     """
 
-    def __init__(self, battles: Battles, device: torch.device, label_range: tuple[float, float]):
+    def __init__(self, battles: Battles, device: torch.device, label_range: list[float]):
         low, high = label_range
         labels = (battles.table.scores - low) / (high - low)  # (R, M), NaN where a score is missing
         self.query_idx, self.labels = battles.table.query_idx, torch.from_numpy(labels.astype(np.float32)).to(device)
@@ -72,7 +72,7 @@ class ScoreItems:
 Items = BattleItems | RowItems | ScoreItems
 
 
-def make_items(battles: Battles, device: torch.device, label_range: tuple[float, float] | None) -> Items:
+def make_items(battles: Battles, device: torch.device, label_range: list[float] | None) -> Items:
     """What a training learns from: scores where there is a label range, else rows of a score table, else battles."""
     if label_range is not None:
         return ScoreItems(battles, device, label_range)

@@ -116,9 +116,7 @@ def _parser() -> OneLineParser:
     official = "the column of an official split into train, val (drawn from train where it lacks) and test"
     add("--split_column", metavar="NAME", help=official)
     add("--ties", choices=["drop", "half"], default="drop", help="in training: left out, or half a win for each model")
-    split = (
-        "what is split 80/10/10; battle: test queries also occur in training, and score-table rows are not evaluated"
-    )
+    split = "what is split 80/10/10; battle: battles or rows, whose queries may then be in training and in test"
     add("--split_by", choices=["query", "battle"], default="query", help=split)
     add("--limit", metavar="N", type=count, help="only N queries: a quick look")
     add("--demo", **switch, help="synthetic battles, tiny Qwen2; paths that are given are used")
@@ -184,14 +182,15 @@ def _parser() -> OneLineParser:
         "--loss_type",
         metavar="LOSS",
         default="bpr",
-        help="loss on a battle's scores: bpr, bce, hinge, or a new one of loss.py",
+        help="bpr, bce, hinge, or a new one of loss.py; pointwise: learn the scores of a score table themselves",
     )
     add("--margin", type=not_negative, default=1.0, help="lead in score that bpr and hinge demand of a winner")
-    add("--batch_size", type=whole_number(1, 2**31 - 1), default=32, help="battles per step")
-    add("--epochs", type=count, default=10, help="passes over the training battles")
+    add("--batch_size", type=whole_number(1, 2**31 - 1), default=32, help="battles, or rows of a score table, per step")
+    add("--epochs", type=count, default=10, help="passes over the training battles or rows")
     add("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
-    within = "validate also after every N steps within an epoch; 0: only after epochs"
-    add("--eval_every", metavar="N", type=whole_number(0), default=100, help=within)
+    within = "validate also after every N steps within an epoch; 0: only after epochs; default: 100, or where an epoch "
+    within += "has more than 1,000 steps, a tenth of them"
+    add("--eval_every", metavar="N", type=whole_number(0), help=within)
     add("--patience", metavar="N", type=count, help="stop after N validations without a new best")
     average = (
         "decay of the moving average of weights that is validated and kept; 0: none, as while the encoder is trained"
