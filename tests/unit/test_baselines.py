@@ -33,7 +33,16 @@ def draw(strengths, queries, size, seed):
 
 
 def split_of(strengths, queries=300, sizes=(6000, 1500, 1500)):
-    return Split(*(draw(strengths, queries, size, seed) for seed, size in enumerate(sizes)))
+    return as_split(*(draw(strengths, queries, size, seed) for seed, size in enumerate(sizes)))
+
+
+def as_split(train, val, test):
+    return Split(train, val, test, val.sample(len(val), seed=0))
+
+
+def margins(battles, scores):
+    (pairs,) = battles.chunks()
+    return pairs.margins(scores)
 
 
 def centered(scores):
@@ -45,7 +54,8 @@ def test_bradley_terry_equals_an_independent_fit_also_with_ties_and_clusters():
         battles = draw(np.tile(np.linspace(-1, 1, 5), (50, 1)), 50, 400, 1)
         if ties:
             battles.outcome[::4] = 0.5
-        cluster, c = battles.query_idx % 3, 0.3
+        cluster_of_query, c = np.arange(50) % 3 if num_clusters else None, 0.3
+        cluster = battles.query_idx % 3
         a, b, y = battles.model_a_idx, battles.model_b_idx, battles.outcome
 
         def penalized(flat, k=cluster, num_clusters=num_clusters, a=a, b=b, y=y, c=c):
@@ -58,22 +68,21 @@ def test_bradley_terry_equals_an_independent_fit_also_with_ties_and_clusters():
 
         best = minimize(penalized, np.zeros(5 * (1 + num_clusters)), tol=1e-10).x
         expected = best[None, :5] * baselines.GLOBAL_SCALE + (best[5:].reshape(num_clusters, 5) if num_clusters else 0)
-        got = baselines.bradley_terry(battles, c, cluster, num_clusters)
+        got = baselines.bradley_terry(battles.win_counts(cluster_of_query), 5, c, num_clusters)
         np.testing.assert_allclose(got, expected, atol=5e-3, err_msg=f"{ties} {num_clusters}")
 
 
 def test_bradley_terry_is_finite_where_model_a_always_won():
     battles = draw(np.zeros((5, 5)), 5, 100, 2)
     battles.outcome[:] = 1
-    assert np.isfinite(baselines.bradley_terry(battles, 1.0)).all()
+    assert np.isfinite(baselines.bradley_terry(battles.win_counts(), 5, 1.0)).all()
 
 
 def test_strengths_of_a_cluster_are_recovered_and_shrink_to_the_shared_ones():
     strengths = np.array([np.linspace(-1, 1, 5), np.linspace(1, -1, 5)])[np.arange(100) % 2]  # (Q, M)
     battles = draw(strengths, 100, 6000, 3)
-    cluster = battles.query_idx % 2
-    shrunk = baselines.bradley_terry(battles, 1e-6, cluster, 2)
-    free = baselines.bradley_terry(battles, 1.0, cluster, 2)
+    wins = battles.win_counts(np.arange(100) % 2)
+    shrunk, free = (baselines.bradley_terry(wins, 5, inverse_penalty, 2) for inverse_penalty in (1e-6, 1.0))
     np.testing.assert_allclose(shrunk[0], shrunk[1], atol=1e-2)
     np.testing.assert_allclose(centered(free), strengths[:2], atol=0.15)
 
@@ -89,7 +98,7 @@ def test_neighbors_take_one_newton_step_on_the_nearest_training_queries(monkeypa
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     train_queries = np.unique(split.train.query_idx)
     for side, scores in zip((split.val, split.test), got, strict=True):
-        d = side.margins(scores)
+        d = margins(side, scores)
         for battle in range(len(side)):
             near = train_queries[np.argsort(-(unit[train_queries] @ unit[side.query_idx[battle]]))[:3]]
             up, down = np.zeros(5), np.full(5, 2.0)
@@ -113,8 +122,8 @@ def test_each_baseline_recovers_the_structure_planted_for_it():
     split = split_of(planted)
     fitted = baselines.fit(split, x, cluster, 4, learned=True, seed=0)
     assert set(fitted) >= {*FAST, "linear_head", "factorisation"}
-    auc = {name: metrics.auc(split.test.margins(scores), split.test.outcome) for name, (_, _, scores) in fitted.items()}
-    truth = metrics.auc(split.test.margins(planted[split.test.unique_queries]), split.test.outcome)
+    auc = {name: metrics.auc(margins(split.test, scores), split.test.outcome) for name, (_, _, scores) in fitted.items()}
+    truth = metrics.auc(margins(split.test, planted[split.test.unique_queries]), split.test.outcome)
     assert auc["random"] == 0.5
     assert auc["cluster_bradley_terry"] > truth - 0.01 > auc["neighbours"] - 0.01 > auc["bradley_terry"] + 0.05
     for name in ("linear_head", "factorisation"):
@@ -136,7 +145,7 @@ def test_the_linear_head_is_penalized_logistic_regression(monkeypatch):
     penalty = 3.0
     monkeypatch.setattr(baselines, "PENALTIES", (50.0, penalty))
     split, x, *_ = planted_heads(rank=2)
-    *_, (chosen, _, scores) = baselines.linear_heads(split, np.ones((1, 5)), x)
+    *_, (chosen, _, scores) = baselines.linear_heads(split, np.ones((1, 5)), x, seed=0)
     identity, train = np.eye(5), split.train
     signs = identity[train.model_a_idx] - identity[train.model_b_idx]  # (N, M)
     scaled = x / x.shape[1] ** 0.5  # (Q, H)
@@ -167,27 +176,27 @@ def test_the_factorization_recovers_planted_weights_of_low_rank_and_starts_from_
 def test_a_strong_penalty_leaves_bradley_terry(monkeypatch):
     monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
     split, x, *_ = planted_heads(rank=2)
-    expected = centered(baselines.bradley_terry(split.train, 1.0))
-    for head, seed in ((baselines.linear_heads, ()), (baselines.factorizations, (0,))):
-        ((_, _, scores),) = head(split, np.zeros((1, 5)), x, *seed)
+    expected = centered(baselines.bradley_terry(split.train.win_counts(), 5, 1.0))
+    for head in (baselines.linear_heads, baselines.factorizations):
+        ((_, _, scores),) = head(split, np.zeros((1, 5)), x, seed=0)
         np.testing.assert_allclose(centered(scores), np.broadcast_to(expected, scores.shape), atol=0.01)
 
 
 def test_shared_strengths_are_penalized_as_those_of_bradley_terry(monkeypatch):
     monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
     split, x, *_ = planted_heads(rank=2)
-    split = Split(split.train.select(np.arange(40)), split.val, split.test)
+    split = replace(split, train=split.train.select(np.arange(40)))
     split.train.outcome[:] = split.train.model_a_idx < split.train.model_b_idx  # only a penalty bounds the strengths
-    ((_, _, scores),) = baselines.linear_heads(split, np.zeros((1, 5)), x)
+    ((_, _, scores),) = baselines.linear_heads(split, np.zeros((1, 5)), x, seed=0)
     # Of strengths up to 7.6: ten times the penalty moves them by 3, none by 100.
-    np.testing.assert_allclose(centered(scores[:1]), centered(baselines.bradley_terry(split.train, 1.0)), atol=0.4)
+    np.testing.assert_allclose(centered(scores[:1]), centered(baselines.bradley_terry(split.train.win_counts(), 5, 1.0)), atol=0.4)
 
 
 def test_ties_are_half_a_win_of_each_side_in_the_learned_heads(monkeypatch):
     monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
     split, x, *_ = planted_heads(rank=2)
     split.train.outcome[:] = 0.5
-    ((_, _, scores),) = baselines.linear_heads(split, np.ones((1, 5)) * np.arange(5), x)
+    ((_, _, scores),) = baselines.linear_heads(split, np.ones((1, 5)) * np.arange(5), x, seed=0)
     np.testing.assert_allclose(centered(scores), 0, atol=0.01)
 
 
@@ -215,9 +224,9 @@ def test_hyperparameters_are_chosen_on_validation_and_not_on_test():
         assert all(np.array_equal(got, expected) for got, expected in zip(scores, fitted[name][1:], strict=True))
     strengths = baselines.best(baselines.rankings(split), split)[1]
     candidates = [scores for _, scores, _ in baselines.neighbors(split, strengths, x)]
-    all_aucs = [metrics.auc(split.val.margins(scores), split.val.outcome) for scores in candidates]
+    all_aucs = [metrics.auc(margins(split.val, scores), split.val.outcome) for scores in candidates]
     assert len(all_aucs) == len(baselines.DAMPINGS) * 4  # 8, 32, 128 and all 300 queries
-    chosen_auc = metrics.auc(split.val.margins(fitted["neighbours"][1]), split.val.outcome)
+    chosen_auc = metrics.auc(margins(split.val, fitted["neighbours"][1]), split.val.outcome)
     assert chosen_auc == max(all_aucs)
 
 
@@ -225,7 +234,7 @@ def test_differences_are_paired():
     split = split_of(np.tile(np.linspace(-1, 1, 5), (300, 1)))
     fitted = baselines.fit(split, np.random.default_rng(1).normal(size=(300, 4)), np.zeros(300, int), 0, False, 0)
     _, val_scores, scores = fitted["bradley_terry"]
-    temperature = metrics.fit_temperature(split.val.margins(val_scores), split.val.outcome)
+    temperature = metrics.fit_temperature(margins(split.val, val_scores), split.val.outcome)
     evaluation = TestEvaluation(split, scores, 0.0, temperature, seed=0)
     rows, router = evaluation.compare(fitted), evaluation.results()["test_metrics"]
     # A router with Bradley-Terry's scores differs from it nowhere, though both intervals are wide.
@@ -258,13 +267,13 @@ def test_models_are_ranked_by_their_mean_score():
 def table_split():
     """Battles with tables of several rows a query, in no order, whose best model differs between training and test."""
     rng, split = np.random.default_rng(0), split_of(np.zeros((60, 5)), queries=60, sizes=(600, 200, 200))
-    sides = {}
-    for name, part in vars(split).items():
+    sides = []
+    for part, best in ((split.train, 1), (split.val, 3), (split.test, 3)):
         scores = rng.random((80, 5))
-        scores[:, 1 if name == "train" else 3] += 0.3
+        scores[:, best] += 0.3
         scores[rng.random((80, 5)) < 0.1] = np.nan
-        sides[name] = replace(part, table=ScoreTable(rng.choice(part.unique_queries, 80), scores))
-    return Split(**sides)
+        sides.append(replace(part, table=ScoreTable(rng.choice(part.unique_queries, 80), scores)))
+    return as_split(*sides)
 
 
 def test_the_best_single_model_is_chosen_on_training(table_split):
@@ -295,7 +304,7 @@ def test_rows_of_a_query_are_drawn_together_and_weighted_equally(table_split):
         hits.append(scores[choice] == np.nanmax(scores))
     assert (row["mean_score"], row["top1_accuracy"]) == (pytest.approx(np.mean(values)), pytest.approx(np.mean(hits)))
     single, _ = evaluation.route(baselines.ranking_by_mean(table_split.train.table))
-    weights = metrics.bootstrap_weights(table.query_idx, 7)
+    weights = metrics.bootstrap_weights(len(queries), 7)[:, np.searchsorted(queries, table.query_idx)]
     assert len(np.unique(weights.sum(1))) > 1  # queries differ in their rows
     for sample in (0, 1, 2):
         rows = np.repeat(np.arange(80), weights[sample])
@@ -328,7 +337,7 @@ def test_a_router_is_compared_with_the_baselines_of_its_own_split_and_without_st
     for which in ("none", "all"):
         args = train.parse_args(["--demo", "--baselines", which, "--num_clusters", "3", "--margin", "1"])
         history = History(tmp_path, vars(args), {}, Timing())
-        run = train.Run(args, SimpleNamespace(split=split, full_split=None), None, history, None)
+        run = train.Run(args, SimpleNamespace(split=split, full_split=None), None, history, None, tower_threads=1)
         train.test(run, router, (x, cluster_idx), (x, cluster_idx))
         rows[which] = history.as_dict()
     assert rows["none"]["baselines"] == {}
@@ -337,7 +346,8 @@ def test_a_router_is_compared_with_the_baselines_of_its_own_split_and_without_st
     assert set(compared) >= {*FAST, "linear_head", "factorisation"}
     for name, row in compared.items():
         assert verdict(row["difference_intervals"]["auc"], name, 100) == "no difference shown"
-    d = split.test.margins(baselines.bradley_terry(split.train, compared["bradley_terry"]["chosen"]["inverse_penalty"]))
+    inverse_penalty = compared["bradley_terry"]["chosen"]["inverse_penalty"]
+    d = margins(split.test, baselines.bradley_terry(split.train.win_counts(), 5, inverse_penalty))
     assert compared["bradley_terry"]["auc"] == pytest.approx(metrics.auc(d, split.test.outcome), abs=1e-6)
     # Its margins are log-odds, without the margin of BPR.
     assert compared["bradley_terry"]["log_loss"] == pytest.approx(metrics.log_loss(d, split.test.outcome), abs=1e-6)

@@ -16,6 +16,7 @@ from support.system.errors import UserError
 from support.training.batches import QueryBatches
 from support.training.checkpoint import TrainingState
 from support.training.history import LearningCurves
+from support.training.items import BattleItems
 from support.training.optimization import EMA, make_optimizer
 
 CPU = torch.device("cpu")
@@ -41,7 +42,8 @@ def made(demo):
         tower.fit(embeddings[torch.from_numpy(split.train.unique_queries)], 0)
         cluster_idx = tower.assign(tower.standardize(embeddings))
         trainable = encoder.trainable(None, None, gradient_checkpointing)
-        batches = QueryBatches(split.train, tower, cluster_idx, trainable, tokens=tokens, accumulate=accumulate)
+        items, options = BattleItems(split.train, CPU), {"tokens": tokens, "accumulate": accumulate}
+        batches = QueryBatches(split.train, items, tower, cluster_idx, trainable, **options)
         return batches, router, split
 
     return make
@@ -161,6 +163,7 @@ def test_a_constant_dimension_does_not_make_gradients_explode(made):
     router.query_tower.scale[5] = 1e-30  # as two dimensions of MiniLM have it
     again = QueryBatches(
         split.train,
+        batches.items,
         router.query_tower,
         torch.zeros(len(split.train.queries), dtype=torch.int64),
         batches.encoder,

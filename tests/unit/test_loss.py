@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from loss import LOSSES, bce, bpr, hinge, link_margin
+from loss import LOSSES, bce, bpr, hinge, link_margin, pointwise
 
 LN2 = math.log(2)
 
@@ -60,15 +60,28 @@ def test_hinge():
         assert got == pytest.approx((value, slope, -slope), abs=1e-6), (a, b, outcome, margin)
 
 
+def test_pointwise():
+    for label, value, slope in (
+        (1.0, math.log(1.5), -1 / 3),  # the score ln 2 is a probability of 2/3
+        (0.0, math.log(3), 2 / 3),
+        (0.75, (3 * math.log(1.5) + math.log(3)) / 4, -1 / 12),
+    ):
+        score = torch.tensor(LN2, requires_grad=True)
+        loss = pointwise(score, torch.tensor(label), margin=2.0)  # which has no effect
+        loss.backward()
+        assert (loss.item(), score.grad.item()) == pytest.approx((value, slope), abs=1e-6), label
+
+
 def test_a_loss_is_that_of_each_battle_alone_in_any_shape():
     generator = torch.Generator().manual_seed(0)
     for name, shape in itertools.product(LOSSES, [(), (1,), (7,), (2, 3, 3)]):  # the last: all pairs for two queries
         a, b = torch.randn(2, *shape, generator=generator)
         outcome = torch.randint(3, shape, generator=generator) / 2
-        losses = LOSSES[name](a, b, outcome, margin=0.7)
+        columns = [a, outcome] if name == "pointwise" else [a, b, outcome]
+        losses = LOSSES[name](*columns, margin=0.7)
         assert losses.shape == shape, name
         for place in itertools.product(*map(range, shape)):
-            alone = LOSSES[name](a[place], b[place], outcome[place], margin=0.7)
+            alone = LOSSES[name](*(column[place] for column in columns), margin=0.7)
             assert losses[place].item() == pytest.approx(alone.item(), abs=1e-6), (name, shape)
         assert losses.numel() == 1 or losses.unique().numel() > 1, (name, shape)
 

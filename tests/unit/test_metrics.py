@@ -26,9 +26,26 @@ battles = st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=1, max
 )
 
 
+def samples_of(weights, row, a, b, outcome, d, **options):
+    """The metrics of weighted samples, from battles that are added in two lists."""
+    totals = metrics.Totals(weights, 1 + max(a.max(), b.max()), bins=metrics.lead_bins(d), **options)
+    for some in np.array_split(np.arange(len(d)), 2):
+        totals.add(row[some], a[some], b[some], outcome[some], d[some])
+    return totals.metrics()
+
+
+def reliability(d, outcome, *args, **options):
+    """The reliability of battles that are added in two lists."""
+    total = metrics.Reliability(*args, **options)
+    for some in np.array_split(np.arange(len(d)), 2):
+        total.add(d[some], outcome[some])
+    return total.as_dict()
+
+
 def test_accuracy_by_hand():
     d, outcome = np.array([2.0, -1.0, 0.0, 3.0]), np.array([1.0, 0.0, 1.0, 0.0])
-    assert metrics.accuracy(d, outcome) == (1 + 1 + 0.5 + 0) / 4
+    assert metrics.is_correct(d, outcome).tolist() == [1, 1, 0.5, 0]
+    assert metrics.evaluate(d, outcome, np.zeros(4, int), np.ones(4, int))["accuracy"] == 2.5 / 4
 
 
 def test_auc_by_hand():
@@ -56,7 +73,7 @@ def test_metrics_do_not_depend_on_which_model_is_a(rows, flips):
     flip = np.array([flips >> i & 1 for i in range(len(d))], bool)
     swapped = np.where(flip, -d, d), np.where(flip, 1 - outcome, outcome), np.where(flip, b, a), np.where(flip, a, b)
     assert metrics.evaluate(d, outcome, a, b, 1.0) == pytest.approx(metrics.evaluate(*swapped, 1.0))
-    assert metrics.reliability(d, outcome, 1.0) == metrics.reliability(*swapped[:2], 1.0)
+    assert reliability(d, outcome, 1.0) == reliability(*swapped[:2], 1.0)
 
 
 def test_weighted_metrics_equal_scikit_learn_with_sample_weights_and_ties():
@@ -67,7 +84,7 @@ def test_weighted_metrics_equal_scikit_learn_with_sample_weights_and_ties():
         weights[0] = 1
         won = np.tile(np.where(outcome == 1, a, b), 2)  # (2N,): a battle with d = 0 is chosen once for each side
         chosen = np.r_[np.where(d >= 0, a, b), np.where(d > 0, a, b)]
-        got = metrics.evaluate(d, outcome, a, b, weights=weights)
+        got = samples_of(weights, np.arange(400), a, b, outcome, d)
         for sample, weight in enumerate(weights):
             twice = np.tile(weight, 2)
             auc = roc_auc_score(np.r_[outcome, 1 - outcome], np.r_[d, -d], sample_weight=twice)
@@ -77,7 +94,7 @@ def test_weighted_metrics_equal_scikit_learn_with_sample_weights_and_ties():
             expected = dict(zip(names, (auc, accuracy, *macro[:3]), strict=True))
             assert {name: got[name][sample] for name in names} == pytest.approx(expected, abs=1e-12), (seed, sample)
         unweighted = metrics.evaluate(d, outcome, a, b)
-        assert unweighted == pytest.approx({name: values[0] for name, values in got.items()}, abs=1e-12), seed
+        assert unweighted == pytest.approx({name: got[name][0] for name in unweighted}, abs=1e-12), seed
 
 
 def test_a_score_that_is_not_finite_has_no_auc():
@@ -89,13 +106,14 @@ def test_a_score_that_is_not_finite_has_no_auc():
 def test_precision_is_not_one_by_construction():
     # Model 0 is always chosen and wins one of three; models 1 and 2 win and are never chosen.
     d, outcome = np.ones(3), np.array([1.0, 0.0, 0.0])
-    precision, recall, f1 = metrics.precision_recall_f1(d, outcome, np.zeros(3, int), np.array([1, 1, 2]))
-    assert precision == pytest.approx((1 / 3 + 0 + 0) / 3)
-    assert recall == pytest.approx((1 + 0 + 0) / 3)
-    assert f1 == pytest.approx((2 * (1 / 3) / (4 / 3)) / 3)
+    got = metrics.evaluate(d, outcome, np.zeros(3, int), np.array([1, 1, 2]))
+    assert got["precision"] == pytest.approx((1 / 3 + 0 + 0) / 3)
+    assert got["recall"] == pytest.approx((1 + 0 + 0) / 3)
+    assert got["f1"] == pytest.approx((2 * (1 / 3) / (4 / 3)) / 3)
     # A model that is chosen and never wins is a class, too: of 0 and 1, the second wins twice and is chosen once.
-    got = metrics.precision_recall_f1(np.array([1.0, -1.0]), np.zeros(2), np.zeros(2, int), np.ones(2, int))
-    assert got == pytest.approx(((0 + 1) / 2, (0 + 1 / 2) / 2, (0 + 2 / 3) / 2))
+    got = metrics.evaluate(np.array([1.0, -1.0]), np.zeros(2), np.zeros(2, int), np.ones(2, int))
+    expected = {"precision": (0 + 1) / 2, "recall": (0 + 1 / 2) / 2, "f1": (0 + 2 / 3) / 2}
+    assert {name: got[name] for name in expected} == pytest.approx(expected)
 
 
 def test_win_probability_by_hand():
@@ -131,7 +149,7 @@ def test_reliability_by_hand():
     # p of the chosen model: 0.75 twice (d = +-ln 3), 0.9 twice (ln 9), 0.5 once (d = 0, which counts one half).
     d = np.log([3.0, 1 / 3, 9.0, 1 / 9, 1.0])
     outcome = np.array([1.0, 1.0, 1.0, 0.0, 1.0])
-    error, bins = metrics.reliability(d, outcome, num_bins=5).values()
+    error, bins = reliability(d, outcome, num_bins=5).values()
     shown = [(part["low"], part["high"], part["battles"], part["probability"], part["won"]) for part in bins]
     assert shown == [
         (0.5, 0.6, 1, pytest.approx(0.5), 0.5),
@@ -139,9 +157,9 @@ def test_reliability_by_hand():
         (0.9, 1.0, 2, pytest.approx(0.9), 1.0),
     ]
     assert error == pytest.approx((0 + 2 * 0.25 + 2 * 0.1) / 5)
-    warm = metrics.reliability(2 * d, outcome, temperature=2.0, num_bins=5)
+    warm = reliability(2 * d, outcome, temperature=2.0, num_bins=5)
     assert warm["expected_calibration_error"] == pytest.approx(error)
-    certain = metrics.reliability(np.array([80.0]), np.ones(1))["bins"]
+    certain = reliability(np.array([80.0]), np.ones(1))["bins"]
     assert (certain[0]["high"], certain[0]["won"]) == (1.0, 1.0)
 
 
@@ -151,7 +169,7 @@ def test_the_calibration_error_is_small_only_for_calibrated_scores_and_the_tempe
     for margin in (0.0, 1.0):
         outcome = (rng.random(len(d)) < np.exp(metrics.log_win_probability(d, margin))).astype(float)
         options = ((d, 1.0), (3 * d, 1.0), (3 * d, 3.0))
-        errors = [metrics.reliability(x, outcome, margin, t)["expected_calibration_error"] for x, t in options]
+        errors = [reliability(x, outcome, margin, t)["expected_calibration_error"] for x, t in options]
         assert errors[0] < 0.01 < 0.05 < errors[1], margin
         assert errors[2] < 0.01, margin
         if margin == 0:  # as a temperature is fitted
@@ -204,38 +222,36 @@ def test_the_interval_across_seeds_by_hand():
     assert metrics.seeds_interval(np.array([1.0, 2.0, 3.0]), 1 / 8) == pytest.approx([2 - half, 2 + half], rel=1e-6)
 
 
-def test_the_bootstrap_draws_as_many_whole_queries_as_there_are():
-    query_idx = np.array([7, 3, 7, 7, 9, 3])
-    weights = metrics.bootstrap_weights(query_idx, seed=1, resamples=500)
-    assert weights.shape == (500, 6)
-    assert (weights[:, [2, 3]] == weights[:, [0]]).all()  # query 7
-    assert (weights[:, 5] == weights[:, 1]).all()  # query 3
-    assert (weights[:, [0, 1, 4]].sum(1) == 3).all()
-    np.testing.assert_allclose(weights[:, [0, 1, 4]].mean(0), 1, atol=0.1)
-    assert (metrics.bootstrap_weights(query_idx, seed=1, resamples=500) == weights).all()
-    assert (metrics.bootstrap_weights(query_idx, seed=2, resamples=500) != weights).any()
+def test_the_bootstrap_draws_as_many_queries_as_there_are():
+    weights = metrics.bootstrap_weights(3, seed=1, resamples=500)
+    assert weights.shape == (500, 3)
+    assert (weights.sum(1) == 3).all()
+    np.testing.assert_allclose(weights.mean(0), 1, atol=0.1)
+    np.testing.assert_allclose(weights.var(0), 2 / 3, atol=0.1)  # of the multinomial distribution
+    assert (metrics.bootstrap_weights(3, seed=1, resamples=500) == weights).all()
+    assert (metrics.bootstrap_weights(3, seed=2, resamples=500) != weights).any()
 
 
 def test_a_resample_equals_its_battles_repeated():
-    d, outcome, a, b = random_battles(5)
-    weights = metrics.bootstrap_weights(np.arange(400) // 3, seed=0, resamples=7)
-    weights[0] = 1
+    (d, outcome, a, b), row = random_battles(5), np.arange(400) // 3
+    weights = metrics.bootstrap_weights(134, seed=0, resamples=7)
     for margin in (0.0, 1.0):
-        got = metrics.evaluate_resamples(d, outcome, a, b, weights, margin, temperature=2.0)
+        got = samples_of(weights, row, a, b, outcome, d, margin=margin, temperature=2.0)
         for sample, weight in enumerate(weights):
-            i = np.repeat(np.arange(400), weight)
+            i = np.repeat(np.arange(400), weight[row])
             expected = metrics.evaluate(d[i], outcome[i], a[i], b[i], margin)
             expected["log_loss_calibrated"] = metrics.log_loss(d[i], outcome[i], temperature=2.0)
             assert {name: values[sample] for name, values in got.items()} == pytest.approx(expected, abs=1e-12), margin
 
 
 def test_chunks_of_weights_do_not_change_the_metrics(monkeypatch):
-    d, outcome, a, b = random_battles(6)
-    weights = metrics.bootstrap_weights(np.arange(400) // 2, seed=0, resamples=50)
-    whole = metrics.evaluate_resamples(d, outcome, a, b, weights)
-    monkeypatch.setattr(metrics, "WEIGHTS_AT_ONCE", 1700)
-    for name, values in metrics.evaluate_resamples(d, outcome, a, b, weights).items():
-        np.testing.assert_allclose(values, whole[name], rtol=1e-12)
+    (d, outcome, a, b), row = random_battles(6), np.arange(400) // 2
+    weights = metrics.bootstrap_weights(200, seed=0, resamples=50)
+    at_once = samples_of(weights, row, a, b, outcome, d)
+    monkeypatch.setattr(metrics, "SAMPLES_AT_ONCE", 7)
+    assert (metrics.bootstrap_weights(200, seed=0, resamples=50) == weights).all()
+    for name, values in samples_of(weights, row, a, b, outcome, d).items():
+        np.testing.assert_allclose(values, at_once[name], rtol=1e-12)
 
 
 def test_the_interval_over_queries_covers_the_truth_in_95_of_100_samples_with_correlated_battles():
@@ -245,10 +261,9 @@ def test_the_interval_over_queries_covers_the_truth_in_95_of_100_samples_with_co
     covered = {"by query": 0, "by battle": 0}
     for drawing in range(drawings):
         right = np.repeat(rng.random(queries) < 0.7, each)  # (N,): the winner is chosen with probability 0.7
-        d, outcome = np.where(right, 1.0, -1.0), np.ones(len(right))
         for name, unit in (("by query", np.repeat(np.arange(queries), each)), ("by battle", np.arange(len(right)))):
-            weights = metrics.bootstrap_weights(unit, seed=drawing, resamples=200)
-            low, high = metrics.interval(metrics.accuracy(d, outcome, weights))
+            weights = metrics.bootstrap_weights(unit[-1] + 1, seed=drawing, resamples=200)
+            low, high = metrics.interval(weights @ np.bincount(unit, right) / len(right))
             covered[name] += low <= 0.7 <= high
     assert 0.92 <= covered["by query"] / drawings <= 0.98
     assert covered["by battle"] / drawings < 0.8

@@ -5,6 +5,7 @@ import torch
 from scipy.optimize import minimize
 
 from model_profiling import SMOOTHING, ModelTower, fitted_vector, win_rate_profiles
+from support.data.battles import count_wins
 
 
 def random_battles(strengths, num_battles, seed):
@@ -15,13 +16,19 @@ def random_battles(strengths, num_battles, seed):
     clusters = rng.integers(num_clusters, size=num_battles)
     d = strengths[models[:, 0], clusters] - strengths[models[:, 1], clusters]
     outcome = (rng.random(num_battles) < 1 / (1 + np.exp(-d))).astype(float)
-    return tuple(map(torch.from_numpy, (clusters, models, outcome)))
+    return clusters, models, outcome
+
+
+def profiles_of(clusters, models, outcome, num_models, num_clusters, known=None):
+    """The win-rate profiles of a list of battles."""
+    wins = count_wins(np.asarray(clusters), *np.asarray(models).T, np.asarray(outcome), num_models)
+    return win_rate_profiles(wins, num_models, num_clusters, known)
 
 
 def test_planted_strengths_are_recovered_in_each_cluster():
     planted = np.array([[2.0, -1.0], [0.0, 0.5], [-1.0, 1.5], [-1.0, -1.0]])
     battles = random_battles(planted, 40_000, seed=0)
-    found = win_rate_profiles(*battles, 4, 2).numpy()
+    found = profiles_of(*battles, 4, 2).numpy()
     np.testing.assert_allclose(found - found.mean(0), planted - planted.mean(0), atol=0.12)
 
 
@@ -33,13 +40,13 @@ def test_win_rates_equal_an_independent_minimization():
         x = x.reshape(4, 4)
         strength = x[:, :1] + x[:, 1:]
         total = 0.5 * (x[:, 0] ** 2).sum() / 100 + 0.5 * SMOOTHING / 4 * (x[:, 1:] ** 2).sum()
-        for k, (a, b), y in zip(clusters.numpy(), models.numpy(), outcome.numpy(), strict=True):
+        for k, (a, b), y in zip(clusters, models, outcome, strict=True):
             d = strength[a, k] - strength[b, k]
             total += y * np.logaddexp(0, -d) + (1 - y) * np.logaddexp(0, d)
         return total
 
     x = minimize(loss, np.zeros(16), tol=1e-12).x.reshape(4, 4)
-    found = win_rate_profiles(clusters, models, outcome, 4, 3)
+    found = profiles_of(clusters, models, outcome, 4, 3)
     np.testing.assert_allclose(found.numpy(), x[:, :1] + x[:, 1:], atol=1e-3)
 
 
@@ -48,7 +55,7 @@ def test_a_win_counts_by_the_strength_of_the_beaten_model():
     zeros, outcome = torch.zeros(20, dtype=torch.int64), (torch.arange(20) % 2 == 0).double()
     against = {strong: torch.tensor([[3, 0 if strong else 1]] * 20) for strong in (True, False)}
     by_opponent = {
-        strong: win_rate_profiles(zeros, models, outcome, 4, 1, known)[-1].item() for strong, models in against.items()
+        strong: profiles_of(zeros, models, outcome, 4, 1, known)[-1].item() for strong, models in against.items()
     }
     assert by_opponent[True] > 1.5  # even with the strongest
     assert by_opponent[False] < -1.5
@@ -57,14 +64,14 @@ def test_a_win_counts_by_the_strength_of_the_beaten_model():
 def test_a_new_model_has_the_mean_profile_without_battles_and_the_most_probable_one_with_them():
     known = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.3, -1.0]]).double()
     none = torch.zeros(0, dtype=torch.int64)
-    profiles = win_rate_profiles(none, none.reshape(0, 2), torch.zeros(0), 4, 2, known)
+    profiles = profiles_of(none, none.reshape(0, 2), torch.zeros(0), 4, 2, known)
     assert torch.equal(profiles[:3], known)
     torch.testing.assert_close(profiles[3], known.mean(0))
 
     clusters, opponents = torch.tensor([0, 0, 1, 0]), torch.tensor([0, 1, 2, 1])
     outcome = torch.tensor([1.0, 0.0, 1.0, 0.5]).double()
     models = torch.stack([torch.full((4,), 3), opponents], 1)
-    new = win_rate_profiles(clusters, models, outcome, 4, 2, known)[3]
+    new = profiles_of(clusters, models, outcome, 4, 2, known)[3]
     p = torch.sigmoid(new[clusters] - known[opponents, clusters])
     pull = torch.zeros(2).double().index_add_(0, clusters, outcome - p)  # of the likelihood, per cluster
     deviation = pull / (SMOOTHING / 4)
@@ -74,7 +81,7 @@ def test_a_new_model_has_the_mean_profile_without_battles_and_the_most_probable_
 
 def test_known_models_of_equal_strength_leave_a_prior_of_minimal_variance():
     models = torch.tensor([[2, 0], [2, 1]])
-    new = win_rate_profiles(torch.zeros(2).long(), models, torch.ones(2), 3, 1, torch.ones(2, 1))[2]
+    new = profiles_of(torch.zeros(2).long(), models, torch.ones(2), 3, 1, torch.ones(2, 1))[2]
     assert 1 < new.item() < 1.3
 
 

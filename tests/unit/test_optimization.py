@@ -12,6 +12,7 @@ from rankrouter import Metadata, RankRouter, RouterConfig
 from support.system.device import Timing
 from support.training.batches import BattleBatches
 from support.training.history import History
+from support.training.items import BattleItems
 from support.training.optimization import EMA, make_optimizer, warmup_then_decay
 
 
@@ -64,8 +65,9 @@ def test_the_kept_weights_are_the_average_over_all_steps_until_the_best_validati
         seen.clear()
         router = RankRouter(battles.model_names, 4, RouterConfig(num_clusters=0, embedding_dim=8, zero_init=False))
         router.metadata = Metadata({}, {}, "", torch.zeros(0), {}, "x")
-        batches, split = BattleBatches(x, zeros, battles, batch_size=8), SimpleNamespace(val=battles)
-        run = train.Run(args, None, None, history, nothing)
+        batches = BattleBatches(x, zeros, BattleItems(battles, x.device), batch_size=8)
+        split = SimpleNamespace(val=battles, val_pairs=battles.sample(120, seed=0))
+        run = train.Run(args, None, None, history, nothing, tower_threads=1)
         train.fit(run, router, batches, split, phase="towers", epochs=1, patience=None)
         assert len(seen) == 15
         step = router.metadata.step

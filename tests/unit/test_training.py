@@ -12,6 +12,7 @@ from rankrouter import RankRouter, RouterConfig
 from support.training.batches import BattleBatches
 from support.training.checkpoint import TrainingState
 from support.training.history import LearningCurves
+from support.training.items import BattleItems
 from support.training.optimization import EMA
 from support.training.options import parse_args, router_options
 
@@ -81,7 +82,8 @@ def make_state(num_battles=20, lr=0.1, batch_size=6, **config):
     battles = Battles([f"{i}" for i in numbers], router.model_names, numbers, numbers % 2, numbers % 2 + 1, outcome)
     x = torch.randn(num_battles, 4)
     x[:, 0] = torch.arange(num_battles)  # by which a test knows a query
-    batches = BattleBatches(x, torch.zeros(num_battles, dtype=torch.int64), battles, batch_size)
+    items = BattleItems(battles, x.device)
+    batches = BattleBatches(x, torch.zeros(num_battles, dtype=torch.int64), items, batch_size)
     optimizer = torch.optim.SGD(router.parameters(), lr=lr)
     return TrainingState(router, batches, optimizer, EMA([], 0.0), LearningCurves(), epochs=2), x, battles
 
@@ -122,7 +124,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_battles_also_where_the_last_b
     assert state.mean_loss() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", loss.LOSSES)
+@pytest.mark.parametrize("loss_type", ["bpr", "bce", "hinge"])
 def test_a_step_descends_the_mean_loss_of_its_battles(loss_type):
     """Written out battle by battle, on the steps of an epoch, the last of which has two battles."""
     state, x, battles = make_state(dropout=0.0, id_dropout=0.0)
@@ -159,17 +161,13 @@ def test_a_step_trains_with_dropout_also_after_an_evaluation():
 
 
 def test_scores_do_not_depend_on_the_chunks_in_which_they_are_computed(monkeypatch):
-    state, x, battles = make_state()
+    state, x, _ = make_state()
     zeros = torch.zeros(20, dtype=torch.int64)
     state.router.eval()
     expected = state.router(x, zeros).detach().double().numpy()  # (Q, M)
     for size in (rankrouter.ROWS_AT_ONCE, 7):
         monkeypatch.setattr(rankrouter, "ROWS_AT_ONCE", size)
         np.testing.assert_allclose(state.router.score(x, zeros), expected, atol=1e-5)
-    rows, (a, b) = np.arange(20), (battles.model_a_idx, battles.model_b_idx)
-    np.testing.assert_allclose(
-        battles.margins(state.router.score(x, zeros)), expected[rows, a] - expected[rows, b], atol=1e-5
-    )
 
 
 def test_the_earliest_of_equal_validations_is_the_best_and_patience_counts_from_it():
