@@ -1,13 +1,16 @@
 """Shared by the tests: a demo in a temporary folder, and commands run in this process or in forked ones."""
 
 import functools
+import itertools
 import json
 import os
 import signal
 import socket
 import sys
 import traceback
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +19,7 @@ import query_representation
 import support.encoding.cache
 import train
 from rankrouter import RankRouter
+from support.data.battles import Battles, ScoreTable
 from support.data.demo import demo_folder
 from support.system.command_line import run_command
 from support.training.checkpoint import Checkpoint
@@ -268,3 +272,31 @@ def assert_same(output, expected):
     assert same(weights, expected[1])
     for name, value in expected[2].items():
         assert same(last[name], value), name
+
+
+def mixed_battles(rows=40, models=7, single=30, queries=15, ties=True, seed=0):
+    """Random single battles, and a score table with missing scores and ties, whose rows all hold a decisive pair."""
+    rng, names = np.random.default_rng(seed), [f"m{i}" for i in range(models)]
+    scores = rng.integers(4, size=(rows, models)) / 3
+    scores[rng.random(scores.shape) < 0.25] = np.nan
+    scores[:, :2] = rng.permuted(np.tile([0.2, 0.8], (rows, 1)), axis=1)
+    query, of_row, a = (
+        rng.integers(most, size=size) for most, size in ((queries, single), (queries, rows), (models, single))
+    )
+    b = (a + rng.integers(1, models, size=single)) % models
+    outcome = (rng.integers(3, size=single) / 2 if ties else rng.integers(2, size=single)).astype(np.float32)
+    return Battles(
+        [f"q{i}" for i in range(queries)], names, query, a, b, outcome, ScoreTable(of_row, scores), ties=ties
+    )
+
+
+def written_out(battles):
+    """The same battles, all as single ones, by a naive loop over the pairs of each row of the table."""
+    found = list(zip(battles.query_idx, battles.model_a_idx, battles.model_b_idx, battles.outcome, strict=True))
+    for query, scores in zip(battles.table.query_idx, battles.table.scores, strict=True):
+        for a, b in itertools.combinations(np.flatnonzero(~np.isnan(scores)), 2):
+            if battles.ties or scores[a] != scores[b]:
+                found.append((query, a, b, 0.5 if scores[a] == scores[b] else float(scores[a] > scores[b])))
+    query, a, b, outcome = map(np.array, zip(*found, strict=True))
+    columns = {"query_idx": query, "model_a_idx": a, "model_b_idx": b, "outcome": outcome.astype(np.float32)}
+    return replace(battles, table=None, **columns)

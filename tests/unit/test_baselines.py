@@ -122,7 +122,9 @@ def test_each_baseline_recovers_the_structure_planted_for_it():
     split = split_of(planted)
     fitted = baselines.fit(split, x, cluster, 4, learned=True, seed=0)
     assert set(fitted) >= {*FAST, "linear_head", "factorisation"}
-    auc = {name: metrics.auc(margins(split.test, scores), split.test.outcome) for name, (_, _, scores) in fitted.items()}
+    auc = {
+        name: metrics.auc(margins(split.test, scores), split.test.outcome) for name, (_, _, scores) in fitted.items()
+    }
     truth = metrics.auc(margins(split.test, planted[split.test.unique_queries]), split.test.outcome)
     assert auc["random"] == 0.5
     assert auc["cluster_bradley_terry"] > truth - 0.01 > auc["neighbours"] - 0.01 > auc["bradley_terry"] + 0.05
@@ -189,7 +191,9 @@ def test_shared_strengths_are_penalized_as_those_of_bradley_terry(monkeypatch):
     split.train.outcome[:] = split.train.model_a_idx < split.train.model_b_idx  # only a penalty bounds the strengths
     ((_, _, scores),) = baselines.linear_heads(split, np.zeros((1, 5)), x, seed=0)
     # Of strengths up to 7.6: ten times the penalty moves them by 3, none by 100.
-    np.testing.assert_allclose(centered(scores[:1]), centered(baselines.bradley_terry(split.train.win_counts(), 5, 1.0)), atol=0.4)
+    np.testing.assert_allclose(
+        centered(scores[:1]), centered(baselines.bradley_terry(split.train.win_counts(), 5, 1.0)), atol=0.4
+    )
 
 
 def test_ties_are_half_a_win_of_each_side_in_the_learned_heads(monkeypatch):

@@ -7,13 +7,14 @@ import json
 import math
 import pickle
 import shutil
-from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import mixed_battles
 
 from data_loader import load_battles, query_ids, split_battles
 from support.data.layouts import Layout
@@ -55,9 +56,13 @@ def write(path, content):
 
 def as_rows(battles):
     """Battles as readable tuples: query, model a, model b, outcome."""
-    rows = zip(battles.query_idx, battles.model_a_idx, battles.model_b_idx, battles.outcome, strict=True)
-    names = battles.model_names
-    return [(battles.queries[q], names[a], names[b], float(y)) for q, a, b, y in rows]
+    names, queries = battles.model_names, [battles.queries[i] for i in battles.unique_queries]
+    rows = (row for pairs in battles.chunks() for row in zip(*pairs, strict=True))
+    return [(queries[q], names[a], names[b], float(y)) for q, a, b, y in rows]
+
+
+def sides_of(split):
+    return {name: getattr(split, name) for name in ("train", "val", "test")}
 
 
 def unordered(rows):
@@ -667,8 +672,8 @@ def test_equal_scores_of_a_model_each_count_in_its_mean():
     rows, high = Rows(), 0.75  # the same object twice
     chunk = {"prompt": ["q"] * 4, "model": ["a", "a", "a", "b"], "score": [high, high, 0.0, 0.5]}
     rows.add(chunk, Layout("long", "prompt", ("model", "score")))
-    _, battles, scores, _ = rows.finish(None, 0)
-    assert (scores[:, 4].tolist(), battles[:, 3].tolist(), rows.counts()["scores_averaged"]) == ([0.5, 0.5], [0.5], 2)
+    _, scores, *_ = rows.table_read()
+    assert (scores.tolist(), rows.counts()["scores_averaged"]) == ([[0.5, 0.5]], 2)
 
 
 def test_an_official_split_is_kept_and_validation_drawn_from_training_where_it_lacks(tmp_path):
@@ -677,13 +682,13 @@ def test_an_official_split_is_kept_and_validation_drawn_from_training_where_it_l
     battles, counts = load_battles(write(tmp_path / "a.csv", rows), split_column="part")
     assert counts["rows_dropped"] == {"on an unknown side of the split": 1}
     split, _ = split_battles(battles, 0)
-    assert [len(side) for side in vars(split).values()] == [60, 10, 20]
+    assert [len(side) for side in sides_of(split).values()] == [60, 10, 20]
     assert {split.test.queries[i] for i in split.test.unique_queries} == {f"q{i}" for i in range(60, 80)}
     without = [row for row in rows if row["part"] != "dev"]
     leaking = [*without, prompt_battle("q0") | {"part": "test"}]
     battles, _ = load_battles(write(tmp_path / "b.csv", leaking), split_column="part")
     split, counts = split_battles(battles, 0)
-    assert [len(side) for side in vars(split).values()] == [53, 7, 21]
+    assert [len(side) for side in sides_of(split).values()] == [53, 7, 21]
     in_val = any(split.val.queries[i] == "q0" for i in split.val.unique_queries)
     assert counts["test_queries_in_train"] == 1 - in_val
     table = [{"prompt": f"q{i}", "m1": i % 2, "m2": i % 3, "split": side} for i, side in enumerate(sides[:90])]
@@ -712,7 +717,7 @@ def test_wide_scores_as_booleans_with_gaps_and_an_index(tmp_path):
         assert counts["score_columns"] == ["m2", "m3", "org/m.1"], file
         assert counts["scores_missing"] == 4999, file
         assert counts["battles"] == 4999 + 3
-        assert as_rows(battles)[:4] == [(f"p{i}", "org/m.1", "m2", y) for i, y in enumerate((0.5, 0.5, 1.0, 0.0))], file
+        assert as_rows(battles)[:4] == [(f"p{i}", "m2", "org/m.1", y) for i, y in enumerate((0.5, 0.5, 0.0, 1.0))], file
 
 
 def test_only_the_needed_columns_of_a_parquet_file_are_read(tmp_path, monkeypatch):
@@ -751,7 +756,7 @@ def many_battles(tmp_path, queries=200):
 
 
 def query_sets(split):
-    return {name: {part.queries[i] for i in part.query_idx} for name, part in vars(split).items()}
+    return {name: {part.queries[i] for i in part.unique_queries} for name, part in sides_of(split).items()}
 
 
 def test_the_split_never_shares_a_query_unless_it_is_by_battle(tmp_path):
@@ -797,7 +802,7 @@ def test_models_that_training_never_saw_are_left_out_and_counted(tmp_path):
     assert split.train.model_names == split.test.model_names == ["m1", "m2", "m3"]
     assert counts["unseen_model_battles"] == sum("rare" in row for row in as_rows(renamed)) > 0
     kept = {row for row in as_rows(renamed) if "rare" not in row}
-    assert {row for part in vars(split).values() for row in as_rows(part)} == kept
+    assert {row for part in sides_of(split).values() for row in as_rows(part)} == kept
 
 
 def test_battles_keep_their_score_table(tmp_path):
@@ -830,21 +835,16 @@ def test_table_rows_follow_their_queries_and_rows_without_a_difference_are_left_
     split, counts = split_battles(battles, 3)
     text_of_row = [battles.queries[i] for i in battles.table.query_idx]
     scores = dict(zip(text_of_row, battles.table.scores, strict=True))
-    sides = {name: [part.queries[i] for i in part.table.query_idx] for name, part in vars(split).items()}
+    sides = {name: [part.queries[i] for i in part.table.query_idx] for name, part in sides_of(split).items()}
     differing = {text for text, row in scores.items() if len(set(row)) > 1}
     assert set().union(*sides.values()) == differing
     assert sum(map(len, sides.values())) == len(differing) < 100
     assert counts["table_rows"] == {name: len(texts) for name, texts in sides.items()} | {
         "without_a_difference": 100 - len(differing)
     }
-    for name, part in vars(split).items():
-        assert set(sides[name]) == {part.queries[i] for i in part.query_idx}
+    for name, part in sides_of(split).items():
+        assert set(sides[name]) == {part.queries[i] for i in part.unique_queries}
         np.testing.assert_array_equal(part.table.scores, [scores[text] for text in sides[name]])
-        for query, a, b, y in zip(part.query_idx, part.model_a_idx, part.model_b_idx, part.outcome, strict=True):
-            row = scores[part.queries[query]]
-            assert y == (row[a] > row[b])
-    leaky, counts = split_battles(battles, 3, by="battle")
-    assert counts["table_rows"] is leaky.test.table is None
     # A row with a missing score is kept.
     rows = [{"prompt": f"p{i}", "a": i % 2, "b": 0.5, "c": None if i % 3 else 1} for i in range(30)]
     counts = split_battles(load_battles(write(tmp_path / "t.parquet", rows))[0], 0)[1]["table_rows"]
@@ -855,7 +855,7 @@ def test_models_that_training_never_saw_are_left_out_of_the_table(tmp_path):
     rows = [{"prompt": f"p{i}", "a": i % 2, "b": 1 - i % 2, "c": None} for i in range(40)]
     battles, _ = load_battles(write(tmp_path / "t.parquet", rows))
     split, _ = split_battles(battles, 0)
-    test_text = split.test.queries[split.test.query_idx[0]]
+    test_text = split.test.queries[split.test.unique_queries[0]]
     rows[int(test_text[1:])] = {"prompt": test_text, "a": 1, "b": 1, "c": 0}  # they differ by c alone
     battles, _ = load_battles(write(tmp_path / "t.parquet", rows))
     split, counts = split_battles(battles, 0)
@@ -863,25 +863,44 @@ def test_models_that_training_never_saw_are_left_out_of_the_table(tmp_path):
     assert test_text not in split.test.queries
     assert split.test.table.scores.shape == (3, 2)
     assert counts["table_rows"]["without_a_difference"] == 1
+    assert counts["unseen_model_battles"] == 2
 
 
-def test_pairs_per_query_are_drawn_and_change_only_training(tmp_path):
-    battles = long_table(tmp_path)
-    for ties in ("drop", "half"):
-        (full, _), (drawn, counts) = (split_battles(battles, 5, ties=ties, pairs_per_query=most) for most in (None, 4))
-        everything, some = as_rows(full.train), as_rows(drawn.train)
-        assert set(some) <= set(everything)
-        per_query = Counter(text for text, *_ in everything)
-        assert Counter(text for text, *_ in some) == {text: min(4, count) for text, count in per_query.items()}, ties
-        assert counts["training_battles_not_drawn"] == len(everything) - len(some) > 0
-        for side in ("val", "test"):
-            assert as_rows(getattr(full, side)) == as_rows(getattr(drawn, side)), ties
-        for side in ("train", "val", "test"):
-            np.testing.assert_array_equal(getattr(full, side).table.scores, getattr(drawn, side).table.scores)
-        assert as_rows(split_battles(battles, 5, ties=ties, pairs_per_query=4)[0].train) == some
-        pairs = {(a, b) for _, a, b, _ in some}
-        assert len(pairs) == 15  # a draw, and not the first pairs of each query
-    assert split_battles(battles, 5, pairs_per_query=99)[1]["training_battles_not_drawn"] == 0
+def test_a_row_of_a_score_table_is_on_one_side_and_its_query_too_unless_the_split_is_by_battle():
+    scores = np.arange(400.0).reshape(200, 2)  # by which a row is known
+    battles = mixed_battles(rows=200, models=2, single=100, queries=50)
+    battles = replace(battles, table=replace(battles.table, scores=scores))
+    for by in ("query", "battle"):
+        split, counts = split_battles(battles, 0, by=by)
+        rows = np.concatenate([part.table.scores[:, 0] for part in sides_of(split).values()])
+        assert sorted(rows) == scores[:, 0].tolist(), by
+        for part in sides_of(split).values():
+            known = battles.table.query_idx[(part.table.scores[:, 0] / 2).astype(int)]
+            assert [part.queries[i] for i in part.table.query_idx] == [battles.queries[i] for i in known], by
+        assert (counts["test_queries_in_train"] > 5) == (by == "battle")
+
+
+def test_rows_without_a_difference_are_kept_for_a_pointwise_loss_alone():
+    battles = mixed_battles(rows=100, single=0)
+    battles.table.scores[::2] = 1.0
+    for ties, equal_rows, kept in (("drop", False, False), ("drop", True, True), ("half", False, True)):
+        split, counts = split_battles(battles, 0, ties=ties, equal_rows=equal_rows)
+        assert (~split.train.table.differs()).any() == kept, (ties, equal_rows)
+        assert split.val.table.differs().all()
+        assert split.test.table.differs().all()
+        assert counts["table_rows"]["without_a_difference"] == 50
+
+
+def test_a_held_out_model_leaves_no_trace_in_the_rows_of_a_table():
+    battles = mixed_battles(rows=100, single=60)
+    battles.table.scores[:10, 2:] = np.nan  # with m0 held out, a single score is left
+    full, split = (split_battles(battles, 0, hold_out=name)[0] for name in (None, "m0"))
+    for name, part in sides_of(split).items():
+        assert part.model_names == ["m1", "m2", "m3", "m4", "m5", "m6"]
+        expected = [row for row in as_rows(getattr(full, name)) if "m0" not in row]
+        assert as_rows(part) == expected, name
+        assert ((~np.isnan(part.table.scores)).sum(1) > 1).all(), name
+        assert part.table.differs().all(), name
 
 
 def test_a_split_with_an_empty_side_is_an_error(tmp_path):
@@ -895,19 +914,16 @@ def test_a_split_with_an_empty_side_is_an_error(tmp_path):
             split_battles(battles, 0)
 
 
-def test_a_table_without_rows_in_both_training_and_test_is_not_used(tmp_path):
+def test_a_side_has_a_table_only_where_it_has_rows(tmp_path):
     write(tmp_path / "battles.parquet", [arena(f"q{i}", "a", "b", "model_a") for i in range(50)])
     write(tmp_path / "table.parquet", [{"prompt": f"q{i}", "a": 1, "b": 0} for i in range(2)])
     battles, _ = load_battles(str(tmp_path))
-    outcomes = set()
-    for seed in range(60):
+    for seed in range(20):
         split, counts = split_battles(battles, seed)
-        rows = counts["table_rows"]
-        used = rows["train"] > 0 < rows["test"]
-        outcomes.add(used)
-        assert all((part.table is not None) == used for part in vars(split).values())
-        assert rows["train"] + rows["val"] + rows["test"] == 2
-    assert outcomes == {True, False}
+        rows = {name: 0 if part.table is None else len(part.table) for name, part in sides_of(split).items()}
+        assert counts["table_rows"] == rows | {"without_a_difference": 0}
+        assert sum(rows.values()) == 2
+        assert all(part.table is None or len(part.table) for part in sides_of(split).values())
 
 
 def test_a_model_that_only_ties_in_training_is_not_seen_where_ties_are_dropped(tmp_path):
@@ -919,20 +935,20 @@ def test_a_model_that_only_ties_in_training_is_not_seen_where_ties_are_dropped(t
 
 
 def test_margins_read_the_scores_of_the_unique_queries(tmp_path):
-    battles = long_table(tmp_path, queries=5).select(np.array([70, 3, 71, 40, 3]))
-    queries, row = battles.unique_queries, battles.query_rows
-    scores = np.random.default_rng(0).normal(size=(len(queries), 6))
+    battles = many_battles(tmp_path).select(np.array([570, 3, 571, 40, 3]))
+    ((pairs,), queries) = battles.chunks(), battles.unique_queries
+    scores = np.random.default_rng(0).normal(size=(len(queries), 3))
     for d, query, a, b in zip(
-        battles.margins(scores), battles.query_idx, battles.model_a_idx, battles.model_b_idx, strict=True
+        pairs.margins(scores), battles.query_idx, battles.model_a_idx, battles.model_b_idx, strict=True
     ):
         place = list(queries).index(query)
         assert d == scores[place, a] - scores[place, b]
-    np.testing.assert_array_equal(battles.margins(scores[:1]), battles.margins(scores[:1].repeat(len(queries), 0)))
-    assert list(queries[row]) == list(battles.query_idx)
+    np.testing.assert_array_equal(pairs.margins(scores[:1]), pairs.margins(scores[:1].repeat(len(queries), 0)))
+    assert list(queries[pairs.row]) == list(battles.query_idx)
 
 
 def test_concatenated_selections_are_the_selection_of_both(tmp_path):
-    battles = long_table(tmp_path, queries=5)
+    battles = many_battles(tmp_path)
     both = battles.select(np.array([7, 3])).concatenate(battles.select(np.array([3, 40])))
     assert as_rows(both) == [as_rows(battles)[i] for i in (7, 3, 3, 40)]
     assert both.unique_queries.tolist() == sorted(set(battles.query_idx[[7, 3, 40]]))
@@ -951,8 +967,7 @@ def test_limit_keeps_a_seeded_subset_of_the_queries(tmp_path):
     table, _ = load_battles(
         write(tmp_path / "t.parquet", [{"prompt": f"p{i}", "a": 1, "b": 0} for i in range(30)]), limit=7
     )
-    assert sorted(table.table.query_idx) == sorted(table.query_idx)
-    assert len(table.table.scores) == 7
+    assert len(table.table) == len(set(table.table.query_idx)) == len(table) == 7
 
 
 HEADER = b"prompt,model_a,model_b,winner\n"
@@ -1075,13 +1090,12 @@ def test_a_path_without_files_is_an_error(tmp_path):
 
 def test_holding_out_a_model_removes_its_battles_and_nothing_else(tmp_path):
     battles = many_battles(tmp_path)
-    for pairs_per_query in (None, 1):
-        full, _ = split_battles(battles, 42, pairs_per_query=pairs_per_query)
-        split, counts = split_battles(battles, 42, pairs_per_query=pairs_per_query, hold_out="m2")
-        assert split.train.model_names == ["m1", "m3"]
-        for name, side in vars(split).items():
-            assert as_rows(side) == [row for row in as_rows(getattr(full, name)) if "m2" not in row], name
-        assert counts["training_battles_held_out"] == len(full.train) - len(split.train) > 50
+    full, _ = split_battles(battles, 42)
+    split, counts = split_battles(battles, 42, hold_out="m2")
+    assert split.train.model_names == ["m1", "m3"]
+    for name, side in sides_of(split).items():
+        assert as_rows(side) == [row for row in as_rows(getattr(full, name)) if "m2" not in row], name
+    assert counts["training_battles_held_out"] == len(full.train) - len(split.train) > 50
     with pytest.raises(UserError, match="no model is named 'gpt-4'; found m1, m2, m3"):
         split_battles(battles, 42, hold_out="gpt-4")
 

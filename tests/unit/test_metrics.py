@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import mixed_battles, written_out
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 import metrics
+import support.data.battles
 
 
 def random_battles(seed: int, size: int = 400, models: int = 6):
@@ -242,6 +245,59 @@ def test_a_resample_equals_its_battles_repeated():
             expected = metrics.evaluate(d[i], outcome[i], a[i], b[i], margin)
             expected["log_loss_calibrated"] = metrics.log_loss(d[i], outcome[i], temperature=2.0)
             assert {name: values[sample] for name, values in got.items()} == pytest.approx(expected, abs=1e-12), margin
+
+
+def naive_metrics(d, outcome, a, b, temperature):
+    """All metrics of decisive battles, battle by battle."""
+    lead = np.where(outcome == 1, d, -d)
+    hits, wins, chosen = Counter(), Counter(), Counter()
+    for d_i, won, lost in zip(lead, np.where(outcome == 1, a, b), np.where(outcome == 1, b, a), strict=True):
+        share = (d_i > 0) + (d_i == 0) / 2  # of the battle, in which the winner is chosen
+        hits[won] += share
+        wins[won] += 1
+        chosen[won] += share
+        chosen[lost] += 1 - share
+    classes = {model for model in wins.keys() | chosen.keys() if wins[model] + chosen[model] > 0}
+    return {
+        "accuracy": sum(hits.values()) / len(d),
+        "precision": sum(hits[model] / chosen[model] for model in classes if chosen[model]) / len(classes),
+        "recall": sum(hits[model] / wins[model] for model in classes if wins[model]) / len(classes),
+        "f1": sum(2 * hits[model] / (wins[model] + chosen[model]) for model in classes) / len(classes),
+        "auc": roc_auc_score(np.r_[outcome, 1 - outcome], np.r_[d, -d]),
+        "log_loss": np.log1p(np.exp(-lead)).mean(),
+        "log_loss_calibrated": np.log1p(np.exp(-lead / temperature)).mean(),
+    }
+
+
+def test_the_metrics_of_a_score_table_in_chunks_are_those_of_its_pairs_written_out(monkeypatch):
+    monkeypatch.setattr(support.data.battles, "PAIRS_AT_ONCE", 100)
+    battles = mixed_battles(ties=False)
+    pairs, queries = written_out(battles), len(battles.unique_queries)
+    scores = np.random.default_rng(3).normal(size=(queries, 7))
+    scores[:, :4] = scores[:, :4].round()  # equal ones, too
+    (listed,) = pairs.chunks()
+    row, a, b, outcome = listed
+    d = listed.margins(scores)
+    weights = metrics.bootstrap_weights(queries, seed=0, resamples=20)
+    weights[0] = 1
+    for bins in (4096, 64):
+        monkeypatch.setattr(metrics, "LEAD_BINS", bins)
+        totals, leads = metrics.Totals(weights, 7, temperature=2.0, bins=metrics.lead_bins(d)), []
+        for chunk in battles.chunks():
+            totals.add(*chunk, chunk.margins(scores))
+            leads.append(np.where(chunk.outcome == 1, chunk.margins(scores), -chunk.margins(scores)))
+        assert len(leads) == 1 + 10
+        assert (len(totals.bins) == 64) == (bins == 64)
+        got = totals.metrics()
+        for sample, weight in enumerate(weights):
+            i = np.repeat(np.arange(len(d)), weight[row])
+            expected = naive_metrics(d[i], outcome[i], a[i], b[i], 2.0)
+            found = {name: values[sample] for name, values in got.items()}
+            assert found.pop("auc") == pytest.approx(expected.pop("auc"), abs=1e-12 if bins == 4096 else 1e-3)
+            assert found == pytest.approx(expected, abs=1e-12), sample
+        assert metrics.auc_of_leads(np.concatenate(leads)) == pytest.approx(
+            naive_metrics(d, outcome, a, b, 2.0)["auc"], abs=1e-12
+        )
 
 
 def test_chunks_of_weights_do_not_change_the_metrics(monkeypatch):
