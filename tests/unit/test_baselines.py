@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import mixed_battles, written_out
 from scipy.optimize import minimize
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 import metrics
+import support.data.battles
 import train
 from data_loader import Battles, ScoreTable, Split
 from rankrouter import Metadata, RankRouter, RouterConfig
@@ -320,6 +322,26 @@ def test_rows_of_a_query_are_drawn_together_and_weighted_equally(table_split):
     assert bounds["oracle"]["intervals"]["top1_accuracy"] == pytest.approx([1, 1])
     drawn = np.array([oracle[np.repeat(np.arange(80), weight)].mean() for weight in weights])
     assert bounds["oracle"]["intervals"]["mean_score"] == pytest.approx(metrics.interval(drawn))
+
+
+def test_a_score_table_is_evaluated_as_its_pairs_written_out(monkeypatch):
+    monkeypatch.setattr(support.data.battles, "PAIRS_AT_ONCE", 100)
+    table = as_split(*(mixed_battles(rows=rows, ties=rows == 80, seed=rows) for rows in (80, 30, 31)))
+    pairs = as_split(*map(written_out, (table.train, table.val, table.test)))
+    rng, cluster = np.random.default_rng(0), np.arange(15) % 3
+    x, scores = rng.normal(size=(15, 4)), rng.normal(size=(len(table.test.unique_queries), 7))
+    results = [TestEvaluation(split, scores, 1.0, 2.0, seed=0).results() for split in (table, pairs)]
+    of_table, of_pairs = ([each["test_metrics"], *each["calibration"]["bins"]] for each in results)
+    assert of_table[0].keys() - of_pairs[0].keys() == {"mean_score", "top1_accuracy", "gap_closed"}
+    for found, expected in zip(of_table, of_pairs, strict=True):
+        assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert results[0]["test_intervals"]["auc"] == pytest.approx(results[1]["test_intervals"]["auc"], abs=1e-12)
+    # Baselines are fitted on the same battles: what an optimizer finds depends on the last digits of its input.
+    of_table, of_pairs = (baselines.fit(split, x, cluster, 3, learned=True, seed=0) for split in (table, pairs))
+    for name, (chosen, *expected) in of_pairs.items():
+        assert of_table[name][0] == chosen, name
+        for found, side in zip(of_table[name][1:], expected, strict=True):
+            np.testing.assert_allclose(found, side, atol=1e-4, err_msg=name)
 
 
 def test_verdicts():

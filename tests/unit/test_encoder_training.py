@@ -1,12 +1,14 @@
 """Training an encoder: what is trainable, the batches of its queries, the centroids, gradients and learning rates."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
 import train
-from data_loader import load_battles, split_battles
+from data_loader import ScoreTable, load_battles, split_battles
 from loss import bpr
 from query_representation import QueryEncoder
 from rankrouter import RankRouter, RouterConfig
@@ -16,7 +18,7 @@ from support.system.errors import UserError
 from support.training.batches import QueryBatches
 from support.training.checkpoint import TrainingState
 from support.training.history import LearningCurves
-from support.training.items import BattleItems
+from support.training.items import make_items
 from support.training.optimization import EMA, make_optimizer
 
 CPU = torch.device("cpu")
@@ -31,9 +33,13 @@ def network(demo):
 def made(demo):
     """Makes batches on some battles of the demo, and the router that they train; each step in `accumulate` parts."""
 
-    def make(accumulate=1, tokens=300, clusters=3, gradient_checkpointing=False):
+    def make(accumulate=1, tokens=300, clusters=3, gradient_checkpointing=False, rows=False):
         torch.manual_seed(0)
         split = split_battles(load_battles(str(demo / "battles.parquet"), limit=120)[0], 42)[0]
+        if rows:  # of a score table, beside the single battles
+            of_row = np.random.default_rng(0).choice(split.train.unique_queries, 50)
+            scores = np.random.default_rng(1).integers(3, size=(50, len(split.train.model_names))) / 2
+            split = replace(split, train=replace(split.train, table=ScoreTable(of_row, scores), ties=False))
         config = RouterConfig(num_clusters=clusters, embedding_dim=8, dropout=0.0, id_dropout=0.0, zero_init=False)
         encoder = QueryEncoder(demo / "encoder", CPU, dtype="float32", progress=False)
         embeddings, _ = encoder.embed(split.train.queries)
@@ -42,7 +48,7 @@ def made(demo):
         tower.fit(embeddings[torch.from_numpy(split.train.unique_queries)], 0)
         cluster_idx = tower.assign(tower.standardize(embeddings))
         trainable = encoder.trainable(None, None, gradient_checkpointing)
-        items, options = BattleItems(split.train, CPU), {"tokens": tokens, "accumulate": accumulate}
+        items, options = make_items(split.train, CPU, None), {"tokens": tokens, "accumulate": accumulate}
         batches = QueryBatches(split.train, items, tower, cluster_idx, trainable, **options)
         return batches, router, split
 
@@ -99,8 +105,9 @@ def test_weights_are_known_by_names_shapes_and_values_and_others_do_not_fit(netw
         load_weights(trainable, {name: tensor[:1] for name, tensor in trainable.items()})
 
 
-def test_an_epoch_has_each_query_once_with_all_its_battles_within_the_budget(made):
-    batches, _, split = made()
+@pytest.mark.parametrize("rows", [False, True])
+def test_an_epoch_has_each_query_once_with_all_its_battles_within_the_budget(made, rows):
+    batches, _, split = made(rows=rows)
     battles, orders = split.train, []
     train_queries = battles.unique_queries
     for _ in range(3):
@@ -113,9 +120,14 @@ def test_an_epoch_has_each_query_once_with_all_its_battles_within_the_budget(mad
         for batch in planned:
             ((queries, row, models, outcome),) = batches.parts(batch)
             assert batches.num_battles(batch) == len(outcome)
-            seen += zip(train_queries[queries[row]], *models.T.tolist(), outcome.tolist(), strict=True)
-        sides = (battles.query_idx, battles.model_a_idx, battles.model_b_idx, battles.outcome)
-        assert sorted(seen) == sorted(zip(*(side.tolist() for side in sides), strict=True))
+            a, b = torch.where(outcome > 0, models.T, models.T.flip(0)).tolist()  # a won
+            seen += zip(train_queries[queries[row]], a, b, strict=True)
+        expected = []
+        for pairs in battles.chunks():
+            a_won = pairs.outcome == 1
+            a, b = (np.where(a_won, *models) for models in (pairs[1:3], pairs[2:0:-1]))
+            expected += zip(train_queries[pairs.row], a, b, strict=True)
+        assert sorted(seen) == sorted(expected)
     assert len(set(orders)) == 3
 
 

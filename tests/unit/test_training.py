@@ -1,20 +1,26 @@
 """Training on frozen embeddings: flags, recipes, batches, single steps, and the curves of a training."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from conftest import mixed_battles, written_out
 
 import loss
 import rankrouter
 import train
-from data_loader import Battles
+from data_loader import Battles, ScoreTable
 from rankrouter import RankRouter, RouterConfig
 from support.training.batches import BattleBatches
 from support.training.checkpoint import TrainingState
 from support.training.history import LearningCurves
-from support.training.items import BattleItems
+from support.training.inputs import label_range
+from support.training.items import BattleItems, RowItems, ScoreItems, make_items
 from support.training.optimization import EMA
 from support.training.options import parse_args, router_options
+
+CPU = torch.device("cpu")
 
 
 def test_the_defaults_are_the_contract():
@@ -73,19 +79,23 @@ def test_the_original_recipe_starts_at_random_and_scales_a_cosine_alone():
         torch.testing.assert_close(router(x, cluster_idx), expected, atol=1e-5, rtol=1e-4)
 
 
-def make_state(num_battles=20, lr=0.1, batch_size=6, **config):
-    """A training of a small router on one battle per query, by plain gradient descent at the rate `lr`."""
+def state_of(items, model_names, num_queries, lr=0.1, batch_size=6, **config):
+    """A training of a small router on some items, by plain gradient descent at the rate `lr`; and the embeddings."""
     torch.manual_seed(0)
     config = RouterConfig(num_clusters=0, embedding_dim=8, capability_dim=4, zero_init=False, **config)
-    router, numbers = RankRouter(["x", "y", "z"], 4, config), np.arange(num_battles)
-    outcome = (numbers % 3 / 2).astype(np.float32)
-    battles = Battles([f"{i}" for i in numbers], router.model_names, numbers, numbers % 2, numbers % 2 + 1, outcome)
-    x = torch.randn(num_battles, 4)
-    x[:, 0] = torch.arange(num_battles)  # by which a test knows a query
-    items = BattleItems(battles, x.device)
-    batches = BattleBatches(x, torch.zeros(num_battles, dtype=torch.int64), items, batch_size)
+    router, x = RankRouter(model_names, 4, config), torch.randn(num_queries, 4)
+    x[:, 0] = torch.arange(num_queries)  # by which a test knows a query
+    batches = BattleBatches(x, torch.zeros(num_queries, dtype=torch.int64), items, batch_size)
     optimizer = torch.optim.SGD(router.parameters(), lr=lr)
-    return TrainingState(router, batches, optimizer, EMA([], 0.0), LearningCurves(), epochs=2), x, battles
+    return TrainingState(router, batches, optimizer, EMA([], 0.0), LearningCurves(), epochs=2), x
+
+
+def make_state(num_battles=20, **options):
+    """`state_of` one battle per query."""
+    numbers = np.arange(num_battles)
+    outcome = (numbers % 3 / 2).astype(np.float32)
+    battles = Battles([f"{i}" for i in numbers], ["x", "y", "z"], numbers, numbers % 2, numbers % 2 + 1, outcome)
+    return *state_of(BattleItems(battles, CPU), battles.model_names, num_battles, **options), battles
 
 
 def train_epoch(state, *flags):
@@ -147,6 +157,55 @@ def test_a_step_descends_the_mean_loss_of_its_battles(loss_type):
     for name, weight in state.router.named_parameters():
         torch.testing.assert_close(weight, router.get_parameter(name), atol=1e-5, rtol=1e-4)
     assert not torch.equal(state.router.model_tower.capability.weight, start.router.model_tower.capability.weight)
+
+
+@pytest.mark.parametrize("loss_type", ["bpr", "bce", "hinge"])
+def test_a_step_on_rows_is_that_on_their_pairs_as_single_battles(loss_type):
+    for single, ties in ((0, True), (0, False), (30, True), (30, False)):
+        battles, found = mixed_battles(single=single, ties=ties), []
+        rows, pairs = make_items(battles, CPU, None), make_items(written_out(battles), CPU, None)
+        assert (type(rows), type(pairs)) == (RowItems, BattleItems)
+        assert (len(rows.counts), len(pairs.counts)) == (single + 40, len(battles))
+        for items in (rows, pairs):
+            names, options = battles.model_names, {"lr": 0.0, "batch_size": 1000, "dropout": 0.0, "id_dropout": 0.0}
+            state, _ = state_of(items, names, 15, **options)
+            (step_loss,) = train_epoch(state, "--loss_type", loss_type, "--margin", "0.7")
+            assert state.batches.num_battles(state.planned[0]) == len(battles)
+            gradients = [weight.grad for weight in state.router.parameters() if weight.grad is not None]
+            found.append([step_loss, *gradients])
+        for value, expected in zip(*found, strict=True):
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+        assert max(gradient.abs().max() for gradient in found[0][1:]) > 0.01
+
+
+def test_the_battles_of_a_row_are_its_pairs_of_models():
+    battles = Battles(["p", "q"], ["x", "y", "z"], *np.zeros((3, 0), np.int64), np.zeros(0, np.float32))
+    table = ScoreTable(np.array([1, 0]), np.array([[0.5, np.nan, 0.5], [0.1, 0.9, 0.1]]))
+    items = RowItems(replace(battles, table=table), CPU)
+    assert items.counts.tolist() == [1, 3]
+    row, models, outcome = items.battles(torch.tensor([1, 0]))
+    found = sorted(zip(row.tolist(), *models.T.tolist(), outcome.tolist(), strict=True))
+    assert found == [(0, 0, 2, 0.5), (0, 1, 0, 1.0), (0, 1, 2, 1.0), (1, 0, 2, 0.5)]
+
+
+def test_scores_are_labels_on_the_range_of_the_training_scores_and_missing_ones_are_left_out():
+    assert label_range(np.array([[0.25, np.nan], [0.5, 1.0]])) == [0, 1]  # scores that are labels already
+    battles = Battles(["p", "q"], ["x", "y", "z"], *np.zeros((3, 0), np.int64), np.zeros(0, np.float32))
+    scores = np.array([[1.0, np.nan, 5.0], [3.0, 2.0, np.nan]])
+    battles = replace(battles, table=ScoreTable(np.array([1, 0]), scores))
+    items = make_items(battles, CPU, label_range(scores))
+    assert isinstance(items, ScoreItems)
+    assert (items.query_idx.tolist(), items.counts.tolist()) == ([1, 0], [2, 2])
+    row, models, labels = items.battles(torch.tensor([1, 0]))
+    found = list(zip(row.tolist(), models.tolist(), labels.tolist(), strict=True))
+    assert found == [(0, [0], 0.5), (0, [1], 0.25), (1, [0], 0.0), (1, [2], 1.0)]
+    # A step takes the mean over the single scores.
+    state, x = state_of(items, battles.model_names, 2, dropout=0.0, id_dropout=0.0)
+    with torch.no_grad():
+        logits = state.router(x, torch.zeros(2, dtype=torch.int64))[[0, 0, 1, 1], [0, 1, 0, 2]]
+    label = torch.tensor([0.5, 0.25, 0.0, 1.0])
+    expected = -(label * logits.sigmoid().log() + (1 - label) * (1 - logits.sigmoid()).log()).mean()
+    torch.testing.assert_close(train_epoch(state, "--loss_type", "pointwise")[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_step_trains_with_dropout_also_after_an_evaluation():
