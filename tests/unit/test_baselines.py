@@ -331,10 +331,13 @@ def test_a_score_table_is_evaluated_as_its_pairs_written_out(monkeypatch):
     rng, cluster = np.random.default_rng(0), np.arange(15) % 3
     x, scores = rng.normal(size=(15, 4)), rng.normal(size=(len(table.test.unique_queries), 7))
     results = [TestEvaluation(split, scores, 1.0, 2.0, seed=0).results() for split in (table, pairs)]
-    of_table, of_pairs = ([each["test_metrics"], *each["calibration"]["bins"]] for each in results)
-    assert of_table[0].keys() - of_pairs[0].keys() == {"mean_score", "top1_accuracy", "gap_closed"}
-    for found, expected in zip(of_table, of_pairs, strict=True):
-        assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    of_table, of_pairs = (each["test_metrics"] for each in results)
+    assert of_table.keys() - of_pairs.keys() == {"mean_score", "top1_accuracy", "gap_closed"}
+    assert {name: of_table[name] for name in of_pairs} == pytest.approx(of_pairs, abs=1e-12)
+    (battles,), reliability = pairs.test.chunks(), metrics.Reliability(temperature=2.0)
+    reliability.add(battles.margins(scores), battles.outcome)
+    for found, expected in zip(results[0]["calibration"]["bins"], reliability.as_dict()["bins"], strict=True):
+        assert found == pytest.approx(expected, abs=1e-12)
     assert results[0]["test_intervals"]["auc"] == pytest.approx(results[1]["test_intervals"]["auc"], abs=1e-12)
     # Baselines are fitted on the same battles: what an optimizer finds depends on the last digits of its input.
     of_table, of_pairs = (baselines.fit(split, x, cluster, 3, learned=True, seed=0) for split in (table, pairs))

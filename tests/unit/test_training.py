@@ -180,16 +180,17 @@ def test_a_step_on_rows_is_that_on_their_pairs_as_single_battles(loss_type):
 
 def test_the_battles_of_a_row_are_its_pairs_of_models():
     battles = Battles(["p", "q"], ["x", "y", "z"], *np.zeros((3, 0), np.int64), np.zeros(0, np.float32))
-    table = ScoreTable(np.array([1, 0]), np.array([[0.5, np.nan, 0.5], [0.1, 0.9, 0.1]]))
-    items = RowItems(replace(battles, table=table), CPU)
+    table = ScoreTable(np.array([1, 0]), np.array([[0.5, np.nan, 0.5], [0.1, 0.9, 0.1 + 1e-12]]))
+    items = RowItems(replace(battles, table=table), CPU)  # in float32, where two of the second row are equal
     assert items.counts.tolist() == [1, 3]
     row, models, outcome = items.battles(torch.tensor([1, 0]))
     found = sorted(zip(row.tolist(), *models.T.tolist(), outcome.tolist(), strict=True))
-    assert found == [(0, 0, 2, 0.5), (0, 1, 0, 1.0), (0, 1, 2, 1.0), (1, 0, 2, 0.5)]
+    assert found == [(0, 1, 0, 1.0), (0, 1, 2, 1.0), (0, 2, 0, 1.0), (1, 0, 2, 0.5)]
 
 
 def test_scores_are_labels_on_the_range_of_the_training_scores_and_missing_ones_are_left_out():
     assert label_range(np.array([[0.25, np.nan], [0.5, 1.0]])) == [0, 1]  # scores that are labels already
+    assert label_range(np.array([[-0.25, np.nan], [0.5, 0.75]])) == [-0.25, 0.75]
     battles = Battles(["p", "q"], ["x", "y", "z"], *np.zeros((3, 0), np.int64), np.zeros(0, np.float32))
     scores = np.array([[1.0, np.nan, 5.0], [3.0, 2.0, np.nan]])
     battles = replace(battles, table=ScoreTable(np.array([1, 0]), scores))
