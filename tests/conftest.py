@@ -220,6 +220,24 @@ def small(demo, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_table(small, tmp_path_factory):
+    """The flags `small` on a score table instead: 241 rows in which the kind of query decides which model is best.
+
+    Scores lie in [0, 1], in steps of 0.1, so that some tie; some are missing.
+    """
+    rng, folder = np.random.default_rng(1), tmp_path_factory.mktemp("small_table")
+    kind = rng.integers(3, size=241)
+    quality = np.array([[0.7, 0.4, 0.2, 0.1], [0.2, 0.6, 0.3, 0.2], [0.2, 0.3, 0.7, 0.2]])[kind]
+    scores = (quality + rng.normal(0, 0.1, quality.shape)).clip(0, 1).round(1)
+    table = pd.DataFrame(scores, columns=[f"demo-model-{letter}" for letter in "abcd"])
+    table.insert(0, "prompt", [f"{['solve', 'write', 'sing'][k]} number {i}" for i, k in enumerate(kind)])
+    table.loc[::7, "demo-model-c"] = np.nan
+    table.to_parquet(folder / "scores.parquet")
+    more = ["--data_path", str(folder / "scores.parquet"), "--cache_dir", str(folder / "cache"), "--batch_size", "20"]
+    return [*small, *more]
+
+
+@pytest.fixture(scope="session")
 def tiny_run(small, tmp_path_factory):
     """History and folder of a finished run of the flags `small`, for tests that need a checkpoint and not a good one.
 

@@ -8,7 +8,7 @@ from data_loader import load_battles, split_battles
 from model_profiling import win_rate_profiles
 from query_representation import QueryEncoder
 from rankrouter import RankRouter
-from support.training.batches import to_tensors
+from support.data.battles import count_wins
 
 QUICK = ("--limit", "600", "--epochs", "2", "--num_clusters", "6", "--embedding_dim", "32", "--baselines", "none")
 NAMES = [f"demo-model-{letter}" for letter in "abcdefghijkl"]
@@ -23,9 +23,10 @@ def test_win_rates_are_of_the_training_battles_in_the_clusters_of_the_router(run
     queries = [train_side.queries[i] for i in train_side.unique_queries]
     encoder = QueryEncoder(str(demo / "encoder"), torch.device("cpu"), dtype="float32")
     embeddings, _ = encoder.embed(queries)
-    clusters = router.query_tower.assign(router.query_tower.standardize(embeddings))[train_side.query_rows]  # (N,)
-    _, models, outcome = to_tensors(train_side, "cpu")
-    expected = win_rate_profiles(clusters, models, outcome, 12, 6)
+    clusters = router.query_tower.assign(router.query_tower.standardize(embeddings)).numpy()  # (Qt,)
+    (pairs,) = train_side.chunks()
+    wins = count_wins(clusters[pairs.row], *pairs[1:], num_models=12)
+    expected = win_rate_profiles(wins, 12, 6)
     torch.testing.assert_close(router.model_tower.capability.weight.double(), expected, atol=0.01, rtol=0)
     torch.testing.assert_close(router.metadata.profiles["known"], expected, atol=0.01, rtol=0)
 

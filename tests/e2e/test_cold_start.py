@@ -122,12 +122,13 @@ def test_the_ceiling_is_a_run_with_the_model(held_out, with_all_models, full_spl
     history, _ = held_out
     router = with_all_models
     test = battles_of(full_split.test, HELD, full_split.test.model_names)
-    d = test.margins(router.scores_of([test.queries[i] for i in test.unique_queries]))
+    (pairs,) = test.chunks()
+    d = pairs.margins(router.scores_of([test.queries[i] for i in test.unique_queries]))
     (ceiling,) = (row for row in history["cold_start"]["rows"] if row["from"] == "training")
     assert ceiling["rank_router"]["auc"] == pytest.approx(metrics.auc(d, test.outcome), abs=1e-3)
     loss = metrics.log_loss(d, test.outcome, temperature=router.temperature)
     assert ceiling["rank_router"]["log_loss_calibrated"] == pytest.approx(loss, abs=1e-3)
-    assert ceiling["rank_router"]["accuracy"] == pytest.approx(metrics.accuracy(d, test.outcome), abs=0.01)
+    assert ceiling["rank_router"]["accuracy"] == pytest.approx(metrics.is_correct(d, test.outcome).mean(), abs=0.01)
 
 
 def test_bradley_terry_is_given_the_same_battles(held_out, full_split):
@@ -156,21 +157,23 @@ def test_bradley_terry_is_given_the_same_battles(held_out, full_split):
 def test_bradley_terry_is_evaluated_at_its_temperature_with_intervals_over_queries(held_out, full_split, demo):
     history, _ = held_out
     known, test = full_split.train, battles_of(full_split.test, HELD, full_split.test.model_names)
-    weights = metrics.bootstrap_weights(test.query_idx, 42)
+    (pairs,), weights = test.chunks(), metrics.bootstrap_weights(len(test.unique_queries), 42)
     number = known.model_names.index(HELD)
     split = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42, hold_out=HELD)[0]
     none, *_, every = rows(history).values()
     for row, side in ((none, split), (every, full_split)):
         chosen, strengths, _ = best(rankings(side), side)
-        temperature = metrics.fit_temperature(side.val.margins(strengths), side.val.outcome)
+        temperature = metrics.fit_temperature(side.val_pairs.margins(strengths), side.val.outcome)
         if side is split:  # for all models, of which one has no battle
             without = known.select((known.model_a_idx != number) & (known.model_b_idx != number))
-            strengths = bradley_terry(without, **chosen)
-        d, columns = test.margins(strengths), (test.outcome, test.model_a_idx, test.model_b_idx)
+            strengths = bradley_terry(without.win_counts(), 12, **chosen)
+        d = pairs.margins(strengths)
         loss = metrics.log_loss(d, test.outcome, temperature=temperature)
         assert row["bradley_terry"]["log_loss_calibrated"] == pytest.approx(loss, abs=1e-9)
-        samples = metrics.evaluate_resamples(d, *columns, weights, temperature=temperature)
-        assert row["bradley_terry"]["intervals"]["auc"] == pytest.approx(metrics.interval(samples["auc"]), abs=1e-9)
+        totals = metrics.Totals(weights, 12, temperature=temperature, bins=metrics.lead_bins(d))
+        totals.add(*pairs, d)
+        expected = metrics.interval(totals.metrics()["auc"])
+        assert row["bradley_terry"]["intervals"]["auc"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_profile_from_a_file_needs_no_battle(run_demo, demo, tmp_path):

@@ -116,7 +116,8 @@ def test_a_checkpoint_restores_the_finetuned_encoder(flags, tmp_path, capsys, wa
     test_queries = [split.test.queries[i] for i in split.test.unique_queries]
     router.open_encoder(cache_dir=None)
     x, cluster_idx = router.embed(test_queries)
-    d = split.test.margins(router.score(x, cluster_idx))
+    (pairs,) = split.test.chunks()
+    d = pairs.margins(router.score(x, cluster_idx))
     wins = np.where(split.test.outcome == 1, d > 0, d < 0) + 0.5 * (d == 0)
     assert history["test_metrics"]["accuracy"] == pytest.approx(wins.mean(), abs=1e-6)
     weights = router.metadata.trained["weights"]

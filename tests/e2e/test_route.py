@@ -316,7 +316,8 @@ def test_the_curve_leaves_out_what_the_router_was_trained_on(checkpoint, demo, s
     routed(*flags, source, "--output", target)
     points = jsonl(Path(target).read_text())
     queries = unseen.unique_queries
-    d = unseen.margins(RankRouter.load(checkpoint).scores_of([unseen.queries[i] for i in queries]))
+    (pairs,) = unseen.chunks()
+    d = pairs.margins(RankRouter.load(checkpoint).scores_of([unseen.queries[i] for i in queries]))
     assert points[0]["worth"] == pytest.approx(np.mean((d > 0) == unseen.outcome))  # accuracy
     assert points[0]["cost_weight"] == 0
     models = np.column_stack([unseen.model_a_idx, unseen.model_b_idx])

@@ -351,14 +351,16 @@ def test_the_temperature_is_fitted_on_validation_and_calibrates_the_test_battles
     calibrated = metrics.log_loss(d, test.outcome, temperature=temperature)
     assert default.history["test_metrics"]["log_loss_calibrated"] == pytest.approx(calibrated, abs=1e-4)
     for found, link in ((calibration, (0.0, temperature)), (calibration["uncalibrated"], (1.0, 1.0))):
-        error, bins = metrics.reliability(d, test.outcome, *link).values()
+        reliability = metrics.Reliability(*link)
+        reliability.add(d, test.outcome)
+        error, bins = reliability.as_dict().values()
         assert found["expected_calibration_error"] == pytest.approx(error, abs=1e-3)
         assert sum(part["battles"] for part in found["bins"]) == len(d) == sum(part["battles"] for part in bins)
 
 
 def test_only_bpr_reads_scores_with_its_margin(run_small, small_split):
     split, embeddings = small_split
-    for loss_type in loss.LOSSES:
+    for loss_type in ("bpr", "bce", "hinge"):
         history, output = run_small("--loss_type", loss_type, "--margin", "2")
         d = margins(RankRouter.load(output / "best_model.pt"), embeddings, split.test)
         expected = metrics.log_loss(d, split.test.outcome, 2.0 if loss_type == "bpr" else 0.0)
@@ -379,9 +381,9 @@ def test_the_intervals_are_over_the_test_queries_of_the_checkpoint_that_was_kept
         assert low < history["test_metrics"][name] < high
         assert (low, high) == pytest.approx(np.percentile(column, [2.5, 97.5]), abs=0.15 * (high - low))
     assert list(history["test_intervals"]) == list(history["test_metrics"])
-    weights = metrics.bootstrap_weights(part.query_idx, history["args"]["seed"])
-    samples = metrics.evaluate_resamples(d, part.outcome, part.model_a_idx, part.model_b_idx, weights)
-    assert metrics.interval(samples["accuracy"]) == pytest.approx(history["test_intervals"]["accuracy"], abs=1e-9)
+    totals = metrics.Totals(metrics.bootstrap_weights(len(part.unique_queries), history["args"]["seed"]), 12)
+    totals.add(*next(part.chunks()), d)
+    assert metrics.interval(totals.metrics()["accuracy"]) == pytest.approx(history["test_intervals"]["accuracy"], abs=1e-9)
 
 
 def test_the_baselines_are_those_requested_with_the_seed_of_the_run(run_small, monkeypatch, capsys):

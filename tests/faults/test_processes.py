@@ -83,15 +83,15 @@ def test_processes_give_the_losses_and_metrics_of_one_and_rank_0_alone_writes_an
         assert printed[-1].startswith("saved ") if rank == 0 else printed == []
 
 
-def test_a_batch_smaller_than_the_number_of_processes_loses_no_battle(small, forked, tmp_path):
-    for count in (1, 3):
-        assert_finished(
-            run(forked, [*small, *PLAIN, "--batch_size", "47", "--epochs", "1"], tmp_path / str(count), count)
-        )
-    one, three = (history_of(tmp_path / name) for name in "13")
-    assert one["data"]["split"]["train"]["battles"] % 47 == 1  # the last step has one battle, for three processes
-    assert three["train_losses"] == pytest.approx(one["train_losses"], rel=1e-5)
-    assert three["val_metrics"][0]["auc"] == pytest.approx(one["val_metrics"][0]["auc"], abs=1e-6)
+def test_rows_of_a_score_table_also_fewer_than_processes_lose_no_battle(small_table, forked, tmp_path):
+    for count in (1, 2):
+        output, flags = tmp_path / str(count), [*small_table, *PLAIN, "--batch_size", "8", "--epochs", "1"]
+        assert_finished(run(forked, flags, output, count, patch=lambda output=output: record_losses(output)))
+    one, two = (history_of(tmp_path / name) for name in "12")
+    losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in "12"]
+    assert (len(losses[0]), one["data"]["table_rows"]["train"] % 8) == (25, 1)  # the last step has one row
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert two["val_metrics"][0]["auc"] == pytest.approx(one["val_metrics"][0]["auc"], abs=1e-6)
 
 
 def test_a_finetuned_encoder_and_the_clusters_that_follow_it_are_those_of_one_process(small, forked, tmp_path):

@@ -149,10 +149,15 @@ def test_a_run_killed_again_and_again_finishes(small, whole, forked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "kills"),
+    ("data", "more", "kills"),
     [
-        (HELD_OUT, {"after 1 epochs and 2 steps of the next": 8, "ceiling: after 0 epochs and 3 steps of the next": 4}),
         (
+            "small_table",
+            HELD_OUT,
+            {"after 1 epochs and 2 steps of the next": 13, "ceiling: after 0 epochs and 3 steps of the next": 4},
+        ),
+        (
+            "small",
             [*FINETUNED, *HELD_OUT],
             {
                 "towers: after 0 epochs and 2 steps of the next": 3,
@@ -162,14 +167,17 @@ def test_a_run_killed_again_and_again_finishes(small, whole, forked, tmp_path):
             },
         ),
         (
+            "small_table",
             [*FINETUNED, "--lora_rank", "2", "--accumulate", "2", *WIN_RATES],
             {"towers: after 0 epochs and 5 steps of the next": 6, "after 0 epochs and 1 steps of the next": 2},
         ),
     ],
-    ids=["frozen", "finetuned", "lora"],
+    ids=["frozen, rows", "finetuned, battles", "lora, rows"],
 )
-def test_a_run_killed_once_in_each_phase_continues_there_to_the_same_bits(small, forked, fails, tmp_path, more, kills):
-    flags = [*small, *more]
+def test_a_run_killed_once_in_each_phase_continues_there_to_the_same_bits(
+    request, forked, fails, tmp_path, data, more, kills
+):
+    flags = [*request.getfixturevalue(data), *more]
     if WIN_RATES[0] in more:  # which need no width
         width = flags.index("--capability_dim")
         del flags[width : width + 2]
@@ -400,7 +408,7 @@ def test_what_does_not_change_the_result_may_change(finished, tmp_path):
     data = tmp_path / "elsewhere.parquet"
     shutil.copy(flags[flags.index("--data_path") + 1], data)
     before = RankRouter.load(moved / "best_model.pt").state_dict()
-    train.main([*flags, *fresh, "--data_path", str(data), "--baselines", "fast", "--resume"])
+    train.main([*flags, *fresh, "--data_path", str(data), "--baselines", "fast", "--threads", "2", "--resume"])
     history = history_of(moved)
     assert "bradley_terry" in history["baselines"]
     router = RankRouter.load(moved / "best_model.pt")
