@@ -66,17 +66,31 @@ def both(held_out, with_all_models, full_split):
     return [(router, *router.embed(full_split.train.queries)) for router in routers]
 
 
-def test_nothing_of_the_model_enters_training(small, tmp_path):
-    swapped = ("--data_path", swap_winners(small[1], tmp_path))
+def swap_scores(source, folder):
+    """Write a score table in which the scores of the model in its second column are swapped; returns the path."""
+    table = pd.read_parquet(source)
+    table.iloc[:, 1] = 1 - table.iloc[:, 1]
+    table.to_parquet(folder / "scores.parquet")
+    return str(folder / "scores.parquet")
+
+
+@pytest.mark.parametrize("data", ["small", "small_table"])
+def test_nothing_of_the_model_enters_training(request, tmp_path, data):
+    flags = request.getfixturevalue(data)
+    name, place, swap = (HELD, 1, swap_winners) if data == "small" else ("demo-model-a", -5, swap_scores)
     found = []
-    for name, source in (("given", ()), ("swapped", swapped)):
-        train.main([*small, *HOLD_OUT, *source, "--output_dir", str(tmp_path / name)])
-        history = json.loads((tmp_path / name / "training_history.json").read_text())
-        router = RankRouter.load(tmp_path / name / "best_model.pt")
-        assert HELD not in router.model_names
+    for number, path in enumerate((flags[place], swap(flags[place], tmp_path))):
+        output = tmp_path / str(number)
+        train.main([*flags, "--hold_out_model", name, "--data_path", path, "--output_dir", str(output)])
+        history = json.loads((output / "training_history.json").read_text())
+        router = RankRouter.load(output / "best_model.pt")
+        assert name not in router.model_names
         parts = ("train_losses", "val_metrics", "best_epoch", "test_metrics", "clusters")
         found.append((router.state_dict(), [history[part] for part in parts]))
-        assert history["data"]["training_battles_held_out"] > 0
+        split = split_battles(load_battles(path)[0], 42)[0]
+        pool, test = (len(battles_of(part, name, part.model_names)) for part in (split.train, split.test))
+        assert history["data"]["training_battles_held_out"] == pool > 0
+        assert history["cold_start"]["test_battles"] == test > 0
     assert same(*found)
 
 

@@ -164,6 +164,7 @@ def test_the_history_is_complete_and_consistent(demo, default):
     data = history["data"]
     held = sum(side["battles"] for side in data["split"].values())
     assert data["rows_read"] == data["battles"] == held + data["ties_left_out"]
+    assert (data["validation_battles"], data["label_range"]) == (data["split"]["val"]["battles"], None)
     assert data["test_queries_in_train"] == 0
     assert sum(cluster["size"] for cluster in history["clusters"]) == data["split"]["train"]["queries"]
     assert history["args"]["split_seed"] == history["args"]["seed"] == 42
@@ -287,6 +288,33 @@ def test_a_run_flushes_denormals(run_small):
     assert (denormal * 1e-10).item() == 0
 
 
+@pytest.fixture
+def three_threads():
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_towers_train_with_one_thread_unless_told_otherwise(run_small, three_threads, monkeypatch):
+    fit, in_fit = train.fit, []
+    monkeypatch.setattr(
+        train, "fit", lambda *args, **named: (in_fit.append(torch.get_num_threads()), fit(*args, **named))
+    )
+    for flags, variable, expected in (
+        ((), None, (3, 1)),
+        ((), "3", (3, 3)),
+        (("--threads", "2"), None, (2, 2)),
+        (("--threads", "2"), "3", (2, 2)),
+    ):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if variable:
+            monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        used = run_small("--limit", "90", "--epochs", "1", *flags)[0]["environment"]
+        assert (used["threads"], used["tower_threads"]) == expected, (flags, variable)
+        assert in_fit.pop() == expected[1], (flags, variable)
+        assert torch.get_num_threads() == 3
+
+
 # --- seeds ----------------------------------------------------------------------------------------------------
 
 
@@ -383,7 +411,9 @@ def test_the_intervals_are_over_the_test_queries_of_the_checkpoint_that_was_kept
     assert list(history["test_intervals"]) == list(history["test_metrics"])
     totals = metrics.Totals(metrics.bootstrap_weights(len(part.unique_queries), history["args"]["seed"]), 12)
     totals.add(*next(part.chunks()), d)
-    assert metrics.interval(totals.metrics()["accuracy"]) == pytest.approx(history["test_intervals"]["accuracy"], abs=1e-9)
+    assert metrics.interval(totals.metrics()["accuracy"]) == pytest.approx(
+        history["test_intervals"]["accuracy"], abs=1e-9
+    )
 
 
 def test_the_baselines_are_those_requested_with_the_seed_of_the_run(run_small, monkeypatch, capsys):

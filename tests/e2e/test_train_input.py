@@ -67,6 +67,7 @@ def test_flags_that_do_not_fit_the_data_or_the_machine_are_refused_before_anythi
     for flags, expected in (
         *((("--device", device), "--device") for device in ("gpu", "cuda:99", "meta", "hpu", "")),
         (("--limit", "40"), "--num_clusters 50 is more than the 3"),
+        (("--loss_type", "pointwise"), "pointwise learns from the scores of a score table; "),
         (("--hold_out_model", "gpt-4"), "no model is named 'gpt-4'; found demo-model-a, demo-model-b"),
         (("--capability_file", str(tmp_path / "profiles.csv")), "has no row for demo-model-l; add it"),
         (("--capability_file", "/nowhere"), "cannot read /nowhere"),

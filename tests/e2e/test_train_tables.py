@@ -1,6 +1,8 @@
 """Training on score tables: the mean score of the chosen models, its baselines, and what is printed."""
 
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,8 @@ import train
 from data_loader import load_battles, split_battles
 from rankrouter import RankRouter
 from support.reporting.runs import read_runs
+
+NAMES = [f"demo-model-{letter}" for letter in "abcd"]  # of the small score table
 
 
 @pytest.fixture(scope="session")
@@ -131,12 +135,74 @@ def test_the_score_table_is_printed_and_also_without_baselines(demo_dir, table_r
         assert "Expected calibration error {:.4f}, and {:.4f} at the temperature".format(*errors) in printed
         table = printed.split("mean score, 95 %")[1].split("\n\n")[0].splitlines()[1:]
         assert [line[:18].strip() for line in table] == expected
-    train.main([*flags, "--pairs_per_query", "1"])
-    data = json.loads((tmp_path / "training_history.json").read_text())["data"]
-    assert data["split"]["train"]["battles"] == data["split"]["train"]["queries"]
-    drawn = f"drawn    {data['training_battles_not_drawn']} training battles are left out by --pairs_per_query"
-    assert drawn in capsys.readouterr().out
-    train.main([*flags, "--split_by", "battle"])
-    printed = capsys.readouterr().out
-    assert "are not evaluated: --split_by battle" in printed
-    assert "oracle" not in printed
+
+
+@pytest.fixture
+def scores(small_table):
+    """The small score table: a query, and the scores of four models."""
+    return pd.read_parquet(small_table[-5])
+
+
+@pytest.fixture
+def run_table(small_table, tmp_path):
+    """Train on a table with the flags of the small one, and some more; returns the history."""
+    numbers = itertools.count()
+
+    def run(table, *flags):
+        path = tmp_path / f"{next(numbers)}.parquet"
+        table.to_parquet(path)
+        train.main([*small_table, "--data_path", str(path), "--output_dir", str(tmp_path / "out"), *flags])
+        return json.loads((tmp_path / "out" / "training_history.json").read_text())
+
+    return run
+
+
+def test_pointwise_learns_the_scores_as_labels_scaled_by_the_range_of_training(small_table, scores, run_table):
+    split, _ = split_battles(load_battles(small_table[-5])[0], 42)
+    of_train, of_test = (part.queries[part.unique_queries[0]] for part in (split.train, split.test))
+    scores.loc[scores["prompt"] == of_train, NAMES] = 0.5  # no battle, and four labels
+    flags = ("--loss_type", "pointwise", "--lr", "3e-3", "--epochs", "5", "--embedding_dim", "32")
+    one = run_table(scores, *flags)
+    assert one["data"]["label_range"] == [0, 1]
+    assert (one["data"]["split"]["train"]["queries"], one["data"]["table_rows"]["train"]) == (193, 192)
+    assert one["test_metrics"]["auc"] > 0.9
+    assert one["test_metrics"]["gap_closed"] > 0.6  # the kind of query was planted
+    scores[NAMES] = (10 * scores[NAMES]).clip(0, 9)
+    scores.loc[scores["prompt"] == of_test, NAMES[0]] = 10  # the range is that of training, without test
+    ten = run_table(scores, *flags)
+    assert ten["data"]["label_range"] == [0, 9]
+    scores[NAMES] /= 9
+    assert run_table(scores, *flags)["train_losses"] == pytest.approx(ten["train_losses"], rel=1e-5)
+
+
+def test_each_way_to_learn_from_rows_differs(scores, run_table):
+    ways = ("", "--ties half", "--loss_type bce", "--loss_type hinge", "--loss_type pointwise", "--batch_size 30")
+    losses = {flags: run_table(scores, *flags.split())["train_losses"][-1] for flags in ways}
+    assert len(set(losses.values())) == len(ways), losses
+
+
+def test_rows_that_are_split_one_by_one_are_evaluated(scores, run_table):
+    history = run_table(pd.concat([scores, scores]), "--split_by", "battle")
+    data = history["data"]
+    assert data["table_rows"] == {"train": 386, "val": 48, "test": 48, "without_a_difference": 0}
+    assert history["score_table"]["rows"] == 48
+    assert data["test_queries_in_train"] > 24  # most queries have their other row there
+
+
+def test_battles_and_a_score_table_train_together(small, small_table, scores, fails, tmp_path):
+    (tmp_path / "data").mkdir()
+    for path in (small[1], small_table[-5]):
+        shutil.copy(path, tmp_path / "data")
+    flags = [*small_table, "--data_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    train.main(flags)
+    history = json.loads((tmp_path / "out" / "training_history.json").read_text())
+    votes = pd.read_parquet(small[1])["winner"].isin(["model_a", "model_b"]).sum()
+    a, b = np.triu_indices(4, 1)
+    d = scores[NAMES].to_numpy()[:, a] - scores[NAMES].to_numpy()[:, b]
+    data = history["data"]
+    assert sum(side["battles"] for side in data["split"].values()) == votes + (np.abs(d) > 0).sum()
+    assert data["battles"] == 320 + (~np.isnan(d)).sum()
+    assert data["ties_left_out"] == data["ties"] == (320 - votes) + (d == 0).sum()
+    assert data["unseen_model_battles"] == 0
+    assert history["score_table"]["rows"] == data["table_rows"]["test"] > 0
+    assert "data has battles" in fails(*flags, "--loss_type", "pointwise")

@@ -161,6 +161,38 @@ def test_any_table_loads_with_counts_that_add_up_or_ends_in_one_line(tmp_path, k
         assert loaded[layout] > 1 or layout == "near", layout
 
 
+CELL = st.sampled_from([None, 0.0, 0.25, 0.5, 1.0])
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(st.integers(0, 12), CELL, CELL, CELL), max_size=40), st.sampled_from(["query", "battle"]))
+def test_wide_nested_and_long_tables_of_the_same_scores_are_the_same(tmp_path, rows, by):
+    names, found = ["a", "b", "c"], []
+    rows = [(f"query {query}", dict(zip(names, row, strict=True))) for query, *row in [(0, 0.0, 0.5, 1.0), *rows]]
+    rows = [(query, row) for query, row in rows if list(row.values()).count(None) < 2]  # else it is no row
+    known = [(query, {name: score for name, score in row.items() if score is not None}) for query, row in rows]
+    long = [(query, number, *cell) for number, (query, row) in enumerate(known) for cell in row.items()]
+    tables = {
+        "wide": [{"prompt": query, **row} for query, row in rows],
+        "nested": [{"prompt": query, "scores": row} for query, row in known],
+        "long": [dict(zip(("prompt", "prompt_id", "model", "score"), row, strict=True)) for row in long],
+    }
+    for layout, table in tables.items():
+        (tmp_path / "a.json").write_text(json.dumps(table))
+        battles, counts = load_battles(str(tmp_path / "a.json"))
+        assert counts["layouts"] == [layout]
+        loaded = [counts[name] for name in ("battles", "ties", "queries", "models")]
+        try:
+            split, of_split = split_battles(battles, 0, by, ties="half")
+        except UserError as error:
+            found.append((loaded, str(error)))
+            continue
+        parts = [(part.table.query_idx, part.table.scores) for part in (split.train, split.val, split.test)]
+        found.append((loaded, of_split, split.train.queries, split.train.model_names, parts, tuple(split.val_pairs)))
+    for other in found[1:]:
+        np.testing.assert_equal(other, found[0])
+
+
 def some_number(rows, name):
     return any(as_score(row.get(name)) is not None for row in rows)
 

@@ -408,7 +408,7 @@ def test_what_does_not_change_the_result_may_change(finished, tmp_path):
     data = tmp_path / "elsewhere.parquet"
     shutil.copy(flags[flags.index("--data_path") + 1], data)
     before = RankRouter.load(moved / "best_model.pt").state_dict()
-    train.main([*flags, *fresh, "--data_path", str(data), "--baselines", "fast", "--threads", "2", "--resume"])
+    train.main([*flags, *fresh, "--data_path", str(data), "--baselines", "fast", "--threads", "1", "--resume"])
     history = history_of(moved)
     assert "bradley_terry" in history["baselines"]
     router = RankRouter.load(moved / "best_model.pt")
