@@ -13,7 +13,6 @@ import torch
 from conftest import assert_same, result
 from sklearn.linear_model import LogisticRegression
 
-import loss
 import metrics
 import train
 from data_loader import load_battles, split_battles
