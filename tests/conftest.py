@@ -233,8 +233,8 @@ def small_table(small, tmp_path_factory):
     table.insert(0, "prompt", [f"{['solve', 'write', 'sing'][k]} number {i}" for i, k in enumerate(kind)])
     table.loc[::7, "demo-model-c"] = np.nan
     table.to_parquet(folder / "scores.parquet")
-    more = ["--data_path", str(folder / "scores.parquet"), "--cache_dir", str(folder / "cache"), "--batch_size", "20"]
-    return [*small, *more]
+    more = ["--cache_dir", str(folder / "cache"), "--batch_size", "20"]
+    return ["--data_path", str(folder / "scores.parquet"), *small[2:], *more]
 
 
 @pytest.fixture(scope="session")
