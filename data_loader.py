@@ -168,7 +168,7 @@ def split_battles(
         }
         of_trained = battles.table.select(slice(None), trained)
         table_rows["without_a_difference"] = int((~of_trained.differs()).sum())
-    in_train = sides["train"].num_ties if ties == "half" else 0
+    in_train = sides["train"].num_ties if ties == "half" or equal_rows else 0
     unseen = sum(map(len, decisive)) - len(split.val) - len(split.test)
     return split, {
         "split": {name: {"battles": len(b), "queries": len(b.unique_queries)} for name, b in parts.items()},

@@ -47,7 +47,7 @@ def auc_of_leads(lead: np.ndarray) -> Metric:
 
 def lead_bins(d: np.ndarray) -> np.ndarray:
     """Upper ends of bins of |d| > 0, for `Totals`: its values, or `LEAD_BINS` quantiles of them if there are more."""
-    values = np.unique(np.abs(d[d != 0]))
+    values = np.unique(np.abs(d[d != 0])) if d.any() else np.ones(1)
     return values if len(values) <= LEAD_BINS else np.unique(np.quantile(values, np.linspace(0, 1, LEAD_BINS + 1)[1:]))
 
 
@@ -246,13 +246,13 @@ def evaluate(
 
     `margin` is that of the BPR loss in training, and 0 for every other method (see `log_win_probability`).
     """
-    d = np.asarray(d, dtype=np.float64)
+    d, names = np.asarray(d, dtype=np.float64), ("accuracy", "precision", "recall", "f1")
     if not len(d):
-        return dict.fromkeys(("accuracy", "precision", "recall", "f1", "auc", "log_loss"))
+        return dict.fromkeys((*names, "auc", "log_loss"))
     totals = Totals(np.ones((1, 1)), 1 + int(max(model_a_idx.max(), model_b_idx.max())), margin)
     totals.add(np.zeros(len(d), np.int64), model_a_idx, model_b_idx, outcome, d)
-    results = {name: float(value) for name, (value,) in totals.metrics().items() if name != "log_loss_calibrated"}
-    return results | {"auc": auc(d, outcome)}
+    results = {name: float(value) for name, (value,) in totals.metrics().items()}
+    return {name: results[name] for name in names} | {"auc": auc(d, outcome), "log_loss": results["log_loss"]}
 
 
 def bootstrap_weights(num_queries: int, seed: int, resamples: int = 1000) -> np.ndarray:

@@ -143,14 +143,14 @@ class Battles:
         return models if self.table is None else np.union1d(models, np.flatnonzero(~np.isnan(self.table.scores).all(0)))
 
     def chunks(self) -> Iterator[Pairs]:
-        """All battles in lists of bounded size: the single ones, then those of some rows of the table after others."""
+        """All battles in lists: the single ones, then those of the table, at most about `PAIRS_AT_ONCE` at a time."""
         if len(self.outcome):
             yield Pairs(self.query_rows, self.model_a_idx, self.model_b_idx, self.outcome)
         if self.table is None:
             return
         first, second = np.triu_indices(len(self.model_names), 1)  # (P,) each
         rows = np.searchsorted(self.unique_queries, self.table.query_idx)  # (R,)
-        at_once = max(1, PAIRS_AT_ONCE // len(first))
+        at_once = max(1, PAIRS_AT_ONCE // max(1, len(first)))
         for low in range(0, len(rows), at_once):
             scores = self.table.scores[low : low + at_once]  # (r, M)
             d = scores[:, first] - scores[:, second]  # (r, P), NaN where one is missing

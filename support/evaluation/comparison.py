@@ -32,11 +32,12 @@ class TestEvaluation:
         self.sample = self.battles.sample(LISTED_BATTLES, seed)
         weights = metrics.bootstrap_weights(len(self.battles.unique_queries), seed)  # (R, Q)
         self.weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + R, Q), the test set itself first
-        if split.train.table is None:  # then no best single model is chosen by scores
+        if split.train.table is None or not split.train.table.differs().any():  # no best single model can be chosen
             self.table = None
         if self.table is not None:
             self.query_of_row = np.searchsorted(self.battles.unique_queries, self.table.query_idx)  # (rows,)
-            shares = weights[:, self.query_of_row]  # (R, rows)
+            queries, row = np.unique(self.table.query_idx, return_inverse=True)  # (q,), (rows,)
+            shares = metrics.bootstrap_weights(len(queries), seed)[:, row]  # (R, rows)
             self.row_shares = shares / shares.sum(1, keepdims=True)  # (R, rows)
             self.single, self.single_is_best = self.route(ranking_by_mean(split.train.table))  # (rows,) each
             self.oracle = np.nanmax(self.table.scores, 1)  # (rows,)
