@@ -132,6 +132,8 @@ def _content(turn: dict) -> str:
 
 def as_score(cell: object) -> float | None:
     """The finite number below `LARGEST_SCORE` in a cell, or under one of `SCORES` in a mapping; None without one."""
+    if type(cell) in (float, int, bool):  # nearly always
+        return float(cell) if abs(cell) < LARGEST_SCORE else None
     cell = as_list(cell)
     if isinstance(cell, dict):
         scores = (as_score(cell[key]) for key in SCORES if key in cell)

@@ -130,8 +130,10 @@ class Rows:
         costs.append(math.nan if cost is None else cost)
 
     def _cost(self, cell: object) -> float | None:
+        if cell is None:
+            return None
         cost = as_cost(cell)
-        self.costs_missing += cost is None and cell is not None and cell not in NO_NUMBER and cell == cell
+        self.costs_missing += cost is None and cell not in NO_NUMBER and cell == cell
         return cost
 
     def _count_text(self, cell: object) -> None:
