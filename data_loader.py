@@ -132,7 +132,7 @@ def split_battles(
         rows of a score table.
     ties: "drop" leaves ties out of training, "half" keeps them; validation and test never have any.
     hold_out: the name of a model to leave out, with all its battles.
-    equal_rows: whether training keeps rows of a score table in which all scores are equal, also without ties.
+    equal_rows: whether rows of a score table in which all scores are equal are kept, also without ties.
 
     Returns the split and its counts. Raises `UserError` where a side is empty or no model is named `hold_out`.
     """
@@ -149,11 +149,11 @@ def split_battles(
 
     # 3. Validation and test battles: no ties, and only models that training saw.
     trained = train.unique_models  # (M,)
-    decisive = [sides[name].usable() for name in ("val", "test")]
-    parts = {"train": train} | {name: sides[name].among(trained).usable() for name in ("val", "test")}
+    decisive = {name: sides[name].usable(equal_rows=equal_rows) for name in ("val", "test")}
+    held_out = {name: part.among(trained).usable(equal_rows=equal_rows) for name, part in decisive.items()}
+    parts = {"train": train} | held_out
     if empty := [name for name, part in parts.items() if not len(part)]:
-        found = f"{len(battles)} battles, {battles.num_ties} of them ties, over "
-        found += f"{len(battles.unique_queries)} queries"
+        found = f"{len(battles)} battles, {battles.num_ties} of them ties, over {len(battles.unique_queries)} queries"
         raise UserError(f"the split leaves no battle for {listed(empty)}: found {found}; more battles are needed")
 
     # 4. Only the queries and models in use, renumbered; these models are `trained`.
@@ -161,22 +161,25 @@ def split_battles(
     parts = {name: part.renumbered(used, trained) for name, part in parts.items()}
     split = Split(**parts, val_pairs=parts["val"].sample(VAL_BATTLES, seed))
 
-    table_rows = None
+    ties_in_train = sides["train"].num_ties if ties == "half" or equal_rows else 0
+    return split, _counts(split, battles, trained) | {
+        "ties_left_out": battles.num_ties - ties_in_train,
+        "training_battles_held_out": len(candidates) - len(train),
+        "unseen_model_battles": sum(map(len, decisive.values())) - sum(map(len, held_out.values())),
+    }
+
+
+def _counts(split: Split, battles: Battles, trained: np.ndarray) -> dict:
+    """Sizes of a split of battles, with models of the indices `trained` (M,), for the history."""
+    parts, table_rows = {"train": split.train, "val": split.val, "test": split.test}, None
     if battles.table is not None:
-        table_rows = {
-            name: 0 if part.table is None else int(part.table.differs().sum()) for name, part in parts.items()
-        }
-        of_trained = battles.table.select(slice(None), trained)
-        table_rows["without_a_difference"] = int((~of_trained.differs()).sum())
-    in_train = sides["train"].num_ties if ties == "half" or equal_rows else 0
-    unseen = sum(map(len, decisive)) - len(split.val) - len(split.test)
-    return split, {
+        tables = {name: part.table for name, part in parts.items()}
+        table_rows = {name: 0 if table is None else int(table.differs().sum()) for name, table in tables.items()}
+        table_rows["without_a_difference"] = int((~battles.table.select(slice(None), trained).differs()).sum())
+    return {
         "split": {name: {"battles": len(b), "queries": len(b.unique_queries)} for name, b in parts.items()},
         "validation_battles": len(split.val_pairs.row),
-        "ties_left_out": battles.num_ties - in_train,
-        "training_battles_held_out": len(candidates) - len(train),
         "table_rows": table_rows,
-        "unseen_model_battles": unseen,
         "test_queries_in_train": len(np.intersect1d(split.train.unique_queries, split.test.unique_queries)),
     }
 

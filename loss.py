@@ -1,10 +1,9 @@
 """Losses of a battle from the scores of its two models: BPR, BCE and hinge; and the pointwise one, of a single score.
 
-A new loss is written here alone.
-
-Each takes float tensors of one shape, whatever that is: `score_a`, `score_b`, and `outcome`, P(a is better): 1, 0, or
-0.5 for a tie, half a win for each. Each takes `margin` >= 0, in units of the score. Each returns the loss
-of every battle, a tensor of that shape; training takes the mean. d stands for score_a - score_b.
+Those of a battle take float tensors of one shape, whatever that is: `score_a`, `score_b`, and `outcome`, P(a is
+better): 1, 0, or 0.5 for a tie, half a win for each; and `margin` >= 0, in units of the score. Each returns the loss of
+every battle, a tensor of that shape; training takes the mean. d stands for score_a - score_b. A new one is written here
+alone.
 """
 
 import torch
@@ -43,9 +42,9 @@ def hinge(score_a: torch.Tensor, score_b: torch.Tensor, outcome: torch.Tensor, m
 
 
 def pointwise(score: torch.Tensor, label: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
-    """Binary cross-entropy of a single score: the logit of a label in [0, 1], such as "this model answers right".
+    """Binary cross-entropy of single scores: the logits of labels in [0, 1], such as "this model answers right".
 
-    For score tables, whose scores are the labels; `margin` is ignored.
+    It takes one score and its label, from the score table, in tensors of one shape; `margin` is ignored.
     """
     return F.binary_cross_entropy_with_logits(score, label, reduction="none")
 

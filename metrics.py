@@ -4,13 +4,15 @@ Throughout, `d` (N,) is score of a - score of b, `outcome` (N,) is 1 where a won
 d = 0 counts one half. Metrics are floats, or None where they are undefined (N = 0).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 # scipy is imported inside the functions: `route.py` needs only a probability from this file.
 
 SAMPLES_AT_ONCE = 128  # bootstrap samples whose weights are there as float64
+SUMS = ("battles", "correct", "log_loss", "log_loss_calibrated")  # of `Totals`, by query
+CLASS_SUMS = ("hits", "wins", "chosen")  # by query and model; a hit is a battle whose model was chosen and won
 LEAD_BINS = 4096  # bins of the winner's lead on each side of 0, for the AUC of bootstrap samples
 
 Metric = float | None
@@ -54,7 +56,7 @@ def lead_bins(d: np.ndarray) -> np.ndarray:
 class Totals:
     """Sums over decisive battles, in S weighted samples of their queries; all metrics follow from them.
 
-    Battles are added list by list, so that those of a large score table are never there at once.
+    Battles are added list by list, so that those of a large score table are never listed at once.
 
     Args:
         weights: how often each of Q queries occurs in each sample, (S, Q).
@@ -74,8 +76,8 @@ class Totals:
     ):
         self.weights, self.num_models, self.bins = weights, num_models, bins
         self.margin, self.temperature = margin, temperature
-        # By query: battles, correct ones, log loss without and with temperature; each model's hits, wins and choices.
-        self.by_query = np.zeros((weights.shape[1], 4 + 3 * num_models))  # (Q, 4 + 3M)
+        self.sums = {name: np.zeros(weights.shape[1]) for name in SUMS}  # (Q,) each
+        self.by_model = {name: np.zeros((weights.shape[1], num_models)) for name in CLASS_SUMS}  # (Q, M) each
         # By sample: battles by their winner's lead, in bins from the most negative to the most positive one.
         self.leads = None if bins is None else np.zeros((2 * len(bins) + 1, len(weights)), np.float32)  # (bins, S)
         self.query_weights = None if bins is None else np.ascontiguousarray(weights.T, np.float32)  # (Q, S)
@@ -84,34 +86,42 @@ class Totals:
         self, row: np.ndarray, model_a_idx: np.ndarray, model_b_idx: np.ndarray, outcome: np.ndarray, d: np.ndarray
     ) -> None:
         """Add battles (N,) of the queries `row` (N,), which index the Q columns of the weights."""
+        correct, lead, ones = is_correct(d, outcome), np.where(outcome == 1, d, -d), np.ones(len(d))  # (N,) each
+        loss = -log_win_probability(lead, self.margin)  # (N,)
+        calibrated = -log_win_probability(lead, temperature=self.temperature)  # (N,)
+        for total, values in zip(self.sums.values(), (ones, correct, loss, calibrated), strict=True):
+            total += np.bincount(row, values, len(total))
+        won = np.where(outcome == 1, model_a_idx, model_b_idx)  # (N,)
+        lost = np.where(outcome == 1, model_b_idx, model_a_idx)  # (N,)
+        chosen = ("chosen", won, correct), ("chosen", lost, 1 - correct)
+        for name, model, values in (("hits", won, correct), ("wins", won, ones), *chosen):
+            total = self.by_model[name]  # (Q, M)
+            total += np.bincount(row * self.num_models + model, values, total.size).reshape(total.shape)
+        if self.bins is not None:
+            self._add_leads(lead, row)
+
+    def _add_leads(self, lead: np.ndarray, row: np.ndarray) -> None:
         from scipy.sparse import coo_array
 
-        correct, lead, ones = is_correct(d, outcome), np.where(outcome == 1, d, -d), np.ones(len(d))  # (N,) each
-        losses = -log_win_probability(lead, self.margin), -log_win_probability(lead, temperature=self.temperature)
-        # The classes of precision and recall: hits are battles whose model was chosen and won.
-        won = 4 + np.where(outcome == 1, model_a_idx, model_b_idx)  # (N,), columns of `by_query`
-        lost = 4 + np.where(outcome == 1, model_b_idx, model_a_idx)  # (N,)
-        columns = [*(np.full(len(d), column) for column in range(4)), won, self.num_models + won]
-        columns += [2 * self.num_models + won, 2 * self.num_models + lost]
-        values = ones, correct, *losses, correct, ones, correct, 1 - correct
-        for value, column in zip(values, columns, strict=True):
-            self.by_query += coo_array((value, (row, column)), self.by_query.shape).toarray()
-        if self.bins is not None:
-            size = 1 + np.minimum(np.searchsorted(self.bins, np.abs(lead)), len(self.bins) - 1)  # (N,)
-            bin_idx = len(self.bins) + np.sign(lead).astype(np.int64) * size  # (N,)
-            by_bin = coo_array((ones.astype(np.float32), (bin_idx, row)), (len(self.leads), len(self.by_query)))
-            self.leads += by_bin.tocsr() @ self.query_weights  # (bins, S)
+        size = 1 + np.minimum(np.searchsorted(self.bins, np.abs(lead)), len(self.bins) - 1)  # (N,)
+        bin_idx = len(self.bins) + np.sign(lead).astype(np.int64) * size  # (N,)
+        shape = len(self.leads), self.weights.shape[1]
+        by_query = coo_array((np.ones(len(lead), np.float32), (bin_idx, row)), shape).tocsr()  # (bins, Q)
+        self.leads += by_query @ self.query_weights  # (bins, S)
 
     def metrics(self) -> dict[str, np.ndarray]:
         """The metrics in each sample, (S,) each: those of `evaluate`, and log_loss_calibrated; auc only with bins."""
         parts = np.array_split(self.weights, -(-len(self.weights) // SAMPLES_AT_ONCE))  # (s, Q) each
-        sums = np.concatenate([part.astype(np.float64) @ self.by_query for part in parts])  # (S, 4 + 3M)
-        accuracy, log_loss, calibrated = (sums[:, column] / sums[:, 0] for column in (1, 2, 3))  # (S,) each
-        precision, recall, f1 = macro(*np.split(sums[:, 4:], 3, axis=1))  # (S,) each
-        results = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
+
+        def weighted(values: np.ndarray) -> np.ndarray:
+            return np.concatenate([part.astype(np.float64) @ values for part in parts])  # (S, ...)
+
+        count, correct, loss, calibrated = (weighted(values) for values in self.sums.values())  # (S,) each
+        precision, recall, f1 = macro(*(weighted(values) for values in self.by_model.values()))  # (S,) each
+        results = {"accuracy": correct / count, "precision": precision, "recall": recall, "f1": f1}
         if self.bins is not None:
             results["auc"] = self._auc()
-        return results | {"log_loss": log_loss, "log_loss_calibrated": calibrated}
+        return results | {"log_loss": loss / count, "log_loss_calibrated": calibrated / count}
 
     def _auc(self) -> np.ndarray:
         """The AUC (S,), in which leads of opposite sign in bins of the same size are equal.
@@ -175,10 +185,20 @@ def fit_temperature(d: np.ndarray, outcome: np.ndarray) -> float:
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
+    return _best_temperature(lambda temperature: log_loss(d, outcome, temperature=temperature))
+
+
+def fit_label_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature at which scores (R, M) are the logits of labels (R, M) in [0, 1], NaN where there is none."""
+    known = ~np.isnan(labels)  # (R, M)
+    score, label = scores[known], labels[known]  # (n,) each
+    return _best_temperature(lambda t: (np.logaddexp(0, score / t) - label * score / t).mean())
+
+
+def _best_temperature(loss_of: Callable[[float], float]) -> float:
     from scipy.optimize import minimize_scalar
 
-    best = minimize_scalar(lambda log_t: log_loss(d, outcome, temperature=np.exp(log_t)), bounds=np.log([0.01, 100]))
-    return float(np.exp(best.x))
+    return float(np.exp(minimize_scalar(lambda log_t: loss_of(np.exp(log_t)), bounds=np.log([0.01, 100])).x))
 
 
 class Reliability:
@@ -256,18 +276,18 @@ def evaluate(
 
 
 def bootstrap_weights(num_queries: int, seed: int, resamples: int = 1000) -> np.ndarray:
-    """How often each of Q queries occurs in each of R bootstrap samples of them: int (R, Q).
+    """How often each of Q queries occurs in each of S bootstrap samples of them: int (S, Q).
 
     Queries are drawn rather than battles, because the battles of one query are not independent.
     """
     rng, parts = np.random.default_rng(seed), []
     for low in range(0, resamples, SAMPLES_AT_ONCE):
         size = min(SAMPLES_AT_ONCE, resamples - low)
-        drawn = rng.integers(num_queries, size=(size, num_queries))  # (r, Q)
-        cells = drawn + num_queries * np.arange(size)[:, None]  # (r, Q), into the flattened counts
-        counts = np.bincount(cells.ravel(), minlength=cells.size)  # (r Q,)
-        parts.append(counts.astype(np.min_scalar_type(counts.max(initial=0))).reshape(cells.shape))  # (r, Q)
-    return np.concatenate(parts)  # (R, Q)
+        drawn = rng.integers(num_queries, size=(size, num_queries))  # (s, Q)
+        cells = drawn + num_queries * np.arange(size)[:, None]  # (s, Q), into the flattened counts
+        counts = np.bincount(cells.ravel(), minlength=cells.size)  # (s Q,)
+        parts.append(counts.astype(np.min_scalar_type(counts.max(initial=0))).reshape(cells.shape))  # (s, Q)
+    return np.concatenate(parts)  # (S, Q)
 
 
 def interval(values: np.ndarray) -> list[float] | None:

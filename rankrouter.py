@@ -60,6 +60,7 @@ class Metadata:
     trained: dict | None = None  # a finetuned encoder's layers, lora_rank and weights
     added_models: list = field(default_factory=list)
     label_range: list[float] | None = None  # of a pointwise loss: the scores whose labels are 0 and 1
+    label_temperature: float | None = None  # of a pointwise loss: at which scores are the logits of labels
 
 
 class RankRouter(nn.Module):
@@ -233,15 +234,11 @@ class RankRouter(nn.Module):
         Where those scores are 0 and 1, it is the probability that the model is right. For a router that was trained by
         `--loss_type pointwise`; raises `UserError` for others, and as `embed` does.
         """
-        if self._trained().label_range is None:
+        metadata = self._trained()
+        if metadata.label_range is None:
             raise UserError("the router was not trained by --loss_type pointwise, so its scores only rank models")
-        return self._expected(self.scores_of(queries))  # (Q, M)
-
-    def _expected(self, scores: np.ndarray) -> np.ndarray:
-        low, high = self._trained().label_range
-        # Of two independent answers one right, one wrong, the log-odds are the difference of the logits, so the
-        # temperature of those differences is that of the logits.
-        return low + (high - low) / (1 + np.exp(-scores / self.temperature))  # (Q, M)
+        low, high = metadata.label_range
+        return low + (high - low) / (1 + np.exp(-self.scores_of(queries) / metadata.label_temperature))  # (Q, M)
 
     def rank(
         self, queries: list[str], top_k: int | None = None, models: list[str] | None = None
@@ -337,8 +334,8 @@ class RankRouter(nn.Module):
     def _from_checkpoint(cls, checkpoint: dict) -> tuple["RankRouter", dict[str, torch.dtype]]:
         """The router, and the dtypes that its weights should have."""
         config = RouterConfig(**checkpoint["config"])
-        names = [each.name for each in fields(Metadata)]
-        metadata = Metadata(**{name: checkpoint[name] for name in names if name in checkpoint})
+        checkpoint = {"label_range": None, "label_temperature": None} | checkpoint  # earlier versions had neither
+        metadata = Metadata(**{each.name: checkpoint[each.name] for each in fields(Metadata)})
         with torch.device("meta"):  # takes no memory, whatever widths the file claims
             router = cls(checkpoint["model_names"], metadata.encoder["width"], config)
         dtypes = {name: tensor.dtype for name, tensor in router.state_dict().items()}
@@ -371,6 +368,7 @@ class RankRouter(nn.Module):
         if metadata.label_range is not None:
             low, high = metadata.label_range
             yield "the label range", type(low) is type(high) is float and -np.inf < low < high < np.inf
+            yield "the label temperature", 0 < metadata.label_temperature < np.inf
         seen = metadata.seen_queries
         yield "the list of seen queries", is_plain(seen) and seen.dtype == torch.int64 and seen.ndim == 1
         yield "the finetuned encoder", (trained is not None) == args["finetune_encoder"]

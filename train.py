@@ -19,6 +19,7 @@ from loss import LOSSES, link_margin
 from model_profiling import initial_capabilities
 from query_representation import QueryEncoder
 from rankrouter import Metadata, RankRouter, RouterConfig
+from support.data.battles import Battles
 from support.data.demo import true_skills
 from support.evaluation import baselines
 from support.evaluation.cold_start import cold_start, held_out_battles
@@ -276,11 +277,12 @@ def train_step(args: argparse.Namespace, state: TrainingState, batch: object) ->
         router.train()
     optimizer.zero_grad()
     mean_loss, num_battles = torch.zeros((), device=batches.device), batches.num_battles(batch)
-    for queries, row, models, outcome in batches.parts(batch):  # (b,), (B,), (B, 2), (B,): this process's share
+    # This process's share: (b,), (B,), (B, 2) or with a pointwise loss (B, 1), (B,).
+    for queries, row, models, outcome in batches.parts(batch):
         # Forward: the scores of all models for each query, then those of the two models of each battle.
         x, cluster_idx = batches.embed(queries)  # (b, H), (b,)
         scores = router(x, cluster_idx)  # (b, M)
-        compared = [scores[row, model] for model in models.unbind(1)]  # (B,) each: two, or one with a pointwise loss
+        compared = [scores[row, model] for model in models.unbind(1)]  # (B,) each
         # Loss: the mean over the battles of the whole batch, of which these are a part.
         losses = LOSSES[args.loss_type](*compared, outcome, args.margin)  # (B,)
         loss = losses.sum() / num_battles
@@ -308,7 +310,8 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
     step = None if state.epoch_is_over else state.step_in_epoch
     loss = state.mean_loss()
     with curves.timing("evaluate"), state.ema.applied():
-        d = val.margins(state.scores(split.val.unique_queries))  # (N,)
+        scores = state.scores(split.val.unique_queries)  # (Q, M)
+        d = val.margins(scores)  # (N,)
         margin = link_margin(args.loss_type, args.margin)
         val_metrics = metrics.evaluate(d, val.outcome, val.model_a_idx, val.model_b_idx, margin)
         val_metrics = distributed.broadcast_from_rank0(val_metrics)
@@ -320,6 +323,7 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
                 step=step,
                 val_metrics=val_metrics,
                 temperature=metrics.fit_temperature(d, val.outcome),
+                label_temperature=label_temperature(split.val, scores, router.metadata.label_range),
                 trained=state.batches.finetuned_weights(args.finetune_layers, args.lora_rank),
             )
             weights = {name: weight.detach().clone() for name, weight in router.state_dict().items()}
@@ -330,6 +334,14 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
     history.write()
     if is_best or step is None or state.batches.trains_encoder:
         console.print_validation(state.epoch, step, len(state.planned), loss, val_metrics, is_best)
+
+
+def label_temperature(val: Battles, scores: np.ndarray, label_range: list[float] | None) -> float | None:
+    """The temperature at which scores (Q, M) are the logits of a table's scores; None but for a pointwise loss."""
+    if label_range is None:
+        return None
+    rows = np.searchsorted(val.unique_queries, val.table.query_idx)  # (R,)
+    return metrics.fit_label_temperature(scores[rows], val.table.labels(label_range))
 
 
 def represent(router: RankRouter, encoder: QueryEncoder, queries: list[str], embeddings: torch.Tensor) -> tuple:

@@ -125,7 +125,7 @@ def circulated_epoch(queries, battles, tokenizer, network, num_models: int) -> f
 
     start = time.perf_counter()
     for low in range(0, len(battles), 32):
-        batch = battles.select(range(low, min(low + 32, len(battles))))
+        batch = battles.select(range(low, min(low + 32, len(battles))), None)
         texts = [queries[i] for i in batch.query_idx]
         a = torch.stack([model_tower()[i] for i in batch.model_a_idx])  # (B, D)
         b = torch.stack([model_tower()[i] for i in batch.model_b_idx])  # (B, D)
@@ -161,7 +161,7 @@ def benchmark_runs(args) -> None:
         flags = ("--data_path", str(work / "battles.parquet"), "--model_path", folder, "--dtype", "float32")
 
         # Training battles alone, as a router is trained on four fifths of them.
-        epoch = circulated_epoch(battles.queries, battles.select(np.arange(800)), tokenizer, network, 8)
+        epoch = circulated_epoch(battles.queries, battles.select(np.arange(800), None), tokenizer, network, 8)
         with contextlib.redirect_stdout(None):
             ours = seconds(lambda: train.main([*flags, "--no_cache", "--output_dir", str(work / "cold")]))
         measured = f"{10 * epoch / ours:.0f} x ({10 * epoch:.0f} s, {ours:.1f} s)"

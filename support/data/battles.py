@@ -11,6 +11,16 @@ COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, 
 PAIRS_AT_ONCE = 2**20  # pairs of models of a score table that are listed at once
 
 
+def outcomes(d: np.ndarray, ties: bool) -> np.ndarray:
+    """P(a is better) from differences of scores: 1, 0, or 0.5 where they are equal; NaN where that makes no battle.
+
+    d: of any shape, NaN where a score is missing.
+    ties: whether equal scores make a battle.
+    """
+    outcome = (1 + np.sign(d)) / 2  # NaN where d is
+    return outcome if ties else np.where(outcome == 0.5, np.nan, outcome)
+
+
 @dataclass(frozen=True)
 class ScoreTable:
     """R rows of score tables: a query and what each of the M models scored on it. Each pair of models is a battle."""
@@ -32,6 +42,11 @@ class ScoreTable:
     def differs(self) -> np.ndarray:
         """Which rows have scores that differ, (R,): the others hold no decisive battle."""
         return np.fmax.reduce(self.scores, axis=1) > np.fmin.reduce(self.scores, axis=1)  # NaN is ignored
+
+    def labels(self, label_range: list[float]) -> np.ndarray:
+        """The scores as labels (R, M), 0 and 1 at the ends of the range and beyond them; NaN where missing."""
+        low, high = label_range
+        return ((self.scores - low) / (high - low)).clip(0, 1)
 
     def ranks(self) -> np.ndarray:
         """The place of each score among the different ones of its row, from 0 for the lowest: float32 (R, M).
@@ -106,7 +121,7 @@ class Battles:
     outcome: np.ndarray  # (N,) float32, P(a is better): 1, 0, or 0.5 for a tie
     table: ScoreTable | None = None
     ties: bool = True  # whether equal scores of the table are battles, too
-    side: np.ndarray | None = None  # (N,) int8 into SIDES, where the files have an official split
+    side: np.ndarray | None = None  # (N,) int8, of an official split: 0 training, 1 validation, 2 test
 
     def query_columns(self) -> tuple[np.ndarray, np.ndarray]:
         """The queries of single battles (N,), and those of the table's rows (R,), none without a table."""
@@ -153,10 +168,9 @@ class Battles:
         at_once = max(1, PAIRS_AT_ONCE // max(1, len(first)))
         for low in range(0, len(rows), at_once):
             scores = self.table.scores[low : low + at_once]  # (r, M)
-            d = scores[:, first] - scores[:, second]  # (r, P), NaN where one is missing
-            which = (~np.isnan(d) if self.ties else np.abs(d) > 0).nonzero()  # (n,), (n,)
-            outcome = (1 + np.sign(d[which])).astype(np.float32) / 2  # (n,)
-            yield Pairs(rows[low:][which[0]], first[which[1]], second[which[1]], outcome)
+            outcome = outcomes(scores[:, first] - scores[:, second], self.ties)  # (r, P)
+            row, pair = (~np.isnan(outcome)).nonzero()  # (n,) each
+            yield Pairs(rows[low:][row], first[pair], second[pair], outcome[row, pair].astype(np.float32))
 
     def sample(self, most: int, seed: int) -> Pairs:
         """All battles in one list, or where there are more than `most`, about that many, drawn with `seed`."""
@@ -173,22 +187,23 @@ class Battles:
         columns = self.model_a_idx, self.model_b_idx, self.outcome  # (N,) each
         parts = [count_wins(cluster_idx[self.query_idx], *columns, num_models)]
         if self.table is not None:
-            of_row, (a, b) = cluster_idx[self.table.query_idx], np.triu_indices(num_models, 1)  # (R,), (P,) each
+            of_row = cluster_idx[self.table.query_idx]  # (R,)
             for cluster in np.unique(of_row):
-                won, lost, rows = np.zeros(len(a)), np.zeros(len(a)), np.flatnonzero(of_row == cluster)  # (P,), (P,)
-                for some in np.array_split(rows, len(rows) * len(a) // PAIRS_AT_ONCE + 1):  # (r,) each
-                    d = (
-                        self.table.scores[some][:, a] - self.table.scores[some][:, b]
-                    )  # (r, P), NaN where one is missing
-                    tied = (d == 0).sum(0) / 2 if self.ties else 0  # (P,)
-                    won, lost = won + (d > 0).sum(0) + tied, lost + (d < 0).sum(0) + tied  # (P,) each
-                had = won + lost > 0  # (P,)
-                cells = np.full(had.sum(), cluster), a[had], b[had], won[had], lost[had]  # (C,) each
-                parts.append(WinCounts(*cells))
+                parts.append(self._wins_in_rows(np.flatnonzero(of_row == cluster), cluster))
         return WinCounts(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
-    def select(self, keep: np.ndarray, rows: np.ndarray | None = None) -> "Battles":
-        """The single battles of a mask or indices, and the table's rows of another; None keeps no table."""
+    def _wins_in_rows(self, rows: np.ndarray, cluster: int) -> WinCounts:
+        a, b = np.triu_indices(len(self.model_names), 1)  # (P,) each
+        won, lost = np.zeros(len(a)), np.zeros(len(a))  # (P,) each
+        for some in np.array_split(rows, len(rows) * len(a) // PAIRS_AT_ONCE + 1):  # (r,) each
+            scores = self.table.scores[some]  # (r, M)
+            outcome = outcomes(scores[:, a] - scores[:, b], self.ties)  # (r, P)
+            won, lost = won + np.nansum(outcome, 0), lost + np.nansum(1 - outcome, 0)
+        had = won + lost > 0  # (P,)
+        return WinCounts(np.full(had.sum(), cluster), a[had], b[had], won[had], lost[had])
+
+    def select(self, keep: np.ndarray, rows: np.ndarray | slice | None) -> "Battles":
+        """The single battles of a mask or indices, and the table's rows of another; None for no table."""
         side = None if self.side is None else self.side[keep]
         table = None if self.table is None or rows is None else self.table.select(rows)
         table = None if table is None or not len(table) else table
@@ -203,7 +218,8 @@ class Battles:
         if self.table is not None:
             known = (~np.isnan(self.table.scores)).sum(1)  # (R,)
             rows = known > 1 if ties or equal_rows else self.table.differs()  # (R,)
-        return replace(self.select(ties | (self.outcome != 0.5), rows), ties=ties)
+        single = np.full(len(self.outcome), True) if ties else self.outcome != 0.5  # (N,)
+        return replace(self.select(single, rows), ties=ties)
 
     def among(self, models: np.ndarray) -> "Battles":
         """The battles between models of these indices (m,); in the table the other models have no score."""

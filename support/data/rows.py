@@ -197,7 +197,8 @@ class Rows:
         costs = None if np.isnan(cost).all() else _as_matrix(row, model, cost, scores.shape)  # (R, M)
         known = (~np.isnan(scores)).sum(1)  # (R,)
         self.scores_averaged = len(score) - int(known.sum())
-        self.dropped += Counter({"alone with their query": int((known == 1).sum())})
+        if alone := int((known == 1).sum()):
+            self.dropped["alone with their query"] = alone
         kept = known > 1  # (R,)
         return (query[kept], scores[kept], None if costs is None else costs[kept], side[kept]) if kept.any() else None
 

@@ -11,7 +11,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 from scipy.special import expit
 
 import metrics
-from support.data.battles import PAIRS_AT_ONCE, Battles, Pairs, WinCounts
+from support.data.battles import PAIRS_AT_ONCE, Battles, Pairs, WinCounts, outcomes
 
 INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # C of the logistic regressions
 NEIGHBORS = (8, 32, 128, 512, 2048)
@@ -21,7 +21,7 @@ PENALTIES = tuple(400 / 2**step for step in range(17))  # of the learned heads' 
 CLEARLY_WORSE = 0.005  # below the best validation AUC: a path of penalties ends there
 RANK = 16  # upper limit for the factorization; penalizing the squares of both factors also penalizes their rank
 MAX_STEPS = 300  # of L-BFGS
-LISTED_BATTLES = 2**20  # training battles that the two learned by gradient descent are given, about; all if fewer
+FIT_SAMPLE = 2**20  # training battles that the two learned by gradient descent are given, about; all if fewer
 
 # A fitted baseline: its hyperparameters, and its scores of the validation and of the test queries, each (Q, M) in the
 # order of `unique_queries`, or (1, M) where they are the same for every query.
@@ -87,10 +87,9 @@ def residuals_of(battles: Battles, strengths: np.ndarray) -> tuple[np.ndarray, n
     others = ~np.eye(len(p), dtype=bool)  # (M, M)
     for rows in np.array_split(np.arange(len(query_rows)), len(query_rows) * p.size // PAIRS_AT_ONCE + 1):  # (r,) each
         scores = battles.table.scores[rows]  # (r, M)
-        d = scores[:, :, None] - scores[:, None, :]  # (r, M, M), NaN where one is missing
-        counted = ~np.isnan(d) & others if battles.ties else np.abs(d) > 0  # (r, M, M)
-        residual = np.where(counted, (1 + np.sign(d)) / 2 - p, 0)  # (r, M, M)
-        np.add.at(residuals, query_rows[rows], residual.sum(2))
+        outcome = outcomes(scores[:, :, None] - scores[:, None, :], battles.ties)  # (r, M, M)
+        counted = ~np.isnan(outcome) & others  # (r, M, M)
+        np.add.at(residuals, query_rows[rows], np.where(counted, outcome - p, 0).sum(2))
         np.add.at(information, query_rows[rows], (counted * (p * (1 - p))).sum(2))
     return residuals, information
 
@@ -107,6 +106,8 @@ def neighbors(split, strengths: np.ndarray, x: np.ndarray) -> Iterator[Candidate
     train = split.train
     train_queries = train.unique_queries  # (Qt,)
     residuals, information = residuals_of(train, strengths)  # (Qt, M) each
+    has_battles = information.any(1)  # (Qt,): a pointwise loss keeps rows without any
+    train_queries, residuals, information = (each[has_battles] for each in (train_queries, residuals, information))
     index = NearestNeighbors(metric="cosine", algorithm="brute").fit(x[train_queries])
     counts = sorted({min(k, len(train_queries)) for k in NEIGHBORS})
     held_out = x[split.val.unique_queries], x[split.test.unique_queries]  # (Q, H) each
@@ -164,7 +165,7 @@ def linear_heads(split, strengths: np.ndarray, x: np.ndarray, seed: int) -> Iter
 
     Source of the form: Frick et al., "Prompt-to-Leaderboard", 2025, there on top of a language model trained with it.
     """
-    battles = split.train.sample(LISTED_BATTLES, seed)
+    battles = split.train.sample(FIT_SAMPLE, seed)
     train, val, test = scaled(split, x)  # (Q, H) each
     parameters = [np.zeros((train.shape[1], strengths.shape[1])), strengths]  # (H, M), (1, M)
 
@@ -182,7 +183,7 @@ def factorizations(split, strengths: np.ndarray, x: np.ndarray, seed: int) -> It
     Source of the form: the matrix factorization of Ong et al., "RouteLLM", 2024, and of Zhuang et al., "EmbedLLM",
     2024; their weight of each dimension is part of the model's vector here.
     """
-    battles = split.train.sample(LISTED_BATTLES, seed)
+    battles = split.train.sample(FIT_SAMPLE, seed)
     train, val, test = scaled(split, x)  # (Q, H) each
 
     def forward(projection, factors, shared):
@@ -205,12 +206,13 @@ def factorizations(split, strengths: np.ndarray, x: np.ndarray, seed: int) -> It
 def ranking_by_mean(table) -> np.ndarray:
     """Ranks (1, M) of the models by their mean score in a table: M - 1 for the best, 0 for the worst, all distinct.
 
-    Models with scores on fewer than half as many rows as the most complete model rank below all others, since their
-    means are not comparable.
+    The means are over rows whose scores differ. Models with scores on fewer than half as many of them as the most
+    complete model rank below all others, since their means are not comparable.
     """
-    known = ~np.isnan(table.scores)  # (R, M)
+    scores = table.scores[table.differs()]  # (r, M)
+    known = ~np.isnan(scores)  # (r, M)
     count = known.sum(0)  # (M,)
-    means = np.where(known, table.scores, 0).sum(0) / np.maximum(count, 1)  # (M,)
+    means = np.where(known, scores, 0).sum(0) / np.maximum(count, 1)  # (M,)
     order = np.lexsort((-means, count < count.max() / 2))  # (M,)
     ranks = np.empty((1, len(order)))  # (1, M)
     ranks[0, order] = np.arange(len(order))[::-1]

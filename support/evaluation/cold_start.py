@@ -91,7 +91,7 @@ def cold_start(name: str, split, full_split, trained: tuple, ceiling: tuple, pro
     for count in [0, *(count for count in CALIBRATION if count <= len(pool))]:
         routed, ranked = [], []
         for _ in range(DRAWS if count else 1):
-            drawn = pool.select(np.sort(rng.permutation(len(pool))[:count]))
+            drawn = pool.select(np.sort(rng.permutation(len(pool))[:count]), None)
             query, *battles = in_view_of(name, drawn, router)  # (count,) each
             query = query.to(x.device)
             vector = vector_from_battles(router, x[query], cluster_idx[query], *battles)  # (C,)

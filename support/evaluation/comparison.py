@@ -5,7 +5,7 @@ import numpy as np
 import metrics
 from support.evaluation.baselines import best_single_model, ranking_by_mean
 
-LISTED_BATTLES = 2**18  # test battles from which the bins of leads are computed
+BIN_SAMPLE = 2**18  # test battles from which the bins of leads are computed
 CENTRAL_QUERIES, QUERY_LENGTH = 3, 200  # shown of each cluster, and the characters shown of each query
 
 
@@ -29,22 +29,23 @@ class TestEvaluation:
     def __init__(self, split, scores: np.ndarray, margin: float, temperature: float, seed: int):
         self.split, self.battles, self.table = split, split.test, split.test.table
         self.scores, self.margin, self.temperature = scores, margin, temperature
-        self.sample = self.battles.sample(LISTED_BATTLES, seed)
-        weights = metrics.bootstrap_weights(len(self.battles.unique_queries), seed)  # (R, Q)
-        self.weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + R, Q), the test set itself first
+        self.sample = self.battles.sample(BIN_SAMPLE, seed)
+        weights = metrics.bootstrap_weights(len(self.battles.unique_queries), seed)  # (S, Q)
+        self.weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + S, Q), the test set itself first
         if split.train.table is None or not split.train.table.differs().any():  # no best single model can be chosen
             self.table = None
         if self.table is not None:
+            self.table = self.table.select(self.table.differs())  # a pointwise loss keeps the other rows
             self.query_of_row = np.searchsorted(self.battles.unique_queries, self.table.query_idx)  # (rows,)
             queries, row = np.unique(self.table.query_idx, return_inverse=True)  # (q,), (rows,)
-            shares = metrics.bootstrap_weights(len(queries), seed)[:, row]  # (R, rows)
-            self.row_shares = shares / shares.sum(1, keepdims=True)  # (R, rows)
+            shares = metrics.bootstrap_weights(len(queries), seed)[:, row]  # (S, rows)
+            self.row_shares = shares / shares.sum(1, keepdims=True)  # (S, rows)
             self.single, self.single_is_best = self.route(ranking_by_mean(split.train.table))  # (rows,) each
             self.oracle = np.nanmax(self.table.scores, 1)  # (rows,)
         self.router_metrics, self.router_samples = self.evaluate(scores, margin, temperature)
 
     def evaluate(self, scores: np.ndarray, margin: float, temperature: float) -> tuple[dict, dict]:
-        """All metrics of a method's scores (Q, M), or (1, M) for all queries: on the test set, and on its samples (R,).
+        """All metrics of a method's scores (Q, M), or (1, M) for all queries: on the test set, and on its samples (S,).
 
         `margin` and `temperature` are those of the method, as for the class.
         """
@@ -54,17 +55,17 @@ class TestEvaluation:
             d = battles.margins(scores)  # (N,)
             totals.add(*battles, d)
             leads.append(np.where(battles.outcome == 1, d, -d))
-        results = totals.metrics()  # (1 + R,) each
-        row = {name: float(values[0]) for name, values in results.items()}
+        results = totals.metrics()  # (1 + S,) each
+        row = {name: None if np.isnan(values[0]) else float(values[0]) for name, values in results.items()}
         row["auc"] = metrics.auc_of_leads(np.concatenate(leads))
         samples = {name: values[1:] for name, values in results.items()}
         if self.table is not None:
             for name, values in zip(("mean_score", "top1_accuracy"), self.route(scores), strict=True):  # (rows,) each
-                row[name], samples[name] = float(values.mean()), self.row_shares @ values  # (R,)
+                row[name], samples[name] = float(values.mean()), self.row_shares @ values  # (S,)
             gap = metrics.gap_closed(row["mean_score"], self.single.mean(), self.oracle.mean())
             row["gap_closed"] = None if np.isnan(gap) else float(gap)
-            bounds = self.row_shares @ self.single, self.row_shares @ self.oracle  # (R,) each
-            samples["gap_closed"] = metrics.gap_closed(samples["mean_score"], *bounds)  # (R,)
+            bounds = self.row_shares @ self.single, self.row_shares @ self.oracle  # (S,) each
+            samples["gap_closed"] = metrics.gap_closed(samples["mean_score"], *bounds)  # (S,)
         return row, samples
 
     def route(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +95,7 @@ class TestEvaluation:
 
     def _routing_metrics(self, score: np.ndarray, is_best: np.ndarray) -> dict:
         """Means of the scores (rows,) of chosen models and of whether they are best (rows,), with their intervals."""
-        samples = {"mean_score": self.row_shares @ score, "top1_accuracy": self.row_shares @ is_best}  # (R,) each
+        samples = {"mean_score": self.row_shares @ score, "top1_accuracy": self.row_shares @ is_best}  # (S,) each
         means = {"mean_score": float(score.mean()), "top1_accuracy": float(is_best.mean())}
         return means | {"intervals": metrics.intervals(samples)}
 

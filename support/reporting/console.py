@@ -53,7 +53,7 @@ def print_data(data: dict) -> None:
     if data["table_rows"]:
         rows = ", ".join(f"{name} {data['table_rows'][name]}" for name in ("train", "val", "test"))
         equal = data["table_rows"]["without_a_difference"]
-        print(f"rows     {rows} of the score table; {equal} whose scores do not differ are left out")
+        print(f"rows     {rows} of the score table; {equal} others, whose scores do not differ, are not evaluated")
         if not (data["table_rows"]["train"] and data["table_rows"]["test"]):
             print("rows     are not evaluated: training and test need some")
     if data["training_battles_held_out"]:

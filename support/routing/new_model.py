@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model_profiling import fitted_vector, win_rate_profiles
-from support.data.battles import COLUMNS, Battles, count_wins
+from support.data.battles import COLUMNS, Battles, count_wins, outcomes
 
 
 def battles_of(battles: Battles, name: str, known: list[str]) -> Battles:
@@ -16,14 +16,14 @@ def battles_of(battles: Battles, name: str, known: list[str]) -> Battles:
     is_model = np.array([other == name for other in battles.model_names])  # (M,)
     is_other = np.array([other in known for other in battles.model_names]) & ~is_model  # (M,)
     a, b = battles.model_a_idx, battles.model_b_idx  # (N,) each
-    single = battles.select(is_model[a] & is_other[b] | is_other[a] & is_model[b])
+    single = battles.select(is_model[a] & is_other[b] | is_other[a] & is_model[b], None)
     if battles.table is None or not is_model.any():
         return single
     model, others = np.flatnonzero(is_model), np.flatnonzero(is_other)  # (1,), (m,)
-    d = battles.table.scores[:, model] - battles.table.scores[:, others]  # (R, m), NaN where one is missing
-    row, which = (~np.isnan(d) if battles.ties else np.abs(d) > 0).nonzero()  # (n,) each
-    outcome = (1 + np.sign(d[row, which])).astype(np.float32) / 2  # (n,)
-    columns = battles.table.query_idx[row], model.repeat(len(row)), others[which], outcome  # (n,) each
+    outcome = outcomes(battles.table.scores[:, model] - battles.table.scores[:, others], battles.ties)  # (R, m)
+    row, which = (~np.isnan(outcome)).nonzero()  # (n,) each
+    won = outcome[row, which].astype(np.float32)  # (n,)
+    columns = battles.table.query_idx[row], model.repeat(len(row)), others[which], won  # (n,) each
     return single.concatenate(replace(single, **dict(zip(COLUMNS, columns, strict=True))))
 
 

@@ -58,7 +58,8 @@ class BattleBatches:
     def parts(self, batch: torch.Tensor) -> list[Part]:
         """This process's parts of a batch."""
         own = batch.tensor_split(distributed.size())[distributed.rank()].to(self.device)  # (b,)
-        return [Part(self.query_idx[own], *self.items.battles(own))] if len(own) else []
+        parts = own.split(self.items.at_once) if len(own) else ()  # one, unless a large table has too many pairs
+        return [Part(self.query_idx[part], *self.items.targets(part)) for part in parts]
 
     def embed(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Standardized embeddings (b, H) and clusters (b,) of queries (b,)."""
@@ -87,7 +88,7 @@ class QueryBatches:
 
     Args:
         battles: the training battles; `queries` are all of the split.
-        items: the same as items.
+        items: what a step learns from, by `make_items` of the same battles.
         tower: the query tower, with its statistics and centroids.
         cluster_idx: clusters of the split's queries, int64 (Q,), as K-means assigned them.
         encoder: a trainable encoder.
@@ -156,7 +157,7 @@ class QueryBatches:
         row = torch.arange(len(queries)).repeat_interleave(counts)  # (n,), of each item's query
         first = counts.cumsum(0) - counts  # (b,), of each query within the part
         places = torch.arange(len(row)) + (self.first_item[queries] - first)[row]  # (n,)
-        item, models, outcome = self.items.battles(self.by_query[places].to(self.device))
+        item, models, outcome = self.items.targets(self.by_query[places].to(self.device))
         return Part(queries, row.to(self.device)[item], models, outcome)
 
     def embed(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

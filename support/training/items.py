@@ -3,11 +3,13 @@
 import numpy as np
 import torch
 
-from support.data.battles import Battles, pairs_and_ties
+from support.data.battles import PAIRS_AT_ONCE, Battles, pairs_and_ties
 
 
 class BattleItems:
     """Single battles, each an item that a step can learn from."""
+
+    at_once = PAIRS_AT_ONCE  # items
 
     def __init__(self, battles: Battles, device: torch.device):
         models = np.column_stack([battles.model_a_idx, battles.model_b_idx])  # (N, 2)
@@ -15,7 +17,7 @@ class BattleItems:
         self.models, self.outcome = (torch.from_numpy(column).to(device) for column in (models, battles.outcome))
         self.counts = torch.ones(len(models), dtype=torch.int64)  # (N,), battles of each item
 
-    def battles(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def targets(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of items (n,): each battle's place among them (B,), models (B, 2), and outcome (B,)."""
         return torch.arange(len(items), device=items.device), self.models[items], self.outcome[items]
 
@@ -23,7 +25,8 @@ class BattleItems:
 class RowItems:
     """Rows of a score table, each an item with all its pairs of models; a single battle is a row of two scores.
 
-    Pairs are listed for the rows of a step only: of all rows they may not fit into memory.
+    Pairs are listed for the rows of a step only: of all rows they may not fit into memory. Scores are compared by their
+    ranks in the row, which float32 holds without making ties.
     """
 
     def __init__(self, battles: Battles, device: torch.device):
@@ -32,10 +35,11 @@ class RowItems:
             winners[np.arange(len(models)), models] = outcome
         ranks = np.concatenate([winners, battles.table.ranks()])  # (I, M)
         self.query_idx, self.ties = np.concatenate(battles.query_columns()), battles.ties  # (I,)
+        self.at_once = max(1, PAIRS_AT_ONCE // ranks.shape[1] ** 2)
         pairs, ties = pairs_and_ties(ranks)  # (I,) each
         self.ranks, self.counts = torch.from_numpy(ranks).to(device), torch.from_numpy(pairs - ties * (not self.ties))
 
-    def battles(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def targets(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of items (n,): each battle's place among them (B,), models (B, 2), and outcome (B,)."""
         ranks = self.ranks[items]  # (n, M)
         d = ranks[:, :, None] - ranks[:, None, :]  # (n, M, M), NaN where a score is missing
@@ -57,12 +61,12 @@ class ScoreItems:
     """
 
     def __init__(self, battles: Battles, device: torch.device, label_range: list[float]):
-        low, high = label_range
-        labels = (battles.table.scores - low) / (high - low)  # (R, M), NaN where a score is missing
+        labels = battles.table.labels(label_range)  # (R, M), NaN where a score is missing
         self.query_idx, self.labels = battles.table.query_idx, torch.from_numpy(labels.astype(np.float32)).to(device)
         self.counts = torch.from_numpy((~np.isnan(labels)).sum(1))  # (R,)
+        self.at_once = max(1, PAIRS_AT_ONCE // labels.shape[1])
 
-    def battles(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def targets(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of items (n,): each score's place among them (B,), model (B, 1), and label (B,)."""
         labels = self.labels[items]  # (n, M)
         row, model = (~labels.isnan()).nonzero().T  # (B,) each

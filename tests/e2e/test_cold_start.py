@@ -158,7 +158,7 @@ def test_bradley_terry_is_given_the_same_battles(held_out, full_split):
         return metrics.auc(design(test) @ model.coef_[0], test.outcome)
 
     number = known.model_names.index(HELD)
-    without = known.select((known.model_a_idx != number) & (known.model_b_idx != number))
+    without = known.select((known.model_a_idx != number) & (known.model_b_idx != number), None)
     found = rows(history)
     assert found[0, "battles"]["bradley_terry"]["auc"] == pytest.approx(auc(without), abs=0.01)
     few = found[200, "battles"]["bradley_terry"]["auc"]
@@ -179,7 +179,7 @@ def test_bradley_terry_is_evaluated_at_its_temperature_with_intervals_over_queri
         chosen, strengths, _ = best(rankings(side), side)
         temperature = metrics.fit_temperature(side.val_pairs.margins(strengths), side.val.outcome)
         if side is split:  # for all models, of which one has no battle
-            without = known.select((known.model_a_idx != number) & (known.model_b_idx != number))
+            without = known.select((known.model_a_idx != number) & (known.model_b_idx != number), None)
             strengths = bradley_terry(without.win_counts(), 12, **chosen)
         d = pairs.margins(strengths)
         loss = metrics.log_loss(d, test.outcome, temperature=temperature)

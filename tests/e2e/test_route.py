@@ -307,7 +307,7 @@ def test_the_curve_leaves_out_what_the_router_was_trained_on(checkpoint, demo, s
     test = split_battles(known, 42)[0].test
     seen = set(known.queries) - {test.queries[i] for i in test.unique_queries}
     new, tie = np.array([query not in seen for query in battles.queries])[battles.query_idx], battles.outcome == 0.5
-    unseen = battles.select(new & ~tie)
+    unseen = battles.select(new & ~tie, None)
     flags = ("--checkpoint", checkpoint, "--no_cache", "--prices", path, "--curve")
     printed = routed(*flags, source)
     assert f"on {len(unseen)} battles" in printed

@@ -189,7 +189,7 @@ def test_a_strong_penalty_leaves_bradley_terry(monkeypatch):
 def test_shared_strengths_are_penalized_as_those_of_bradley_terry(monkeypatch):
     monkeypatch.setattr(baselines, "PENALTIES", (1e7,))
     split, x, *_ = planted_heads(rank=2)
-    split = replace(split, train=split.train.select(np.arange(40)))
+    split = replace(split, train=split.train.select(np.arange(40), None))
     split.train.outcome[:] = split.train.model_a_idx < split.train.model_b_idx  # only a penalty bounds the strengths
     ((_, _, scores),) = baselines.linear_heads(split, np.zeros((1, 5)), x, seed=0)
     # Of strengths up to 7.6: ten times the penalty moves them by 3, none by 100.

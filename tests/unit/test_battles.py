@@ -107,7 +107,7 @@ def test_usable_battles_are_those_between_two_scores_that_differ_unless_ties_are
 def test_battles_among_some_models_keep_their_numbers_until_they_are_renumbered():
     battles, models = mixed_battles(), np.array([1, 3, 6])
     among, every = battles.among(models), written_out(battles)
-    kept = every.select(np.isin(every.model_a_idx, models) & np.isin(every.model_b_idx, models))
+    kept = every.select(np.isin(every.model_a_idx, models) & np.isin(every.model_b_idx, models), None)
     found = written_out(among)
     for name in ("query_idx", "model_a_idx", "model_b_idx", "outcome"):
         np.testing.assert_array_equal(getattr(found, name), getattr(kept, name))

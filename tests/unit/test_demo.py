@@ -30,7 +30,7 @@ def test_the_fixed_skills_are_the_best_that_ignore_the_query(demo):
 
 def test_the_true_margins_are_the_log_odds_that_drew_the_outcomes(demo):
     battles, _ = load_battles(str(demo / "battles.parquet"))
-    decisive = battles.select(battles.outcome != 0.5)
+    decisive = battles.select(battles.outcome != 0.5, None)
     skills, _ = true_skills(demo, battles.queries, battles.model_names)
     d = skills[decisive.query_idx, decisive.model_a_idx] - skills[decisive.query_idx, decisive.model_b_idx]
     assert metrics.fit_temperature(d, decisive.outcome) == pytest.approx(1, abs=0.08)

@@ -183,7 +183,7 @@ def test_the_battles_of_a_row_are_its_pairs_of_models():
     table = ScoreTable(np.array([1, 0]), np.array([[0.5, np.nan, 0.5], [0.1, 0.9, 0.1 + 1e-12]]))
     items = RowItems(replace(battles, table=table), CPU)  # in float32, where two of the second row are equal
     assert items.counts.tolist() == [1, 3]
-    row, models, outcome = items.battles(torch.tensor([1, 0]))
+    row, models, outcome = items.targets(torch.tensor([1, 0]))
     found = sorted(zip(row.tolist(), *models.T.tolist(), outcome.tolist(), strict=True))
     assert found == [(0, 1, 0, 1.0), (0, 1, 2, 1.0), (0, 2, 0, 1.0), (1, 0, 2, 0.5)]
 
@@ -197,7 +197,7 @@ def test_scores_are_labels_on_the_range_of_the_training_scores_and_missing_ones_
     items = make_items(battles, CPU, label_range(scores))
     assert isinstance(items, ScoreItems)
     assert (items.query_idx.tolist(), items.counts.tolist()) == ([1, 0], [2, 2])
-    row, models, labels = items.battles(torch.tensor([1, 0]))
+    row, models, labels = items.targets(torch.tensor([1, 0]))
     found = list(zip(row.tolist(), models.tolist(), labels.tolist(), strict=True))
     assert found == [(0, [0], 0.5), (0, [1], 0.25), (1, [0], 0.0), (1, [2], 1.0)]
     # A step takes the mean over the single scores.
