@@ -3,7 +3,7 @@
 import copy
 import itertools
 import pickle
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -253,10 +253,18 @@ def test_a_router_is_built_in_one_line_scores_ranks_saves_and_loads(demo, tmp_pa
             assert [name for name, _ in ranking] == [router.model_names[i] for i in np.argsort(-row)]
             np.testing.assert_allclose([score for _, score in ranking], np.sort(row)[::-1], atol=1e-6)
 
+    with pytest.raises(UserError, match="--loss_type pointwise"):
+        router.expected_scores(queries)
+    router.metadata = replace(router.metadata, label_range=[-2.0, 8.0], label_temperature=2.0)
+    router.save(tmp_path / "router.pt")
+    expected = RankRouter.load(tmp_path / "router.pt").expected_scores(queries)
+    np.testing.assert_allclose(expected, -2 + 10 / (1 + np.exp(-scores / 2)), atol=1e-5)
+
 
 NOT_PRESENT = object()
 DAMAGED = [  # places in a checkpoint, and the value that is put there
-    *(((each.name,), NOT_PRESENT) for each in fields(Metadata)),
+    *(((each.name,), NOT_PRESENT) for each in fields(Metadata) if not each.name.startswith("label_")),
+    *((("label_range",), value) for value in ([1.0, 1.0], [0.0], [0, 1], [0.0, float("inf")], [0.0, 1.0])),
     (("config",), NOT_PRESENT),
     (("model_state_dict", "query_tower.centroids"), NOT_PRESENT),
     *((("args", name), NOT_PRESENT) for name in ("max_length", "pooling", "seed")),
