@@ -132,7 +132,7 @@ def split_battles(
         rows of a score table.
     ties: "drop" leaves ties out of training, "half" keeps them; validation and test never have any.
     hold_out: the name of a model to leave out, with all its battles.
-    equal_rows: whether rows of a score table in which all scores are equal are kept, also without ties.
+    equal_rows: whether all rows of a score table are kept, also those that hold no battle.
 
     Returns the split and its counts. Raises `UserError` where a side is empty or no model is named `hold_out`.
     """
@@ -148,12 +148,14 @@ def split_battles(
     train = candidates if hold_out is None else candidates.among(models).usable(ties == "half", equal_rows)
 
     # 3. Validation and test battles: no ties, and only models that training saw.
-    trained = train.unique_models  # (M,)
+    trained = train.usable(ties == "half").unique_models  # (M,), those with battles
+    train = train.among(trained).usable(ties == "half", equal_rows)
     decisive = {name: sides[name].usable(equal_rows=equal_rows) for name in ("val", "test")}
     held_out = {name: part.among(trained).usable(equal_rows=equal_rows) for name, part in decisive.items()}
     parts = {"train": train} | held_out
     if empty := [name for name, part in parts.items() if not len(part)]:
         found = f"{len(battles)} battles, {battles.num_ties} of them ties, over {len(battles.unique_queries)} queries"
+        found += "" if hold_out is None else f", of which those of {one_line(hold_out)} are held out"
         raise UserError(f"the split leaves no battle for {listed(empty)}: found {found}; more battles are needed")
 
     # 4. Only the queries and models in use, renumbered; these models are `trained`.

@@ -231,14 +231,17 @@ class RankRouter(nn.Module):
     def expected_scores(self, queries: list[str]) -> np.ndarray:
         """What each model is expected to score on queries, float64 (Q, M), in the units of the score table.
 
-        Where those scores are 0 and 1, it is the probability that the model is right. For a router that was trained by
-        `--loss_type pointwise`; raises `UserError` for others, and as `embed` does.
+        Where those scores are 0 and 1, it is the probability that the model is right. NaN for models that were added,
+        of which only battles or benchmarks are known. For a router that was trained by `--loss_type pointwise`; raises
+        `UserError` for others, and as `embed` does.
         """
         metadata = self._trained()
         if metadata.label_range is None:
             raise UserError("the router was not trained by --loss_type pointwise, so its scores only rank models")
         low, high = metadata.label_range
-        return low + (high - low) / (1 + np.exp(-self.scores_of(queries) / metadata.label_temperature))  # (Q, M)
+        expected = low + (high - low) / (1 + np.exp(-self.scores_of(queries) / metadata.label_temperature))  # (Q, M)
+        expected[:, self.indices([added["model"] for added in metadata.added_models])] = np.nan
+        return expected
 
     def rank(
         self, queries: list[str], top_k: int | None = None, models: list[str] | None = None

@@ -11,14 +11,14 @@ COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, 
 PAIRS_AT_ONCE = 2**20  # pairs of models of a score table that are listed at once
 
 
-def outcomes(d: np.ndarray, ties: bool) -> np.ndarray:
-    """P(a is better) from differences of scores: 1, 0, or 0.5 where they are equal; NaN where that makes no battle.
+def outcomes(a: np.ndarray, b: np.ndarray, ties: bool) -> np.ndarray:
+    """P(a is better) from scores of any shapes: 1, 0, or 0.5 where they are equal; NaN where they make no battle.
 
-    d: of any shape, NaN where a score is missing.
-    ties: whether equal scores make a battle.
+    That is where one is missing, or without `ties` where they are equal. Scores are compared and not subtracted, since
+    a very small difference may be flushed to 0.
     """
-    outcome = (1 + np.sign(d)) / 2  # NaN where d is
-    return outcome if ties else np.where(outcome == 0.5, np.nan, outcome)
+    outcome = np.where(a > b, 1.0, np.where(a < b, 0.0, 0.5 if ties else np.nan))
+    return np.where(np.isnan(a) | np.isnan(b), np.nan, outcome)
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class ScoreTable:
         """
         order = np.argsort(self.scores, axis=1)  # (R, M), NaN last
         in_order = np.take_along_axis(self.scores, order, axis=1)  # (R, M)
-        steps = np.diff(in_order, axis=1, prepend=in_order[:, :1]) > 0  # (R, M)
-        ranks = np.empty(self.scores.shape, np.float32)  # (R, M)
-        np.put_along_axis(ranks, order, steps.cumsum(1, dtype=np.float32), axis=1)
+        steps = in_order[:, 1:] > in_order[:, :-1]  # (R, M - 1)
+        ranks = np.zeros(self.scores.shape, np.float32)  # (R, M)
+        np.put_along_axis(ranks, order[:, 1:], steps.cumsum(1, dtype=np.float32), axis=1)
         ranks[np.isnan(self.scores)] = np.nan
         return ranks
 
@@ -67,7 +67,8 @@ def pairs_and_ties(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pairs, ties, place = [], [], np.arange(scores.shape[1])  # (M,)
     for some in np.array_split(scores, len(scores) // 2**14 + 1):  # (r, M) each
         in_order = np.sort(some, axis=1)  # (r, M), NaN last
-        starts = np.diff(in_order, axis=1, prepend=np.nan) != 0  # (r, M), where another score starts
+        starts = np.full(some.shape, True)  # (r, M), where another score starts
+        starts[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
         first = np.maximum.accumulate(np.where(starts, place, 0), axis=1)  # (r, M), place of the first of equals
         known = (~np.isnan(some)).sum(1)  # (r,)
         pairs.append(known * (known - 1) // 2)
@@ -168,7 +169,7 @@ class Battles:
         at_once = max(1, PAIRS_AT_ONCE // max(1, len(first)))
         for low in range(0, len(rows), at_once):
             scores = self.table.scores[low : low + at_once]  # (r, M)
-            outcome = outcomes(scores[:, first] - scores[:, second], self.ties)  # (r, P)
+            outcome = outcomes(scores[:, first], scores[:, second], self.ties)  # (r, P)
             row, pair = (~np.isnan(outcome)).nonzero()  # (n,) each
             yield Pairs(rows[low:][row], first[pair], second[pair], outcome[row, pair].astype(np.float32))
 
@@ -197,7 +198,7 @@ class Battles:
         won, lost = np.zeros(len(a)), np.zeros(len(a))  # (P,) each
         for some in np.array_split(rows, len(rows) * len(a) // PAIRS_AT_ONCE + 1):  # (r,) each
             scores = self.table.scores[some]  # (r, M)
-            outcome = outcomes(scores[:, a] - scores[:, b], self.ties)  # (r, P)
+            outcome = outcomes(scores[:, a], scores[:, b], self.ties)  # (r, P)
             won, lost = won + np.nansum(outcome, 0), lost + np.nansum(1 - outcome, 0)
         had = won + lost > 0  # (P,)
         return WinCounts(np.full(had.sum(), cluster), a[had], b[had], won[had], lost[had])
@@ -212,12 +213,12 @@ class Battles:
     def usable(self, ties: bool = False, equal_rows: bool = False) -> "Battles":
         """These battles with or without ties, and of the table the rows that then hold battles.
 
-        equal_rows: keeps rows in which all scores are equal, also without ties.
+        equal_rows: keeps all rows with a score, also where they hold no battle.
         """
         rows = None
         if self.table is not None:
             known = (~np.isnan(self.table.scores)).sum(1)  # (R,)
-            rows = known > 1 if ties or equal_rows else self.table.differs()  # (R,)
+            rows = known > 0 if equal_rows else known > 1 if ties else self.table.differs()  # (R,)
         single = np.full(len(self.outcome), True) if ties else self.outcome != 0.5  # (N,)
         return replace(self.select(single, rows), ties=ties)
 

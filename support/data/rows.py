@@ -194,6 +194,7 @@ class Rows:
             return None
         num_models = len(self.model_idx)
         scores = _as_matrix(row, model, score, (len(query), num_models))  # (R, M)
+        scores[np.abs(scores) < np.finfo(np.float64).tiny] = 0  # as training would read them
         costs = None if np.isnan(cost).all() else _as_matrix(row, model, cost, scores.shape)  # (R, M)
         known = (~np.isnan(scores)).sum(1)  # (R,)
         self.scores_averaged = len(score) - int(known.sum())

@@ -87,7 +87,7 @@ def residuals_of(battles: Battles, strengths: np.ndarray) -> tuple[np.ndarray, n
     others = ~np.eye(len(p), dtype=bool)  # (M, M)
     for rows in np.array_split(np.arange(len(query_rows)), len(query_rows) * p.size // PAIRS_AT_ONCE + 1):  # (r,) each
         scores = battles.table.scores[rows]  # (r, M)
-        outcome = outcomes(scores[:, :, None] - scores[:, None, :], battles.ties)  # (r, M, M)
+        outcome = outcomes(scores[:, :, None], scores[:, None, :], battles.ties)  # (r, M, M)
         counted = ~np.isnan(outcome) & others  # (r, M, M)
         np.add.at(residuals, query_rows[rows], np.where(counted, outcome - p, 0).sum(2))
         np.add.at(information, query_rows[rows], (counted * (p * (1 - p))).sum(2))

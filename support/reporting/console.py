@@ -56,6 +56,9 @@ def print_data(data: dict) -> None:
         print(f"rows     {rows} of the score table; {equal} others, whose scores do not differ, are not evaluated")
         if not (data["table_rows"]["train"] and data["table_rows"]["test"]):
             print("rows     are not evaluated: training and test need some")
+    if data["label_range"]:
+        low, high = data["label_range"]
+        print(f"labels   scores from {low:g} to {high:g} become labels from 0 to 1")
     if data["training_battles_held_out"]:
         print(f"held out {data['training_battles_held_out']} training battles, of the model of --hold_out_model")
     if data["unseen_model_battles"]:

@@ -20,7 +20,7 @@ def battles_of(battles: Battles, name: str, known: list[str]) -> Battles:
     if battles.table is None or not is_model.any():
         return single
     model, others = np.flatnonzero(is_model), np.flatnonzero(is_other)  # (1,), (m,)
-    outcome = outcomes(battles.table.scores[:, model] - battles.table.scores[:, others], battles.ties)  # (R, m)
+    outcome = outcomes(battles.table.scores[:, model], battles.table.scores[:, others], battles.ties)  # (R, m)
     row, which = (~np.isnan(outcome)).nonzero()  # (n,) each
     won = outcome[row, which].astype(np.float32)  # (n,)
     columns = battles.table.query_idx[row], model.repeat(len(row)), others[which], won  # (n,) each

@@ -37,7 +37,8 @@ def tower_threads(requested: int | None) -> int:
     Their matrix products are so small that more threads gain little, and cost a multiple where other runs use the same
     cores, since threads wait for each other after each product.
     """
-    return requested or (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1)
+    is_set = re.match(r"[1-9]", os.environ.get("OMP_NUM_THREADS", ""))
+    return requested or (torch.get_num_threads() if is_set else 1)
 
 
 @contextmanager
