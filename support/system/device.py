@@ -72,6 +72,8 @@ def deterministic(is_enabled: bool) -> Iterator[None]:
         if "deterministic" not in str(error):
             raise
         raise UserError(f"--deterministic is not possible: {reason(error)}; leave it out") from error
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Timing:

@@ -267,11 +267,11 @@ def test_outcomes_with_little_information_leave_a_valid_history(small, tmp_path)
 # --- determinism ---------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_is_the_same_result_with_several_threads(small, forked, tmp_path):
+def test_the_same_seed_is_the_same_result_with_several_threads(small, tmp_path):
     histories = []
     for name, more in (("one", []), ("two", ["--deterministic"])):
         flags = [*small, "--no_cache", "--threads", "2", "--output_dir", str(tmp_path / name), *more]
-        assert forked(train.main, flags)[0] == 0
+        train.main(flags)  # not in a forked process, where threads of this one are missed
         histories.append(json.loads((tmp_path / name / HISTORY).read_text()))
         del histories[-1]["timing"], histories[-1]["args"]["output_dir"], histories[-1]["args"]["deterministic"]
     assert histories[0] == histories[1]
