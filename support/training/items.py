@@ -37,7 +37,9 @@ class RowItems:
         self.query_idx, self.ties = np.concatenate(battles.query_columns()), battles.ties  # (I,)
         self.at_once = max(1, PAIRS_AT_ONCE // ranks.shape[1] ** 2)
         pairs, ties = pairs_and_ties(ranks)  # (I,) each
-        self.ranks, self.counts = torch.from_numpy(ranks).to(device), torch.from_numpy(pairs - ties * (not self.ties))
+        self.ranks, self.counts = torch.from_numpy(ranks).to(device), torch.from_numpy(pairs)
+        if not self.ties:
+            self.counts -= torch.from_numpy(ties)
 
     def targets(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of items (n,): each battle's place among them (B,), models (B, 2), and outcome (B,)."""
