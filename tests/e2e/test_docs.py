@@ -96,7 +96,8 @@ def test_the_commands_and_examples_of_a_page_run(page, folder, demo, demo_dir, c
         elif script == "-m":  # a module that exists and has these flags
             files = [ROOT / f"{args[0].replace('.', '/')}.py", ROOT / "benchmarks/common.py"]
             source = args[0] == "pytest" or "".join(file.read_text() for file in files)
-            assert args[0] == "pytest" or all(f'"{flag}"' in source for flag in args if flag.startswith("--")), args
+            flags = [word.partition("=")[0] for word in args if word.startswith("--")]
+            assert args[0] == "pytest" or all(f'"{flag}"' in source for flag in flags), args
             assert all((ROOT / word).exists() for word in args if word.startswith("tests/"))
     capsys.readouterr()
     for example in blocks(PAGES[page], "python"):
