@@ -151,8 +151,8 @@ def split_battles(
     trained = train.usable(ties == "half").unique_models  # (M,), those with battles
     train = train.among(trained).usable(ties == "half", equal_rows)
     decisive = {name: sides[name].usable(equal_rows=equal_rows) for name in ("val", "test")}
-    held_out = {name: part.among(trained).usable(equal_rows=equal_rows) for name, part in decisive.items()}
-    parts = {"train": train} | held_out
+    known = {name: part.among(trained).usable(equal_rows=equal_rows) for name, part in decisive.items()}
+    parts = {"train": train} | known
     if empty := [name for name, part in parts.items() if not len(part)]:
         found = f"{len(battles)} battles, {battles.num_ties} of them ties, over {len(battles.unique_queries)} queries"
         found += "" if hold_out is None else f", of which those of {one_line(hold_out)} are held out"
@@ -167,7 +167,7 @@ def split_battles(
     return split, _counts(split, battles, trained) | {
         "ties_left_out": battles.num_ties - ties_in_train,
         "training_battles_held_out": len(candidates) - len(train),
-        "unseen_model_battles": sum(map(len, decisive.values())) - sum(map(len, held_out.values())),
+        "unseen_model_battles": sum(map(len, decisive.values())) - sum(map(len, known.values())),
     }
 
 
