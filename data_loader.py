@@ -132,7 +132,7 @@ def split_battles(
         rows of a score table.
     ties: "drop" leaves ties out of training, "half" keeps them; validation and test never have any.
     hold_out: the name of a model to leave out, with all its battles.
-    equal_rows: whether all rows of a score table are kept, also those that hold no battle.
+    equal_rows: whether training and validation keep all rows of a score table, also those that hold no battle.
 
     Returns the split and its counts. Raises `UserError` where a side is empty or no model is named `hold_out`.
     """
@@ -150,9 +150,10 @@ def split_battles(
     # 3. Validation and test battles: no ties, and only models that training saw.
     trained = train.usable(ties == "half").unique_models  # (M,), those with battles
     train = train.among(trained).usable(ties == "half", equal_rows)
-    decisive = {name: sides[name].usable(equal_rows=equal_rows) for name in ("val", "test")}
-    known = {name: part.among(trained).usable(equal_rows=equal_rows) for name, part in decisive.items()}
-    parts = {"train": train} | known
+    val, test = sides["val"].usable(equal_rows=equal_rows), sides["test"].usable()
+    num_decisive = len(val) + len(test)
+    val, test = val.among(trained).usable(equal_rows=equal_rows), test.among(trained).usable()
+    parts = {"train": train, "val": val, "test": test}
     if empty := [name for name, part in parts.items() if not len(part)]:
         found = f"{len(battles)} battles, {battles.num_ties} of them ties, over {len(battles.unique_queries)} queries"
         found += "" if hold_out is None else f", of which those of {one_line(hold_out)} are held out"
@@ -167,7 +168,7 @@ def split_battles(
     return split, _counts(split, battles, trained) | {
         "ties_left_out": battles.num_ties - ties_in_train,
         "training_battles_held_out": len(candidates) - len(train),
-        "unseen_model_battles": sum(map(len, decisive.values())) - sum(map(len, known.values())),
+        "unseen_model_battles": num_decisive - len(val) - len(test),
     }
 
 

@@ -35,7 +35,6 @@ class TestEvaluation:
         if split.train.table is None or not split.train.table.differs().any():  # no best single model can be chosen
             self.table = None
         if self.table is not None:
-            self.table = self.table.select(self.table.differs())  # a pointwise loss keeps the other rows
             self.query_of_row = np.searchsorted(self.battles.unique_queries, self.table.query_idx)  # (rows,)
             queries, row = np.unique(self.table.query_idx, return_inverse=True)  # (q,), (rows,)
             shares = metrics.bootstrap_weights(len(queries), seed)[:, row]  # (S, rows)

@@ -135,7 +135,9 @@ def _parser() -> OneLineParser:
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 where that is faster, else float32")
     budgets = "tokens per batch of queries; default: 2048 on cpu, 32768 on cuda, 8192 on mps"
-    limit = "of a CPU; default: OMP_NUM_THREADS, else all cores for the encoder and one for towers and baselines"
+    limit = (
+        "threads on a CPU; default: OMP_NUM_THREADS, else all cores for the encoder and one for towers and baselines"
+    )
     add("--threads", metavar="N", type=whole_number(1, 1024), help=limit)
     add("--encode_tokens", metavar="N", type=count, help=budgets)
     add("--cache_dir", metavar="DIR", help="folder of cached embeddings; default: the user's cache folder")
