@@ -1,4 +1,4 @@
-"""Seconds of each stage and peak memory of whole runs on synthetic score tables: `python -m benchmarks.tables`.
+"""Seconds of each stage and peak memory of complete runs on synthetic score tables: `python -m benchmarks.tables`.
 
 The tables are files; only the encoder is left out: embeddings are given. Each run has a process of its own.
 """
@@ -73,7 +73,7 @@ def measure(path: str, flags: list[str]) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the rows of the table, or with --measure those of one file as JSON."""
-    parser = OneLineParser("Measure whole runs on synthetic score tables, without the encoder.")
+    parser = OneLineParser("Measure complete runs on synthetic score tables, without the encoder.")
     parser.add_argument("--rows", nargs="+", type=whole_number(100), default=[36_000], help="sizes of the tables")
     parser.add_argument("--models", type=whole_number(2), default=112, help="models of each")
     parser.add_argument("--flags", default="", help="flags of train.py, in quotes")
