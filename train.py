@@ -19,7 +19,6 @@ from loss import LOSSES, link_margin
 from model_profiling import initial_capabilities
 from query_representation import QueryEncoder
 from rankrouter import Metadata, RankRouter, RouterConfig
-from support.data.battles import Battles
 from support.data.demo import true_skills
 from support.evaluation import baselines
 from support.evaluation.cold_start import cold_start, held_out_battles
@@ -143,7 +142,7 @@ def train_router(run: Run, split: Split, embeddings: torch.Tensor, is_ceiling: b
     args, history = run.args, run.history
     towers, finetuning = ("ceiling", "ceiling_encoder") if is_ceiling else ("towers", "encoder")
     router, x, cluster_idx = build(run, split, embeddings, towers)
-    items = make_items(split.train, x.device, run.data.label_range)
+    items = make_items(split.train, x.device, run.data.counts["label_range"])
     batches = BattleBatches(x, cluster_idx, items, args.batch_size)
     if not args.finetune_encoder:
         with history.curves[towers].timing("train"), device.threads(run.tower_threads):
@@ -213,7 +212,7 @@ def build(run: Run, split: Split, embeddings: torch.Tensor, phase: str) -> tuple
         seen_queries=torch.from_numpy(query_ids([split.train.queries[i] for i in seen])),  # (Qs,)
         profiles=profile_metadata,
         best_single_model=baselines.best_single_model(split),
-        label_range=run.data.label_range,
+        label_range=run.data.counts["label_range"],
     )
     if args.num_clusters:
         sizes = cluster_idx.cpu()[train_queries].bincount(minlength=args.num_clusters).tolist()  # (K,)
@@ -317,13 +316,17 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
         val_metrics = distributed.broadcast_from_rank0(val_metrics)
         is_best = curves.add(state.epoch, step, loss, val_metrics)
         if is_best:
+            label_temperature, label_range = None, router.metadata.label_range
+            if label_range is not None:  # with a pointwise loss scores are logits of the table's
+                labels = split.val.table.labels(label_range)  # (R, M)
+                label_temperature = metrics.fit_label_temperature(scores[split.val.table_query_rows], labels)
             router.metadata = replace(
                 router.metadata,
                 epoch=state.epoch,
                 step=step,
                 val_metrics=val_metrics,
                 temperature=metrics.fit_temperature(d, val.outcome),
-                label_temperature=label_temperature(split.val, scores, router.metadata.label_range),
+                label_temperature=label_temperature,
                 trained=state.batches.finetuned_weights(args.finetune_layers, args.lora_rank),
             )
             weights = {name: weight.detach().clone() for name, weight in router.state_dict().items()}
@@ -334,14 +337,6 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
     history.write()
     if is_best or step is None or state.batches.trains_encoder:
         console.print_validation(state.epoch, step, len(state.planned), loss, val_metrics, is_best)
-
-
-def label_temperature(val: Battles, scores: np.ndarray, label_range: list[float] | None) -> float | None:
-    """The temperature at which scores (Q, M) are the logits of a table's scores; None but for a pointwise loss."""
-    if label_range is None:
-        return None
-    rows = np.searchsorted(val.unique_queries, val.table.query_idx)  # (R,)
-    return metrics.fit_label_temperature(scores[rows], val.table.labels(label_range))
 
 
 def represent(router: RankRouter, encoder: QueryEncoder, queries: list[str], embeddings: torch.Tensor) -> tuple:

@@ -153,6 +153,11 @@ class Battles:
         return np.searchsorted(self.unique_queries, self.query_idx)
 
     @cached_property
+    def table_query_rows(self) -> np.ndarray:
+        """The row in `unique_queries` of each table row's query: int64 (R,)."""
+        return np.searchsorted(self.unique_queries, self.query_columns()[1])
+
+    @cached_property
     def unique_models(self) -> np.ndarray:
         """The distinct models of battles and table, sorted: int64 into `model_names`."""
         models = np.union1d(self.model_a_idx, self.model_b_idx)
@@ -165,13 +170,14 @@ class Battles:
         if self.table is None:
             return
         first, second = np.triu_indices(len(self.model_names), 1)  # (P,) each
-        rows = np.searchsorted(self.unique_queries, self.table.query_idx)  # (R,)
         at_once = max(1, PAIRS_AT_ONCE // max(1, len(first)))
-        for low in range(0, len(rows), at_once):
+        for low in range(0, len(self.table), at_once):
             scores = self.table.scores[low : low + at_once]  # (r, M)
             outcome = outcomes(scores[:, first], scores[:, second], self.ties)  # (r, P)
             row, pair = (~np.isnan(outcome)).nonzero()  # (n,) each
-            yield Pairs(rows[low:][row], first[pair], second[pair], outcome[row, pair].astype(np.float32))
+            yield Pairs(
+                self.table_query_rows[low:][row], first[pair], second[pair], outcome[row, pair].astype(np.float32)
+            )
 
     def sample(self, most: int, seed: int) -> Pairs:
         """All battles in one list, or where there are more than `most`, about that many, drawn with `seed`."""

@@ -83,7 +83,7 @@ def residuals_of(battles: Battles, strengths: np.ndarray) -> tuple[np.ndarray, n
     information = sum_by_model(variance, variance, single, shape).toarray()  # (Q, M)
     if battles.table is None:
         return residuals, information
-    query_rows = np.searchsorted(battles.unique_queries, battles.table.query_idx)  # (R,)
+    query_rows = battles.table_query_rows  # (R,)
     others = ~np.eye(len(p), dtype=bool)  # (M, M)
     for rows in np.array_split(np.arange(len(query_rows)), len(query_rows) * p.size // PAIRS_AT_ONCE + 1):  # (r,) each
         scores = battles.table.scores[rows]  # (r, M)

@@ -9,6 +9,7 @@ import metrics
 from support.data.battles import WinCounts
 from support.data.benchmarks import standardize
 from support.evaluation.baselines import best, bradley_terry, rankings
+from support.evaluation.comparison import evaluate_samples
 from support.routing.new_model import battles_of, in_view_of, vector_from_battles
 from support.system.errors import UserError, one_line
 
@@ -32,24 +33,19 @@ def held_out_battles(name: str, split, full_split) -> tuple:
 class ColdStartEvaluation:
     """Evaluates methods on the test battles of a held-out model, all on the same bootstrap samples of their queries.
 
-    Each method of this class returns METRICS on the test set, and then on its R samples: float (3, 1 + R).
+    Each method of this class returns METRICS on the test set, and then on its S samples: float (3, 1 + S).
     """
 
     def __init__(self, test, seed: int):
         self.test = test
-        (self.battles,) = test.chunks()
-        weights = metrics.bootstrap_weights(len(test.unique_queries), seed)  # (R, q)
-        self.weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + R, q)
+        self.weights = metrics.bootstrap_weights(len(test.unique_queries), seed)  # (S, q)
 
     def of_scores(self, scores: np.ndarray, temperature: float) -> np.ndarray:
         """Evaluates scores (q, M) of the distinct test queries, or (1, M) for all of them."""
-        d = self.battles.margins(scores)  # (n,)
-        bins = metrics.lead_bins(d)
-        totals = metrics.Totals(self.weights, scores.shape[1], temperature=temperature, bins=bins)
-        totals.add(*self.battles, d)
-        results = totals.metrics()
-        results["auc"][0] = metrics.auc(d, self.battles.outcome)
-        return np.array([results[metric] for metric in METRICS])  # (3, 1 + R)
+        (battles,) = self.test.chunks()
+        bins = metrics.lead_bins(battles.margins(scores))
+        row, samples = evaluate_samples(self.test, scores, self.weights, bins, margin=0.0, temperature=temperature)
+        return np.array([[row[metric], *samples[metric]] for metric in METRICS])  # (3, 1 + S)
 
     def of_router(self, router, x: torch.Tensor, cluster_idx: torch.Tensor) -> np.ndarray:
         """Evaluates a router that knows all models of the test battles."""
@@ -119,8 +115,8 @@ def _best_ranking(split) -> tuple[dict, np.ndarray, float]:
 
 
 def _compare(routed: list[np.ndarray], ranked: list[np.ndarray]) -> dict:
-    """Means over draws of both methods' evaluations (3, 1 + R), and their difference, each with its intervals."""
-    router, ranking = np.mean(routed, axis=0), np.mean(ranked, axis=0)  # (3, 1 + R) each
+    """Means over draws of both methods' evaluations (3, 1 + S), and their difference, each with its intervals."""
+    router, ranking = np.mean(routed, axis=0), np.mean(ranked, axis=0)  # (3, 1 + S) each
     compared = {}
     for name, values in (("rank_router", router), ("bradley_terry", ranking), ("difference", router - ranking)):
         samples = dict(zip(METRICS, values[:, 1:], strict=True))  # (R,) each

@@ -30,12 +30,10 @@ class TestEvaluation:
         self.split, self.battles, self.table = split, split.test, split.test.table
         self.scores, self.margin, self.temperature = scores, margin, temperature
         self.sample = self.battles.sample(BIN_SAMPLE, seed)
-        weights = metrics.bootstrap_weights(len(self.battles.unique_queries), seed)  # (S, Q)
-        self.weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + S, Q), the test set itself first
+        self.weights = metrics.bootstrap_weights(len(self.battles.unique_queries), seed)  # (S, Q)
         if split.train.table is None or not split.train.table.differs().any():  # no best single model can be chosen
             self.table = None
         if self.table is not None:
-            self.query_of_row = np.searchsorted(self.battles.unique_queries, self.table.query_idx)  # (rows,)
             queries, row = np.unique(self.table.query_idx, return_inverse=True)  # (q,), (rows,)
             shares = metrics.bootstrap_weights(len(queries), seed)[:, row]  # (S, rows)
             self.row_shares = shares / shares.sum(1, keepdims=True)  # (S, rows)
@@ -49,15 +47,7 @@ class TestEvaluation:
         `margin` and `temperature` are those of the method, as for the class.
         """
         bins = metrics.lead_bins(self.sample.margins(scores))
-        totals, leads = metrics.Totals(self.weights, scores.shape[1], margin, temperature, bins), []
-        for battles in self.battles.chunks():
-            d = battles.margins(scores)  # (N,)
-            totals.add(*battles, d)
-            leads.append(np.where(battles.outcome == 1, d, -d))
-        results = totals.metrics()  # (1 + S,) each
-        row = {name: None if np.isnan(values[0]) else float(values[0]) for name, values in results.items()}
-        row["auc"] = metrics.auc_of_leads(np.concatenate(leads))
-        samples = {name: values[1:] for name, values in results.items()}
+        row, samples = evaluate_samples(self.battles, scores, self.weights, bins, margin, temperature)
         if self.table is not None:
             for name, values in zip(("mean_score", "top1_accuracy"), self.route(scores), strict=True):  # (rows,) each
                 row[name], samples[name] = float(values.mean()), self.row_shares @ values  # (S,)
@@ -69,7 +59,7 @@ class TestEvaluation:
 
     def route(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`metrics.route` of scores (Q, M), or (1, M) for all queries, on the rows of the table: (rows,) each."""
-        return metrics.route(scores if len(scores) == 1 else scores[self.query_of_row], self.table.scores)
+        return metrics.route(scores if len(scores) == 1 else scores[self.battles.table_query_rows], self.table.scores)
 
     def results(self) -> dict:
         """RankRouter's results for the history: metrics, intervals, calibration, and the bounds of a score table."""
@@ -113,6 +103,25 @@ class TestEvaluation:
                 "difference_intervals": metrics.intervals(differences),
             }
         return rows
+
+
+def evaluate_samples(
+    battles, scores: np.ndarray, weights: np.ndarray, bins: np.ndarray, margin: float, temperature: float
+) -> tuple[dict, dict]:
+    """The metrics of scores (Q, M), or (1, M) for all queries: on all battles, and on the samples (S,) of `weights`.
+
+    The AUC on all battles is exact, that on samples as `metrics.Totals` has it with `bins`.
+    """
+    weights, leads = np.concatenate([np.ones_like(weights[:1]), weights]), []  # (1 + S, Q), all battles first
+    totals = metrics.Totals(weights, scores.shape[1], margin, temperature, bins)
+    for listed in battles.chunks():
+        d = listed.margins(scores)  # (N,)
+        totals.add(*listed, d)
+        leads.append(np.where(listed.outcome == 1, d, -d))
+    results = totals.metrics()  # (1 + S,) each
+    row = {name: None if np.isnan(values[0]) else float(values[0]) for name, values in results.items()}
+    row["auc"] = metrics.auc_of_leads(np.concatenate(leads))
+    return row, {name: values[1:] for name, values in results.items()}
 
 
 def compare_with_truth(battles, skills: np.ndarray, fixed_skills: np.ndarray, auc: float) -> dict:

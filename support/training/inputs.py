@@ -30,7 +30,6 @@ class Data:
     full_split: Split  # with the model of --hold_out_model, which `split` leaves out; else the same
     profiles: Profiles | None  # of --capability_file
     counts: dict  # the `data` of the history
-    label_range: list[float] | None  # the scores whose labels are 0 and 1 with a pointwise loss; None with others
 
 
 def find_inputs(args: argparse.Namespace) -> Path | None:
@@ -83,7 +82,7 @@ def load_data(args: argparse.Namespace) -> Data:
     if args.eval_every is None:
         args.eval_every = validation_interval(full_split.train, args.batch_size)
     counts["label_range"] = label_range(split.train.table.scores) if is_pointwise else None
-    return Data(split, full_split, profiles, counts, counts["label_range"])
+    return Data(split, full_split, profiles, counts)
 
 
 def validation_interval(train: Battles, batch_size: int) -> int:

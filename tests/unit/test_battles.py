@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+import torch
 from conftest import mixed_battles, written_out
 
 from support.data import battles as module
@@ -118,3 +119,15 @@ def test_battles_among_some_models_keep_their_numbers_until_they_are_renumbered(
     np.testing.assert_array_equal(models[few.model_b_idx], kept.model_b_idx)
     np.testing.assert_array_equal(among.unique_queries[few.query_idx], kept.query_idx)
     assert not np.isnan(battles.table.scores[:, 0]).all()  # `among` changes a copy
+
+
+def test_scores_closer_than_the_smallest_number_differ_also_where_it_is_flushed_to_zero():
+    a, b = 2.3e-308, 2.4e-308
+    torch.set_flush_denormal(True)  # as training does
+    try:
+        table = module.ScoreTable(np.zeros(1, np.int64), np.array([[a, b, b]]))
+        assert table.ranks().tolist() == [[0, 1, 1]]
+        assert [int(count) for (count,) in pairs_and_ties(table.scores)] == [3, 1]
+        np.testing.assert_array_equal(module.outcomes(np.array([a, b, b]), np.array([b, a, b]), False), [0, 1, np.nan])
+    finally:
+        torch.set_flush_denormal(False)

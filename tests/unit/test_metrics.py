@@ -166,6 +166,12 @@ def test_reliability_by_hand():
     assert (certain[0]["high"], certain[0]["won"]) == (1.0, 1.0)
 
 
+def test_the_temperature_of_labels_is_recovered_where_some_are_missing():
+    scores = np.random.default_rng(0).normal(0, 3, (200, 4))
+    labels = np.where(scores > 5, np.nan, 1 / (1 + np.exp(-scores / 2)))
+    assert metrics.fit_label_temperature(scores, labels) == pytest.approx(2, rel=1e-3)
+
+
 def test_the_calibration_error_is_small_only_for_calibrated_scores_and_the_temperature_is_recovered():
     rng = np.random.default_rng(1)
     d = rng.normal(0, 2, 40000)

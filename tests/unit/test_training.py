@@ -9,13 +9,14 @@ from conftest import mixed_battles, written_out
 
 import loss
 import rankrouter
+import support.training.items
 import train
 from data_loader import Battles, ScoreTable
 from rankrouter import RankRouter, RouterConfig
 from support.training.batches import BattleBatches
 from support.training.checkpoint import TrainingState
 from support.training.history import LearningCurves
-from support.training.inputs import label_range
+from support.training.inputs import label_range, validation_interval
 from support.training.items import BattleItems, RowItems, ScoreItems, make_items
 from support.training.optimization import EMA
 from support.training.options import parse_args, router_options
@@ -160,8 +161,9 @@ def test_a_step_descends_the_mean_loss_of_its_battles(loss_type):
 
 
 @pytest.mark.parametrize("loss_type", ["bpr", "bce", "hinge"])
-def test_a_step_on_rows_is_that_on_their_pairs_as_single_battles(loss_type):
-    for single, ties in ((0, True), (0, False), (30, True), (30, False)):
+def test_a_step_on_rows_is_that_on_their_pairs_as_single_battles(loss_type, monkeypatch):
+    for single, ties, at_once in ((0, True, 1), (0, False, 2**20), (30, True, 200), (30, False, 2**20)):
+        monkeypatch.setattr(support.training.items, "PAIRS_AT_ONCE", at_once)  # few: the rows of a step in parts
         battles, found = mixed_battles(single=single, ties=ties), []
         rows, pairs = make_items(battles, CPU, None), make_items(written_out(battles), CPU, None)
         assert (type(rows), type(pairs)) == (RowItems, BattleItems)
@@ -171,11 +173,20 @@ def test_a_step_on_rows_is_that_on_their_pairs_as_single_battles(loss_type):
             state, _ = state_of(items, names, 15, **options)
             (step_loss,) = train_epoch(state, "--loss_type", loss_type, "--margin", "0.7")
             assert state.batches.num_battles(state.planned[0]) == len(battles)
+            assert items is pairs or (len(state.batches.parts(state.planned[0])) > 1) == (at_once < 2**20)
             gradients = [weight.grad for weight in state.router.parameters() if weight.grad is not None]
             found.append([step_loss, *gradients])
         for value, expected in zip(*found, strict=True):
             torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
         assert max(gradient.abs().max() for gradient in found[0][1:]) > 0.01
+
+
+def test_validations_within_an_epoch_are_at_most_about_ten_however_large_the_data():
+    for rows, interval in ((40, 100), (1_400 * 32, 100), (2_000 * 32, 200), (7_500 * 32, 800)):
+        one = np.zeros(rows, np.int64)
+        assert (
+            validation_interval(Battles(["q"], ["x", "y"], one, one, one + 1, one.astype(np.float32)), 32) == interval
+        )
 
 
 def test_the_battles_of_a_row_are_its_pairs_of_models():
