@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_profiling import ModelTower
-from query_representation import ROWS_AT_ONCE, QueryEncoder, QueryTower
+from query_representation import ROWS_AT_ONCE, QueryTower, query_features, surface_features
+from support.encoding.encoder import QueryEncoder
 from support.encoding.sentence_transformers import POOLINGS
 from support.system.errors import UserError, one_line, valid_unicode
 from support.system.safe_torch import is_plain, not_ours, read_checkpoint, write_checkpoint
@@ -25,6 +26,7 @@ class RouterConfig:
     """What shapes a router: `RankRouter(["model-a", "model-b"], encoder_width=896, config=RouterConfig())`."""
 
     embedding_dim: int = 512  # D, the width of the shared space and of the ID embedding
+    surface_features: tuple[str, ...] = ()  # names of those that follow the embedding, see `query_features`
     num_clusters: int = 50  # K; 0: no cluster embedding
     cluster_dim: int = 32
     capability_dim: int = 64  # C
@@ -80,6 +82,7 @@ class RankRouter(nn.Module):
         self.model_blocks = None  # see `_model_blocks`; None while the weights may change
         self.query_tower = QueryTower(
             encoder_width,
+            len(config.surface_features),
             embedding_dim=config.embedding_dim,
             num_clusters=config.num_clusters,
             cluster_dim=config.cluster_dim,
@@ -112,7 +115,7 @@ class RankRouter(nn.Module):
         return super().load_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, cluster_idx: torch.Tensor) -> torch.Tensor:
-        """Scores (B, M) of every model for standardized embeddings (B, H) and their clusters (B,)."""
+        """Scores (B, M) of every model for standardized features (B, F) and their clusters (B,)."""
         return self.similarity(self.query_tower(x, cluster_idx), self.model_tower())  # (B, M)
 
     def similarity(self, q: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
@@ -177,6 +180,7 @@ class RankRouter(nn.Module):
             torch.device(device),
             dtype=trained["dtype"],
             pooling=self.metadata.args["pooling"],
+            layers=self.metadata.args.get("layers"),  # without it in checkpoints of earlier versions
             max_length=self.metadata.args["max_length"],
             prefix=self.metadata.args.get("query_prefix", ""),  # without one in checkpoints of earlier versions
             include_prompt=trained.get("include_prompt", True),
@@ -196,7 +200,7 @@ class RankRouter(nn.Module):
         self.to(device)
 
     def embed(self, queries: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standardized embeddings (Q, H) and clusters (Q,) of queries, which may repeat.
+        """Standardized features (Q, F) and clusters (Q,) of queries, which may repeat.
 
         Raises `UserError` where a query is not text or is empty.
         """
@@ -213,11 +217,13 @@ class RankRouter(nn.Module):
         row_of_query = {}  # distinct query -> row
         rows = [row_of_query.setdefault(valid_unicode(query.strip()), len(row_of_query)) for query in queries]  # (Q,)
         if not rows:
-            nothing = torch.empty(0, self.encoder_width, device=self.encoder.device)  # (0, H)
+            nothing = torch.empty(0, len(self.query_tower.scale), device=self.encoder.device)  # (0, F)
             return nothing, nothing.new_empty(0, dtype=torch.int64)
-        embeddings, _ = self.encoder.embed(list(row_of_query))  # (distinct, H)
-        x, cluster_idx = self.query_tower.inputs(embeddings.to(self.encoder.device))  # (distinct, H), (distinct,)
-        return x[rows], cluster_idx[rows]  # (Q, H), (Q,)
+        distinct = list(row_of_query)
+        embeddings, _ = self.encoder.embed(distinct)  # (q, H)
+        features = query_features(distinct, embeddings, self.config.surface_features)  # (q, F)
+        x, cluster_idx = self.query_tower.inputs(features.to(self.encoder.device))  # (q, F), (q,)
+        return x[rows], cluster_idx[rows]  # (Q, F), (Q,)
 
     @torch.no_grad()
     def scores_of(self, queries: list[str]) -> np.ndarray:
@@ -329,6 +335,11 @@ class RankRouter(nn.Module):
                 damaged = [part for part, is_valid in router._checks(dtypes) if not is_valid]
         except Exception as error:  # a file that is not ours raises anything
             raise not_ours(path, error) from error
+        if unknown := set(router.config.surface_features) - set(surface_features([])):
+            raise UserError(
+                f"{path} was trained with surface features that this version does not compute: "
+                f"{', '.join(map(one_line, sorted(unknown)))}; expected some of {', '.join(surface_features([]))}"
+            )
         if damaged:
             raise UserError(f"{path} is a damaged RankRouter checkpoint: {damaged[0]} is not what training writes")
         return router.eval()
@@ -358,11 +369,14 @@ class RankRouter(nn.Module):
             "a switch of the config",
             all(type(getattr(self.config, name)) is bool for name in ("scale_dot", "zero_init")),
         )
+        features = self.config.surface_features
+        yield "the list of surface features", type(features) is tuple and len(set(features)) == len(features)
         yield "the dropout", 0 <= self.config.dropout < 1
         yield "the temperature", 0 < metadata.temperature < np.inf
         yield "the encoder", all(isinstance(encoder[name], str) for name in ("path", "fingerprint"))
         yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
         yield "--pooling", args["pooling"] in POOLINGS
+        yield "--layers", all(type(layer) is int and layer >= 1 for layer in args.get("layers") or ())
         prefix = args.get("query_prefix", "")
         yield "--query_prefix", isinstance(prefix, str) and prefix == valid_unicode(prefix)
         yield "the encoder's include_prompt", type(encoder.get("include_prompt", True)) is bool

@@ -219,7 +219,7 @@ def vector_of_battles(args: argparse.Namespace, router: RankRouter) -> tuple[tor
         problem = f"has no battle of {one_line(name)} against a model of the router"
         raise UserError(f"{args.battles} {problem}; it has {listed(map(one_line, battles.model_names))}")
     queries = [battles.queries[i] for i in own.unique_queries]  # (Q,)
-    x, cluster_idx = router.embed(queries)  # (Q, H), (Q,)
+    x, cluster_idx = router.embed(queries)  # (Q, F), (Q,)
     _, opponents, outcome = in_view_of(name, own, router)  # (n,) each
     against = f"against {len(opponents.unique())} models; {len(battles) - len(own)} others left out"
     print(f"battles  {len(own)} of {one_line(name)} on {len(queries)} queries, {against}")

@@ -17,9 +17,10 @@ import metrics
 from data_loader import Split, query_ids
 from loss import LOSSES, link_margin
 from model_profiling import initial_capabilities
-from query_representation import QueryEncoder
+from query_representation import query_features, surface_features
 from rankrouter import Metadata, RankRouter, RouterConfig
 from support.data.demo import true_skills
+from support.encoding.encoder import QueryEncoder
 from support.evaluation import baselines
 from support.evaluation.cold_start import cold_start, held_out_battles
 from support.evaluation.comparison import TestEvaluation, compare_with_truth, describe_clusters
@@ -80,6 +81,8 @@ def train(args: argparse.Namespace) -> None:
         chosen_device,
         dtype=args.dtype,
         pooling=args.pooling,
+        layers=args.layers,
+        cache_layers=args.cache_layers,
         max_length=args.max_length,
         prefix=args.query_prefix,
         prompt=prompt,
@@ -107,15 +110,18 @@ def run_method(run: Run, demo: Path | None) -> None:
     with history.timing("encode"):
         embeddings, num_encoded = encoder.embed(queries)  # (Q, H)
         encoder.release()  # training may need its network's memory
+        names = tuple(surface_features([])) if args.surface_features else ()
+        config = RouterConfig(surface_features=names, **router_options(args))
+        features = query_features(queries, embeddings, config.surface_features)  # (Q, F)
     history.add_encoding(encoder, num_encoded, embeddings, run.tower_threads)
     console.print_encoding(encoder.metadata, history.as_dict()["timing"], args.max_length)
 
     run.checkpoint.start()  # an earlier run's checkpoints are kept until here
     row_of_query = {query: i for i, query in enumerate(queries)}
-    split_embeddings = embeddings[[row_of_query[query] for query in split.train.queries]]  # (Q, H)
-    router, *pretrained = train_router(run, split, split_embeddings)
+    split_features = features[[row_of_query[query] for query in split.train.queries]]  # (Q, F)
+    router, *pretrained = train_router(run, config, split, split_features)
     with history.timing("encode"):
-        inputs = represent(router, encoder, split.train.queries, split_embeddings)  # (Q, H), (Q,)
+        inputs = represent(router, encoder, split.train.queries, split_features)  # (Q, F), (Q,)
     if distributed.rank() == 0:
         test(run, router, inputs, pretrained)
         if demo is not None:
@@ -126,22 +132,24 @@ def run_method(run: Run, demo: Path | None) -> None:
     if args.hold_out_model is not None:  # compared with an upper bound: a router trained with that model's battles
         console.print_ceiling(args.hold_out_model)
         with history.timing("cold_start"):
-            ceiling, *_ = train_router(run, data.full_split, embeddings, is_ceiling=True)
-            both = [(each, *represent(each, encoder, queries, embeddings)) for each in (router, ceiling)]
+            ceiling, *_ = train_router(run, config, data.full_split, features, is_ceiling=True)
+            both = [(each, *represent(each, encoder, queries, features)) for each in (router, ceiling)]
             if distributed.rank() == 0:
                 history.results["cold_start"] = cold_start(
                     args.hold_out_model, split, data.full_split, *both, data.profiles, args.seed
                 )
 
 
-def train_router(run: Run, split: Split, embeddings: torch.Tensor, is_ceiling: bool = False) -> tuple:
-    """Build a router and fit its towers on frozen embeddings (Q, H); with --finetune_encoder then its encoder, too.
+def train_router(
+    run: Run, config: RouterConfig, split: Split, features: torch.Tensor, is_ceiling: bool = False
+) -> tuple:
+    """Build a router and fit its towers on frozen features (Q, F); with --finetune_encoder then its encoder, too.
 
-    Returns the router, and the standardized embeddings (Q, H) and clusters (Q,) on which the towers were fitted.
+    Returns the router, and the standardized features (Q, F) and clusters (Q,) on which the towers were fitted.
     """
     args, history = run.args, run.history
     towers, finetuning = ("ceiling", "ceiling_encoder") if is_ceiling else ("towers", "encoder")
-    router, x, cluster_idx = build(run, split, embeddings, towers)
+    router, x, cluster_idx = build(run, config, split, features, towers)
     items = make_items(split.train, x.device, run.data.counts["label_range"])
     batches = BattleBatches(x, cluster_idx, items, args.batch_size)
     if not args.finetune_encoder:
@@ -158,7 +166,7 @@ def train_router(run: Run, split: Split, embeddings: torch.Tensor, is_ceiling: b
     batches = QueryBatches(
         split.train,
         items,
-        router.query_tower,
+        router,
         cluster_idx,
         trainable,
         tokens=args.batch_tokens,
@@ -172,24 +180,24 @@ def train_router(run: Run, split: Split, embeddings: torch.Tensor, is_ceiling: b
     return router, x, cluster_idx
 
 
-def build(run: Run, split: Split, embeddings: torch.Tensor, phase: str) -> tuple:
+def build(run: Run, config: RouterConfig, split: Split, features: torch.Tensor, phase: str) -> tuple:
     """A router for the split's models, the same in all processes.
 
     Statistics, clusters and initial capability vectors are computed from training queries only.
 
-    Returns also the standardized embeddings (Q, H) of the split's queries, and their clusters (Q,).
+    Returns also the standardized features (Q, F) of the split's queries, and their clusters (Q,).
     """
     args, names = run.args, split.train.model_names  # (M,)
     train_queries = torch.from_numpy(split.train.unique_queries)  # (Qt,)
     torch.manual_seed(args.seed)
-    router = RankRouter(names, embeddings.shape[1], RouterConfig(**router_options(args)))
+    router = RankRouter(names, run.encoder.metadata["width"], config)
     with run.history.curves[phase].timing("cluster"):
         is_resumed = run.checkpoint.load_router(router, phase)  # with its statistics and centroids
         if not is_resumed and distributed.rank() == 0:
-            router.query_tower.fit(embeddings[train_queries], args.seed)
+            router.query_tower.fit(features[train_queries], args.seed)
     distributed.broadcast(list(router.state_dict().values()))
     router.to(run.encoder.device)
-    x, cluster_idx = router.query_tower.inputs(embeddings.to(run.encoder.device))  # (Q, H), (Q,)
+    x, cluster_idx = router.query_tower.inputs(features.to(run.encoder.device))  # (Q, F), (Q,)
     vectors, profile_metadata = initial_capabilities(
         split.train,
         profiles=run.data.profiles,
@@ -279,7 +287,7 @@ def train_step(args: argparse.Namespace, state: TrainingState, batch: object) ->
     # This process's share: (b,), (B,), (B, 2) or with a pointwise loss (B, 1), (B,).
     for queries, row, models, outcome in batches.parts(batch):
         # Forward: the scores of all models for each query, then those of the two models of each battle.
-        x, cluster_idx = batches.embed(queries)  # (b, H), (b,)
+        x, cluster_idx = batches.inputs(queries)  # (b, F), (b,)
         scores = router(x, cluster_idx)  # (b, M)
         compared = [scores[row, model] for model in models.unbind(1)]  # (B,) each
         # Loss: the mean over the battles of the whole batch, of which these are a part.
@@ -339,20 +347,21 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
         console.print_validation(state.epoch, step, len(state.planned), loss, val_metrics, is_best)
 
 
-def represent(router: RankRouter, encoder: QueryEncoder, queries: list[str], embeddings: torch.Tensor) -> tuple:
-    """Standardized embeddings (Q, H) and clusters (Q,) of queries as a trained router sees them.
+def represent(router: RankRouter, encoder: QueryEncoder, queries: list[str], features: torch.Tensor) -> tuple:
+    """Standardized features (Q, F) and clusters (Q,) of queries as a trained router sees them.
 
-    `embeddings` (Q, H) are those of the pretrained encoder, for a router whose encoder was not finetuned.
+    `features` (Q, F) are those with the pretrained encoder, for a router whose encoder was not finetuned.
     """
     if router.metadata.trained is not None:
         embeddings, _ = encoder.with_finetuned(router.metadata.trained).embed(queries)  # (Q, H)
-    return router.query_tower.inputs(embeddings.to(encoder.device))  # (Q, H), (Q,)
+        features = query_features(queries, embeddings, router.config.surface_features)  # (Q, F)
+    return router.query_tower.inputs(features.to(encoder.device))  # (Q, F), (Q,)
 
 
 def test(run: Run, router: RankRouter, inputs: tuple, pretrained: tuple) -> None:
     """Test the router once, and the baselines beside it.
 
-    `inputs` are the standardized embeddings (Q, H) and clusters (Q,) that the router sees, `pretrained` those that the
+    `inputs` are the standardized features (Q, F) and clusters (Q,) that the router sees, `pretrained` those that the
     baselines get: of the encoder before any finetuning.
     """
     args, split, history = run.args, run.data.split, run.history
@@ -365,7 +374,7 @@ def test(run: Run, router: RankRouter, inputs: tuple, pretrained: tuple) -> None
             history.results["clusters"] = describe_clusters(router, *inputs, split.train)
     if args.baselines != "none":
         with history.timing("baselines"), device.threads(run.tower_threads):
-            x, cluster_idx = (column.cpu().numpy() for column in pretrained)  # (Q, H), (Q,)
+            x, cluster_idx = (column.cpu().numpy() for column in pretrained)  # (Q, F), (Q,)
             fitted = baselines.fit(split, x, cluster_idx, args.num_clusters, args.baselines == "all", args.seed)
             history.results["baselines"] = evaluation.compare(fitted)
 

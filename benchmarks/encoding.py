@@ -55,7 +55,7 @@ def benchmark(queries: list[str], work: Path, number: int) -> None:
     import numpy as np
     import torch
 
-    from query_representation import QueryEncoder
+    from support.encoding.encoder import QueryEncoder
 
     folder, cpu = make_encoder(work / "encoder", queries), torch.device("cpu")
     full, half = (QueryEncoder(folder, cpu, dtype=dtype, progress=False) for dtype in ("float32", "bfloat16"))

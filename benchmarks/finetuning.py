@@ -22,8 +22,8 @@ def prepare(data_path: str, model_path: str, layers: int | None, lora_rank: int 
 
     import train
     from data_loader import load_battles, split_battles
-    from query_representation import QueryEncoder
     from rankrouter import RankRouter, RouterConfig
+    from support.encoding.encoder import QueryEncoder
     from support.training.batches import QueryBatches
     from support.training.checkpoint import TrainingState
     from support.training.history import LearningCurves

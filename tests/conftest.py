@@ -17,6 +17,7 @@ import torch
 
 import query_representation
 import support.encoding.cache
+import support.encoding.encoder as encoder_module
 import train
 from rankrouter import RankRouter
 from support.data.battles import Battles, ScoreTable
@@ -189,7 +190,7 @@ class Forked:
 
             watch(train, "fit", "fit")
             watch(torch.optim.AdamW, "step", "step")
-            watch(query_representation, "hidden_states", "pass")
+            watch(encoder_module, "hidden_states", "pass")
             watch(query_representation, "fit_centroids", "clusters")
             for name in ("fsync", "replace", "unlink"):
                 watch(os, name, name)

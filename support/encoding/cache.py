@@ -190,6 +190,58 @@ class EmbeddingCache:
             raise UserError(f"{error}; what was stored before remains. {advice}") from error
 
 
+class CombinedCache:
+    """The caches of several pooled states of the same queries, as one; all of them hold a query, or it is encoded.
+
+    Args:
+        caches: one per pooled state.
+        num_read: an embedding concatenates the states of the first ones; the others are only filled.
+    """
+
+    def __init__(self, caches: list[EmbeddingCache], num_read: int):
+        self.caches, self.num_read = caches, num_read
+
+    @property
+    def tokens_read(self) -> int | None:
+        """How many tokens of a query are read, where that is known."""
+        return None if self.caches[0].metadata is None else self.caches[0].metadata["tokens_read"]
+
+    def refresh(self) -> None:
+        """As of each cache."""
+        for cache in self.caches:
+            cache.refresh()
+
+    def has(self, keys: list[bytes]) -> np.ndarray:
+        """Of which queries all states were stored at the last `refresh`: bool (Q,)."""
+        return np.all([cache.has(keys) for cache in self.caches], axis=0)  # (Q,)
+
+    def read(self, keys: list[bytes]):
+        """Embeddings of stored queries: float32 tensor (Q, H)."""
+        import torch
+
+        return torch.cat([cache.read(keys) for cache in self.caches[: self.num_read]], dim=1)  # (Q, H)
+
+    def add(self, keys: list[bytes], pooled: list) -> None:
+        """Add all states, (n, width) each, of queries; some seconds' worth are stored together, the rest by `flush`."""
+        for cache, states in zip(self.caches, pooled, strict=True):
+            cache.add(keys, states)
+
+    def flush(self) -> None:
+        """Store what was added. Raises as `EmbeddingCache.store` does."""
+        for cache in self.caches:
+            cache.flush()
+
+    def store(self, keys: list[bytes], embeddings) -> None:
+        """Store embeddings (n, H), as `read` gives them. Raises as `EmbeddingCache.store` does."""
+        for cache, states in zip(self.caches, embeddings.chunk(self.num_read, dim=1), strict=False):
+            cache.store(keys, states)
+
+    def describe(self, metadata: dict) -> None:
+        """As of each cache."""
+        for cache in self.caches:
+            cache.describe(metadata)
+
+
 def _is_other_than_file(path: Path) -> bool:
     """Whether there is a pipe, a device or a folder in the place of a file: reading some of them would never end."""
     return path.exists() and not path.is_file()
@@ -250,12 +302,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     print(f"{one_line(encoders_folder(cache_dir))}: {len(found)} encoders")
     if found:
-        print(f"{'name':<10}{'queries':>9}{'MB':>9}  {'last use':<17}{'dtype':<10}{'pooling':<8}{'length':>7}  encoder")
+        print(
+            f"{'name':<10}{'queries':>9}{'MB':>9}  {'last use':<17}{'dtype':<10}{'pooling':<8}{'layer':<6}{'length':>7}"
+            "  encoder"
+        )
     for part in sorted(found, key=lambda part: -part["used"]):
         used, metadata = time.strftime("%Y-%m-%d %H:%M", time.localtime(part["used"])), part["metadata"]
         dtype, pooling, length, path = (metadata.get(name, "?") for name in ("dtype", "pooling", "max_length", "path"))
-        size = f"{part['queries']:>9}{part['bytes'] / 1e6:>9.1f}"
-        print(f"{part['name'][:8]:<10}{size}  {used:<17}{dtype:<10}{pooling:<8}{length:>7}  {one_line(path)}")
+        size, layer = f"{part['queries']:>9}{part['bytes'] / 1e6:>9.1f}", metadata.get("layer", "last")
+        print(f"{part['name'][:8]:<10}{size}  {used:<17}{dtype:<10}{pooling:<8}{layer:<6}{length:>7}  {one_line(path)}")
 
 
 if __name__ == "__main__":

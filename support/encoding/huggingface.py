@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from support.system.errors import UserError, is_out_of_memory, one_line, reason, valid_unicode
 from support.system.files import LFS_POINTER, content_hash
@@ -194,10 +195,51 @@ def vocabulary_size(network) -> int:
         return sys.maxsize
 
 
-def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Hidden states (B, T, H) of token ids (B, T). Raises `UserError` where the encoder cannot take them."""
+def count_layers(folder: Path) -> int | None:
+    """The number of layers that a folder's `config.json` states; None where it states none."""
+    names = ("num_hidden_layers", "num_layers", "encoder_layers", "n_layer", "n_layers")
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError, AttributeError):  # of a damaged file
+        config = json.loads((folder / "config.json").read_bytes())
+        stated = [part[name] for part in (config.get("text_config", {}), config) for name in names if name in part]
+        return stated[0] if type(stated[0]) is int else None
+    return None
+
+
+def layers_of(network: nn.Module) -> nn.ModuleList:
+    """The repeated layers: the list of modules of one type that holds most of the weights.
+
+    Raises `UserError` where there is none.
+    """
+    lists = [part for part in network.modules() if isinstance(part, nn.ModuleList) and len(set(map(type, part))) == 1]
+    if not lists:
+        raise UserError(
+            f"{type(network).__name__} has no list of layers; leave out --layers, --finetune_layers and --lora_rank"
+        )
+    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+
+
+def truncate(network: nn.Module, layer: int) -> None:
+    """Remove the layers after `layer`, counted from 1, so that they take neither memory nor time."""
+    del layers_of(network)[layer:]
+
+
+def hidden_states(
+    network: nn.Module, ids: torch.Tensor, mask: torch.Tensor, layers: Iterable[int | None] = (None,)
+) -> dict[int | None, torch.Tensor]:
+    """Hidden states (B, T, H) of token ids (B, T), by layer: the output of that layer, or for None of the network.
+
+    Raises `UserError` where the encoder cannot take them.
+    """
+    hidden, hooks = {}, []
+
+    def keep(layer: int, output: torch.Tensor | tuple) -> None:
+        hidden[layer] = output[0] if isinstance(output, tuple) else output  # (B, T, H)
+
     try:
-        return network(input_ids=ids, attention_mask=mask).last_hidden_state
+        for layer in (layer for layer in layers if layer is not None):
+            module = layers_of(network)[layer - 1]
+            hooks.append(module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output)))
+        hidden[None] = network(input_ids=ids, attention_mask=mask).last_hidden_state
     except Exception as error:  # a model for images, for example, raises its own errors
         if is_out_of_memory(error):
             raise
@@ -205,3 +247,10 @@ def hidden_states(network, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
             f"{type(network).__name__} cannot encode {ids.shape[0]} texts of {ids.shape[1]} tokens "
             f"({type(error).__name__}: {reason(error)}); expected a text encoder"
         ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not all(layer in hidden and hidden[layer].shape[:2] == ids.shape for layer in layers):
+        problem = f"the layers of {type(network).__name__} do not each give a state of each token"
+        raise UserError(f"{problem}; leave out --layers")
+    return hidden

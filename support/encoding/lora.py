@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.encoding.huggingface import layers_of
 from support.system.errors import UserError
 
 
@@ -41,7 +42,7 @@ def make_trainable(network: nn.Module, layers: int | None, lora_rank: int | None
     """
     modules = [network]
     if layers is not None or lora_rank is not None:
-        modules = _layers(network)
+        modules = layers_of(network)
         count = len(modules) if layers is None else layers
         if count > len(modules):
             raise UserError(f"--finetune_layers {count}: the encoder has {len(modules)} layers; give at most that many")
@@ -61,14 +62,6 @@ def make_trainable(network: nn.Module, layers: int | None, lora_rank: int | None
     if not trainable:
         raise UserError(f"--lora_rank: {type(network).__name__} has no linear map in its layers; leave it out")
     return trainable
-
-
-def _layers(network: nn.Module) -> nn.ModuleList:
-    """The repeated layers: the list of modules of one type that holds most of the weights."""
-    lists = [part for part in network.modules() if isinstance(part, nn.ModuleList) and len(set(map(type, part))) == 1]
-    if not lists:
-        raise UserError(f"{type(network).__name__} has no list of layers; leave out --finetune_layers and --lora_rank")
-    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
 
 
 def load_weights(trainable: dict[str, nn.Parameter], weights: dict[str, torch.Tensor]) -> None:

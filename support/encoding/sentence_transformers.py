@@ -13,7 +13,7 @@ from torch import nn
 
 from support.system.errors import UserError, is_out_of_memory, one_line, reason, valid_unicode
 
-POOLINGS = ("mean", "cls", "last", "max")
+POOLINGS = ("mean", "cls", "last", "max", "mean+last")
 # The modes of 1_Pooling/config.json that are applied here, by the library's names.
 MODES = {"mean": "mean", "cls": "cls", "lasttoken": "last", "max": "max"}
 # Earlier versions of the library write a switch for each mode.

@@ -98,7 +98,7 @@ def neighbors(split, strengths: np.ndarray, x: np.ndarray) -> Iterator[Candidate
     """Bradley-Terry strengths (1, M) plus a correction by the battles of the nearest training queries.
 
     The correction is one Newton step from those strengths on the battles of the k training queries whose standardized
-    embeddings, of `x` (Q, H), have the highest cosine, with a Gaussian prior around no correction: residuals / (sum of
+    embeddings, of `x` (Q, F), have the highest cosine, with a Gaussian prior around no correction: residuals / (sum of
     p (1 - p) + damping). Yields each k with each damping.
     """
     from sklearn.neighbors import NearestNeighbors
@@ -110,7 +110,7 @@ def neighbors(split, strengths: np.ndarray, x: np.ndarray) -> Iterator[Candidate
     train_queries, residuals, information = (each[has_battles] for each in (train_queries, residuals, information))
     index = NearestNeighbors(metric="cosine", algorithm="brute").fit(x[train_queries])
     counts = sorted({min(k, len(train_queries)) for k in NEIGHBORS})
-    held_out = x[split.val.unique_queries], x[split.test.unique_queries]  # (Q, H) each
+    held_out = x[split.val.unique_queries], x[split.test.unique_queries]  # (Q, F) each
     nearest = [index.kneighbors(queries, counts[-1], return_distance=False) for queries in held_out]  # (Q, k) each
     for k in counts:
         sums = []
@@ -155,7 +155,7 @@ def descend(battles: Pairs, penalty: float, forward: Callable, parameters: list[
 
 
 def scaled(split, x: np.ndarray) -> list[np.ndarray]:
-    """Embeddings (Q, H) of the training, validation and test queries, float64, with mean square 1 / H."""
+    """Features (Q, F) of the training, validation and test queries, float64, so that penalties fit any width."""
     sides = split.train, split.val, split.test
     return [x[side.unique_queries].astype(np.float64) / x.shape[1] ** 0.5 for side in sides]
 
@@ -166,7 +166,7 @@ def linear_heads(split, strengths: np.ndarray, x: np.ndarray, seed: int) -> Iter
     Source of the form: Frick et al., "Prompt-to-Leaderboard", 2025, there on top of a language model trained with it.
     """
     battles = split.train.sample(FIT_SAMPLE, seed)
-    train, val, test = scaled(split, x)  # (Q, H) each
+    train, val, test = scaled(split, x)  # (Q, F) each
     parameters = [np.zeros((train.shape[1], strengths.shape[1])), strengths]  # (H, M), (1, M)
 
     def forward(weights, shared):
@@ -184,7 +184,7 @@ def factorizations(split, strengths: np.ndarray, x: np.ndarray, seed: int) -> It
     2024; their weight of each dimension is part of the model's vector here.
     """
     battles = split.train.sample(FIT_SAMPLE, seed)
-    train, val, test = scaled(split, x)  # (Q, H) each
+    train, val, test = scaled(split, x)  # (Q, F) each
 
     def forward(projection, factors, shared):
         projected = train @ projection  # (Q, r)
@@ -247,7 +247,7 @@ def fit(
     """All baselines by name, each with the hyperparameters of the highest validation AUC.
 
     Args:
-        x: standardized embeddings (Q, H).
+        x: standardized features (Q, F).
         cluster_idx: int (Q,), the queries' clusters; with `num_clusters` 0 there is no ranking per cluster.
         learned: adds the two baselines that are trained by gradient descent, which take longer.
         seed: of the initial weights of these two, and of the training battles that they are given where there are many.

@@ -70,7 +70,7 @@ def cold_start(name: str, split, full_split, trained: tuple, ceiling: tuple, pro
     Args:
         split, full_split: without and with the model's battles; `full_split` gives the calibration battles, from its
             training side, and the test battles.
-        trained, ceiling: (router, standardized embeddings (Q, H), clusters (Q,)) for the queries of `full_split`, with
+        trained, ceiling: (router, standardized features (Q, F), clusters (Q,)) for the queries of `full_split`, with
             a router trained on `split`, and one trained on `full_split`.
         profiles: those of `--capability_file`, or None.
         seed: of the draws of calibration battles, and of the bootstrap.

@@ -143,7 +143,7 @@ def describe_clusters(router, x, cluster_idx, train) -> list[dict]:
     """Each cluster's number of training queries, its most central queries, and every model's log-odds there.
 
     The log-odds are those of beating another model drawn at random, at the router's mean scores over the cluster's
-    training queries; None for a cluster without any. `router` is a trained `RankRouter`, `x` (Q, H) and `cluster_idx`
+    training queries; None for a cluster without any. `router` is a trained `RankRouter`, `x` (Q, F) and `cluster_idx`
     (Q,) are its inputs for the split's queries, `train` the training battles.
     """
     clusters, train_queries = [], train.unique_queries  # (Qt,)

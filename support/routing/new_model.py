@@ -46,7 +46,7 @@ def vector_from_battles(
     resembles those of the known models.
 
     Args:
-        x: standardized embeddings of the battles' queries (n, H).
+        x: standardized features of the battles' queries (n, F).
         cluster_idx: their clusters, int64 (n,).
         opponents: int64 (n,), into the router's models.
         outcome: float (n,), P(the new model is better).
@@ -79,7 +79,7 @@ def _spread(router) -> float:
     A new model has no ID embedding of its own, so its vector must also express what known models express by their IDs.
     The scores are means over the centroids, or are taken at the mean query where there are no centroids.
     """
-    x, tower = router.query_tower.centroids, router.model_tower  # (K, H)
+    x, tower = router.query_tower.centroids, router.model_tower  # (K, F)
     if not len(x):
         x = torch.zeros_like(router.query_tower.mean)[None]  # (1, H)
     q = router.query_tower(x, torch.arange(len(x)))  # (K, D)

@@ -64,6 +64,11 @@ def comma_separated(text: str) -> list[str]:
     return found
 
 
+def layer_numbers(text: str) -> list[int]:
+    """An argparse type: distinct whole numbers of at least 1, separated by commas, in ascending order."""
+    return sorted({whole_number(1)(number) for number in comma_separated(text)})
+
+
 def some_path(text: str) -> str:
     """An argparse type: the path of a file or folder, ~ being the home folder."""
     if not text or "\0" in text:

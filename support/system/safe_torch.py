@@ -12,6 +12,8 @@ import torch
 from support.system.errors import UserError, is_out_of_memory, one_line, reason
 from support.system.files import atomic_write
 
+FOLDER = 0x10  # the attribute of a zip archive's record that is a folder
+
 
 def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Replace the file `path` by a checkpoint. Raises `UserError` where it cannot be written."""
@@ -78,5 +80,7 @@ def _damage(content: bytes) -> str | None:
             return "its records unpack to more than the file, which training does not write"
         if any(record.filename.startswith("/") or ".." in record.filename.split("/") for record in records):
             return "a record's name leads out of the archive"
+        if any(record.external_attr & FOLDER for record in records):  # torch would read nothing and leave memory as is
+            return "a record is marked as a folder"
         damaged = archive.testzip()
     return None if damaged is None else f"it is damaged, in {one_line(damaged)}"

@@ -5,9 +5,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from query_representation import QueryEncoder, QueryTower
+from query_representation import query_features
+from rankrouter import RankRouter
 from support.data.battles import Battles
 from support.encoding.batching import plan_batches
+from support.encoding.encoder import QueryEncoder
 from support.system import distributed
 from support.system.errors import UserError
 from support.training.items import Items
@@ -35,7 +37,7 @@ class BattleBatches:
     """Batches of `batch_size` items, split among the processes, on queries whose embeddings are frozen.
 
     Args:
-        x: standardized embeddings, float (Q, H).
+        x: standardized features, float (Q, F).
         cluster_idx: their clusters, int64 (Q,).
         items: single battles, or rows of a score table.
         batch_size: items per step.
@@ -61,13 +63,13 @@ class BattleBatches:
         parts = own.split(self.items.at_once) if len(own) else ()  # one, unless a large table has too many pairs
         return [Part(self.query_idx[part], *self.items.targets(part)) for part in parts]
 
-    def embed(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standardized embeddings (b, H) and clusters (b,) of queries (b,)."""
+    def inputs(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardized features (b, F) and clusters (b,) of queries (b,)."""
         return self.x[queries], self.cluster_idx[queries]
 
-    def embed_for_evaluation(self, queries: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs_for_evaluation(self, queries: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The same of any queries of the split (q,)."""
-        return self.embed(torch.from_numpy(queries).to(self.device))
+        return self.inputs(torch.from_numpy(queries).to(self.device))
 
     def update_centroids(self) -> None:
         """Nothing to do: frozen embeddings stay where they are."""
@@ -89,7 +91,7 @@ class QueryBatches:
     Args:
         battles: the training battles; `queries` are all of the split.
         items: what a step learns from, by `make_items` of the same battles.
-        tower: the query tower, with its statistics and centroids.
+        router: its query tower has statistics and centroids.
         cluster_idx: clusters of the split's queries, int64 (Q,), as K-means assigned them.
         encoder: a trainable encoder.
         tokens: per batch.
@@ -100,7 +102,7 @@ class QueryBatches:
         self,
         battles: Battles,
         items: Items,
-        tower: QueryTower,
+        router: RankRouter,
         cluster_idx: torch.Tensor,
         encoder: QueryEncoder,
         *,
@@ -108,10 +110,14 @@ class QueryBatches:
         accumulate: int,
     ):
         self.trains_encoder, self.parameters = True, encoder.parameters
-        self.queries, self.items, self.tower, self.encoder = battles.queries, items, tower, encoder
+        self.queries, self.items, self.encoder = battles.queries, items, encoder
+        self.tower, self.surface_features = router.query_tower, router.config.surface_features
         self.tokens, self.accumulate, self.device = tokens, accumulate, encoder.device
         train_queries = battles.unique_queries  # (Qt,)
-        self.ids = encoder.tokenize([battles.queries[i] for i in train_queries])  # Qt of (T,)
+        texts = [battles.queries[i] for i in train_queries]
+        self.ids = encoder.tokenize(texts)  # Qt of (T,)
+        nothing = torch.empty(len(texts), 0, device=self.device)  # (Qt, 0)
+        self.surface = query_features(texts, nothing, self.surface_features)  # (Qt, S)
         self.lengths = np.array([len(ids) for ids in self.ids])  # (Qt,)
         self.count = len(self.ids)  # queries that an epoch shuffles
         row = np.searchsorted(train_queries, items.query_idx)  # (I,)
@@ -121,12 +127,12 @@ class QueryBatches:
         self.battles_of_query = torch.zeros(self.count, dtype=torch.int64)  # (Qt,), counts
         self.battles_of_query.index_add_(0, torch.from_numpy(row), items.counts)
         self.cluster_of_query = cluster_idx.cpu()[torch.from_numpy(train_queries)]  # (Qt,)
-        sizes = self.cluster_of_query.bincount(minlength=len(tower.centroids))  # (K,)
+        sizes = self.cluster_of_query.bincount(minlength=len(self.tower.centroids))  # (K,)
         self.decay = (1 - 1 / sizes.clamp(1, MEMORY)).to(self.device)  # (K,), of a centroid per query seen
-        self.varies = tower.scale > MIN_RELATIVE_SCALE * tower.scale.median()  # (H,)
-        width = 1 + tower.centroids.shape[1]
+        self.varies = self.tower.scale > MIN_RELATIVE_SCALE * self.tower.scale.median()  # (F,)
+        width = 1 + len(self.tower.scale)
         # Of the queries of each cluster that the current step has seen: their number and the sum of their embeddings.
-        self.cluster_sums = [torch.zeros(len(tower.centroids), width, device=self.device)]  # (K, 1 + H)
+        self.cluster_sums = [torch.zeros(len(self.tower.centroids), width, device=self.device)]  # (K, 1 + F)
 
     def plan(self, order: torch.Tensor) -> list[np.ndarray]:
         """The batches of an epoch with the queries in this order (Qt,): queries (b,) of each.
@@ -160,29 +166,32 @@ class QueryBatches:
         item, models, outcome = self.items.targets(self.by_query[places].to(self.device))
         return Part(queries, row.to(self.device)[item], models, outcome)
 
-    def embed(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standardized embeddings (b, H), differentiable, and clusters (b,) of training queries (b,)."""
-        x = self.tower.standardize(self.encoder.embed_tokens([self.ids[i] for i in queries]))  # (b, H)
-        x = torch.where(self.varies, x, x.detach())  # (b, H)
-        counted = torch.cat([torch.ones_like(x[:, :1]), x.detach()], dim=1)  # (b, 1 + H)
+    def inputs(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardized features (b, F), differentiable, and clusters (b,) of training queries (b,)."""
+        embeddings = self.encoder.embed_tokens([self.ids[i] for i in queries])  # (b, H)
+        x = self.tower.standardize(torch.cat([embeddings, self.surface[queries]], dim=1))  # (b, F)
+        x = torch.where(self.varies, x, x.detach())  # (b, F)
+        counted = torch.cat([torch.ones_like(x[:, :1]), x.detach()], dim=1)  # (b, 1 + F)
         if len(self.decay):
-            self.cluster_sums[0].index_add_(0, self.cluster_of_query[queries].to(self.device), counted)  # (K, 1 + H)
+            self.cluster_sums[0].index_add_(0, self.cluster_of_query[queries].to(self.device), counted)  # (K, 1 + F)
         return x, self.tower.assign(x.detach())
 
-    def embed_for_evaluation(self, queries: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standardized embeddings (q, H) and clusters (q,) of any queries of the split (q,)."""
+    def inputs_for_evaluation(self, queries: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardized features (q, F) and clusters (q,) of any queries of the split (q,)."""
         if not all(parameter.isfinite().all() for parameter in self.parameters.values()):
             raise UserError("the encoder's weights are no longer finite; try a lower --encoder_lr")
-        embeddings, _ = self.encoder.embed([self.queries[i] for i in queries])  # (q, H)
-        return self.tower.inputs(embeddings.to(self.device))  # (q, H), (q,)
+        queries = [self.queries[i] for i in queries]
+        embeddings, _ = self.encoder.embed(queries)  # (q, H)
+        features = query_features(queries, embeddings, self.surface_features)  # (q, F)
+        return self.tower.inputs(features.to(self.device))  # (q, F), (q,)
 
     @torch.no_grad()
     def update_centroids(self) -> None:
         """Move each centroid towards its queries that the step has seen, in all processes."""
         (sums,) = self.cluster_sums
-        count, total = sums.split([1, sums.shape[1] - 1], dim=1)  # (K, 1), (K, H)
+        count, total = sums.split([1, sums.shape[1] - 1], dim=1)  # (K, 1), (K, F)
         weight = 1 - self.decay[:, None] ** count  # (K, 1)
-        self.tower.centroids.lerp_(total / count.clamp(min=1), weight)  # (K, H)
+        self.tower.centroids.lerp_(total / count.clamp(min=1), weight)  # (K, F)
         sums.zero_()
 
     def finetuned_weights(self, layers: int | None, lora_rank: int | None) -> dict:

@@ -108,7 +108,7 @@ class TrainingState:
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """The router's scores (q, M), float64, of the split's queries (q,). Raises `UserError` where not finite."""
-        x, cluster_idx = self.batches.embed_for_evaluation(queries)  # (q, H), (q,)
+        x, cluster_idx = self.batches.inputs_for_evaluation(queries)  # (q, F), (q,)
         try:
             return self.router.score(x, cluster_idx)  # (q, M)
         except UserError as error:

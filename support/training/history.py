@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from query_representation import QueryEncoder
 from rankrouter import Metadata
+from support.encoding.encoder import QueryEncoder
 from support.system import distributed
 from support.system.device import Timing, environment
 from support.system.errors import UserError

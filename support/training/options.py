@@ -5,6 +5,7 @@ import argparse
 from support.system.command_line import (
     OneLineParser,
     comma_separated,
+    layer_numbers,
     real_number,
     some_path,
     some_text,
@@ -17,11 +18,15 @@ NO_EXPERIMENT = {
     *("output_dir", "data_path", "model_path", "demo", "demo_dir", "cache_dir", "no_cache", "seed", "split_seed"),
     *("device", "dtype", "encode_tokens", "baselines", "deterministic", "accumulate", "gradient_checkpointing"),
     *("resume", "overwrite"),
-    *("threads", "checkpoint_minutes", "pairs_per_query"),  # the last two of histories of earlier versions
+    *("threads", "cache_layers"),
+    *("checkpoint_minutes", "pairs_per_query"),  # of histories of earlier versions
 }
 
 # Defaults of --recipe original; it also leaves the dot product unscaled and the query tower's last layer random.
-ORIGINAL_RECIPE = {"dropout": 0.1, "id_dropout": 0.0, "ema_decay": 0.0, "eval_every": 0}
+ORIGINAL_RECIPE = {"dropout": 0.1, "id_dropout": 0.0, "ema_decay": 0.0, "eval_every": 0, "surface_features": False}
+
+# What flags did that did not exist in an earlier version, where it is not what their default does now.
+EARLIER = {"surface_features": False}
 
 # Defaults of the flags that need --finetune_encoder.
 FINETUNING = {
@@ -35,8 +40,8 @@ FINETUNING = {
 
 
 def with_defaults(args: dict) -> dict:
-    """The flags of an earlier run, with the default of every flag that did not exist then."""
-    return {name: value for name, value in vars(parse_args([])).items() if name not in NO_EXPERIMENT} | args
+    """The flags of an earlier run, with what every flag that did not exist then would have been."""
+    return {name: value for name, value in vars(parse_args([])).items() if name not in NO_EXPERIMENT} | EARLIER | args
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def router_options(args: argparse.Namespace) -> dict:
-    """The flags as arguments of `RouterConfig`."""
+    """The flags as arguments of `RouterConfig`, all but the surface features."""
     same = ("embedding_dim", "num_clusters", "cluster_dim", "capability_dim", "dropout", "id_dropout")
     return {name: getattr(args, name) for name in (*same, "similarity_metric")} | {
         "use_capability": not args.no_capability,
@@ -82,6 +87,8 @@ def _check(parser: OneLineParser, args: argparse.Namespace) -> None:
             parser.error(f"--{given[0]} needs --finetune_encoder")
     if args.query_prefix is not None and args.query_prompt is not None:
         parser.error("--query_prefix and --query_prompt exclude each other")
+    if args.cache_layers is not None and args.no_cache:
+        parser.error("--cache_layers and --no_cache exclude each other")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     profiled = args.capability_file is not None or args.capability_init == "win_rate"
@@ -126,7 +133,13 @@ def _parser() -> OneLineParser:
     add = parser.add_argument_group("encoder").add_argument
     add("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")
     states = "how a query's token states are pooled; auto: as a sentence-transformers folder says, else mean"
-    add("--pooling", choices=["auto", "mean", "cls", "last", "max"], default="auto", help=states)
+    add("--pooling", choices=["auto", "mean", "cls", "last", "max", "mean+last"], default="auto", help=states)
+    outputs = (
+        "layers whose outputs are pooled and concatenated, from 1; default: the last; those above are not computed"
+    )
+    add("--layers", metavar="N,N,...", type=layer_numbers, help=outputs)
+    also = "layers whose mean and last token are cached in the same pass, for later runs with other --layers"
+    add("--cache_layers", metavar="N,N,...", type=layer_numbers, help=also)
     before = "put before each query; default: the default prompt of a sentence-transformers folder"
     add("--query_prefix", metavar="TEXT", type=unicode_text, help=before)
     add("--query_prompt", metavar="NAME", type=some_text, help="the folder's prompt of this name instead")
@@ -160,6 +173,8 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument_group("towers").add_argument
     add("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
+    add("--surface_features", **switch, default=True, help="give the router what a query's text looks like, too")
+    add("--no_surface_features", dest="surface_features", action="store_false", help="ablation: only its embedding")
     add("--num_clusters", type=whole_number(0), default=50, help="K-means clusters; 0: no cluster features")
     add("--cluster_dim", type=dim, default=32, help="width of a cluster's learned embedding")
     add("--capability_dim", type=dim, default=64, help="width of a random capability vector")

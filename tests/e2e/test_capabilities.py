@@ -6,9 +6,9 @@ import torch
 
 from data_loader import load_battles, split_battles
 from model_profiling import win_rate_profiles
-from query_representation import QueryEncoder
 from rankrouter import RankRouter
 from support.data.battles import count_wins
+from support.encoding.encoder import QueryEncoder
 
 QUICK = ("--limit", "600", "--epochs", "2", "--num_clusters", "6", "--embedding_dim", "32", "--baselines", "none")
 NAMES = [f"demo-model-{letter}" for letter in "abcdefghijkl"]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import route
 import train
-from query_representation import QueryEncoder
 from rankrouter import RankRouter
+from support.encoding.encoder import QueryEncoder
 from support.system.errors import UserError
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from conftest import after_step, every_step, kill
 import route
 import train
 from data_loader import load_battles, split_battles
-from query_representation import QueryEncoder
 from rankrouter import RankRouter
+from support.encoding.encoder import QueryEncoder
 from support.encoding.huggingface import load_encoder
 from support.system.command_line import run_command
 from support.system.safe_torch import write_checkpoint

@@ -16,9 +16,9 @@ from sklearn.linear_model import LogisticRegression
 import metrics
 import train
 from data_loader import load_battles, split_battles
-from query_representation import QueryEncoder
 from rankrouter import RankRouter, RouterConfig
 from support.data.demo import true_skills
+from support.encoding.encoder import QueryEncoder
 from support.encoding.huggingface import encoder_fingerprint
 from support.evaluation import baselines
 from support.reporting.runs import parse

@@ -61,7 +61,7 @@ def test_flags_out_of_range_or_that_exclude_each_other_are_refused_before_anythi
 def test_flags_that_do_not_fit_the_data_or_the_machine_are_refused_before_anything_is_encoded(
     fails, demo_flags, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("query_representation.load_encoder", None)
+    monkeypatch.setattr("support.encoding.encoder.load_encoder", None)
     names = [f"demo-model-{letter}" for letter in "abcdefghijk"]
     pd.DataFrame({"model": names, "mmlu": np.arange(11.0)}).to_csv(tmp_path / "profiles.csv", index=False)
     for flags, expected in (

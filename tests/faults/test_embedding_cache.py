@@ -12,10 +12,10 @@ import torch
 from conftest import kill
 from safetensors.numpy import save
 
-import query_representation
-from query_representation import QueryEncoder
+import support.encoding.encoder as encoder_module
 from support.encoding import cache as embedding_cache
 from support.encoding.cache import EmbeddingCache
+from support.encoding.encoder import QueryEncoder
 from support.system.errors import UserError
 
 QUERIES = [f"{'tell me more about ' * (i % 7)}number {i}" for i in range(60)]
@@ -51,13 +51,13 @@ def list_parts(capsys, cache_dir):
 
 def test_a_run_killed_after_any_shard_continues_to_the_same_bits(run_embed, forked, tmp_path, monkeypatch):
     expected, _ = run_embed(QUERIES, None)
-    passes, hidden_states = [], query_representation.hidden_states
+    passes, hidden_states = [], encoder_module.hidden_states
 
-    def watched(network, ids, mask):
+    def watched(network, ids, *others):
         passes.append(len(ids))
-        return hidden_states(network, ids, mask)
+        return hidden_states(network, ids, *others)
 
-    monkeypatch.setattr(query_representation, "hidden_states", watched)
+    monkeypatch.setattr(encoder_module, "hidden_states", watched)
     for stored in (1, 3, 7):
         folder = tmp_path / str(stored)
         code, *_ = forked(
@@ -75,7 +75,7 @@ def test_a_run_killed_after_any_shard_continues_to_the_same_bits(run_embed, fork
 
 
 def test_an_error_while_encoding_keeps_what_was_encoded(run_embed, monkeypatch):
-    hidden_states, left = query_representation.hidden_states, iter(range(5))
+    hidden_states, left = encoder_module.hidden_states, iter(range(5))
 
     def fails(*args):
         if next(left, None) is None:
@@ -83,7 +83,7 @@ def test_an_error_while_encoding_keeps_what_was_encoded(run_embed, monkeypatch):
         return hidden_states(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(query_representation, "hidden_states", fails)
+        patch.setattr(encoder_module, "hidden_states", fails)
         with pytest.raises(UserError, match="out of memory"):
             run_embed(QUERIES)
     assert 0 < run_embed(QUERIES)[1] < 60

@@ -16,8 +16,8 @@ import pytest
 import torch
 from conftest import after_step, assert_same, every_step, kill, result, same
 
-import query_representation
 import route
+import support.encoding.encoder as encoder_module
 import train
 from rankrouter import RankRouter
 from support.system import files
@@ -180,19 +180,19 @@ def test_a_clock_that_jumps_changes_nothing(small, tiny_run, forked, tmp_path):
 
 
 def memory_for(tokens):
-    hidden_states = query_representation.hidden_states
+    hidden_states = encoder_module.hidden_states
 
-    def bounded(network, ids, mask):
+    def bounded(network, ids, *others):
         if ids.numel() > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has none.")
-        return hidden_states(network, ids, mask)
+        return hidden_states(network, ids, *others)
 
     return bounded
 
 
 def test_out_of_memory_halves_the_batch_and_is_reported_once(small, tiny_run, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
-    monkeypatch.setattr(query_representation, "hidden_states", memory_for(130))
+    monkeypatch.setattr(encoder_module, "hidden_states", memory_for(130))
     train.main([*small, "--no_cache", "--output_dir", str(tmp_path)])
     errors = capsys.readouterr().err.splitlines()
     assert errors == ["warning: out of memory with 512 tokens per batch; continuing with --encode_tokens 126"]
@@ -201,7 +201,7 @@ def test_out_of_memory_halves_the_batch_and_is_reported_once(small, tiny_run, tm
 
 
 def test_out_of_memory_for_a_single_query_is_one_line(small, fails, tmp_path, monkeypatch):
-    monkeypatch.setattr(query_representation, "hidden_states", memory_for(3))
+    monkeypatch.setattr(encoder_module, "hidden_states", memory_for(3))
     message = fails(*small, "--no_cache", "--output_dir", str(tmp_path))
     assert "out of memory with one query of " in message
     assert "--max_length" in message

@@ -22,10 +22,10 @@ import report
 import route
 import train
 from data_loader import load_battles, split_battles
-from query_representation import QueryEncoder
 from rankrouter import RankRouter
 from support.data.cells import as_score
 from support.data.formats import open_table
+from support.encoding.encoder import QueryEncoder
 from support.system.errors import UserError
 from support.training.checkpoint import FORMAT_VERSION
 

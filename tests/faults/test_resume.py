@@ -14,7 +14,7 @@ import torch
 from conftest import Forked, after_step, assert_same, every_step, kill, result
 
 import loss
-import query_representation
+import support.encoding.encoder as encoder_module
 import train
 from rankrouter import RankRouter
 from support.system import files
@@ -428,13 +428,13 @@ def test_more_epochs_continue_as_if_the_run_had_them_from_the_start(finished, sm
 def test_different_embeddings_are_reported(finished, capsys, monkeypatch):
     flags, output = finished
     (output / "training_history.json").unlink()
-    embed = query_representation.QueryEncoder.embed
+    embed = encoder_module.QueryEncoder.embed
 
     def elsewhere(encoder, queries):
         embeddings, encoded = embed(encoder, queries)
         return embeddings * (1 + 2**-22), encoded
 
-    monkeypatch.setattr(query_representation.QueryEncoder, "embed", elsewhere)
+    monkeypatch.setattr(encoder_module.QueryEncoder, "embed", elsewhere)
     train.main([*flags, "--resume"])
     assert "warning: the embeddings are not bit for bit" in capsys.readouterr().err
 

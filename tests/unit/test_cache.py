@@ -12,10 +12,10 @@ import tqdm
 from safetensors.numpy import load_file
 from transformers import AutoModel
 
-import query_representation
-from query_representation import QueryEncoder
+import support.encoding.encoder as encoder_module
 from support.encoding import cache as embedding_cache
 from support.encoding.cache import EmbeddingCache, query_keys
+from support.encoding.encoder import QueryEncoder
 from support.system.errors import UserError
 
 QUERIES = [f"{'tell me more about ' * (i % 7)}number {i}" for i in range(60)]
@@ -54,19 +54,19 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def forbid_encoder(monkeypatch):
-    return lambda: monkeypatch.setattr(query_representation, "load_encoder", Mock(side_effect=AssertionError))
+    return lambda: monkeypatch.setattr(encoder_module, "load_encoder", Mock(side_effect=AssertionError))
 
 
 @pytest.fixture
 def passes(monkeypatch):
     """A list that grows by the number of texts in each pass of the encoder."""
-    counts, hidden_states = [], query_representation.hidden_states
+    counts, hidden_states = [], encoder_module.hidden_states
 
-    def watched(network, ids, mask):
+    def watched(network, ids, *others):
         counts.append(len(ids))
-        return hidden_states(network, ids, mask)
+        return hidden_states(network, ids, *others)
 
-    monkeypatch.setattr(query_representation, "hidden_states", watched)
+    monkeypatch.setattr(encoder_module, "hidden_states", watched)
     return counts
 
 
@@ -158,14 +158,14 @@ def test_the_maximum_length_of_the_encoder_is_known_without_loading_it(run_embed
 
 def test_what_another_run_stores_meanwhile_is_not_encoded(encoder_of, small_shards, passes, tmp_path, monkeypatch):
     expected, _ = encoder_of(cache_dir=None).embed(QUERIES)
-    encoder, hidden_states = encoder_of(), query_representation.hidden_states
+    encoder, hidden_states = encoder_of(), encoder_module.hidden_states
 
     def stored_meanwhile(*args):
         EmbeddingCache(tmp_path / "cache", encoder.usage).store(query_keys(QUERIES), expected)
         return hidden_states(*args)
 
     passes.clear()
-    monkeypatch.setattr(query_representation, "hidden_states", stored_meanwhile)
+    monkeypatch.setattr(encoder_module, "hidden_states", stored_meanwhile)
     got, num_encoded = encoder.embed(QUERIES)
     assert passes == [num_encoded]
     assert torch.equal(got, expected)

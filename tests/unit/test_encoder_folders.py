@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel, T5Model
 
-from query_representation import QueryEncoder
 from support.encoding import huggingface
+from support.encoding.encoder import QueryEncoder
 from support.encoding.huggingface import find_encoder
 from support.system.errors import UserError
 

@@ -10,8 +10,9 @@ from transformers import BertConfig, BertModel
 import train
 from data_loader import ScoreTable, load_battles, split_battles
 from loss import bpr
-from query_representation import QueryEncoder
+from query_representation import query_features
 from rankrouter import RankRouter, RouterConfig
+from support.encoding.encoder import QueryEncoder
 from support.encoding.huggingface import load_encoder
 from support.encoding.lora import load_weights, make_trainable, weights_hash
 from support.system.errors import UserError
@@ -44,12 +45,12 @@ def made(demo):
         encoder = QueryEncoder(demo / "encoder", CPU, dtype="float32", progress=False)
         embeddings, _ = encoder.embed(split.train.queries)
         router = RankRouter(split.train.model_names, embeddings.shape[1], config)
-        tower = router.query_tower
-        tower.fit(embeddings[torch.from_numpy(split.train.unique_queries)], 0)
-        cluster_idx = tower.assign(tower.standardize(embeddings))
+        features = query_features(split.train.queries, embeddings, config.surface_features)
+        router.query_tower.fit(features[torch.from_numpy(split.train.unique_queries)], 0)
+        _, cluster_idx = router.query_tower.inputs(features)
         trainable = encoder.trainable(None, None, gradient_checkpointing)
         items, options = make_items(split.train, CPU, None), {"tokens": tokens, "accumulate": accumulate}
-        batches = QueryBatches(split.train, items, tower, cluster_idx, trainable, **options)
+        batches = QueryBatches(split.train, items, router, cluster_idx, trainable, **options)
         return batches, router, split
 
     return make
@@ -155,7 +156,7 @@ def test_a_step_has_the_gradient_of_the_mean_over_its_battles(made):
         total = 0.0
         for query in batch:
             queries, _, models, outcomes = batches._with_battles(torch.tensor([query]))
-            x, cluster_idx = batches.embed(queries)
+            x, cluster_idx = batches.inputs(queries)
             for (a, b), outcome in zip(models, outcomes, strict=True):
                 scores = router(x, cluster_idx)[0]
                 total = total + bpr(scores[a], scores[b], outcome, 1.0)
@@ -176,13 +177,13 @@ def test_a_constant_dimension_does_not_make_gradients_explode(made):
     again = QueryBatches(
         split.train,
         batches.items,
-        router.query_tower,
+        router,
         torch.zeros(len(split.train.queries), dtype=torch.int64),
         batches.encoder,
         tokens=300,
         accumulate=1,
     )
-    again.embed(torch.arange(4))[0].sum().backward()
+    again.inputs(torch.arange(4))[0].sum().backward()
     assert max(float(p.grad.abs().max()) for p in again.parameters.values()) < 1e6
 
 
@@ -194,7 +195,7 @@ def test_a_centroid_is_the_running_mean_of_its_own_queries(made):
         for parameter in batches.parameters.values():  # the encoder has moved
             parameter.mul_(1.05)
         chosen = members[:4]
-        x, _ = batches.embed(chosen)
+        x, _ = batches.inputs(chosen)
     batches.update_centroids()
     size = min(50, len(members))
     kept = (1 - 1 / size) ** 4
@@ -236,6 +237,6 @@ def test_gradient_checkpointing_keeps_fewer_hidden_states(made):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            batches.embed(torch.arange(8))
+            batches.inputs(torch.arange(8))
         kept[on] = sum(count)
     assert kept[True] < 0.6 * kept[False]

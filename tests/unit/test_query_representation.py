@@ -26,8 +26,9 @@ from transformers import (
 )
 
 import query_representation
-from query_representation import QueryEncoder, QueryTower, fit_centroids, pool
+from query_representation import QueryTower, fit_centroids
 from support.encoding.batching import plan_batches, tokenize
+from support.encoding.encoder import QueryEncoder, pool
 from support.encoding.huggingface import encoder_fingerprint, find_encoder, load_encoder, longest_input, pick_dtype
 from support.system.errors import UserError
 

@@ -11,8 +11,8 @@ import torch
 
 from metrics import log_win_probability
 from model_profiling import ModelTower
-from query_representation import QueryEncoder
 from rankrouter import Metadata, RankRouter, RouterConfig
+from support.encoding.encoder import QueryEncoder
 from support.routing.new_model import vector_from_battles
 from support.system.errors import UserError
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from query_representation import QueryEncoder
+from support.encoding.encoder import QueryEncoder
 from support.system.errors import UserError
 
 CPU = torch.device("cpu")
