@@ -22,17 +22,21 @@ def surface_features(queries: list[str]) -> dict[str, np.ndarray]:
     import pyarrow as pa
     from pyarrow import compute
 
-    text = pa.array([query[:CHARACTERS_READ] for query in queries], pa.large_string())
-    end = pa.array([query[-1:] for query in queries], pa.large_string())
+    def to_arrow(texts: list[str]) -> pa.LargeStringArray:  # `pa.array` would import pandas
+        encoded = [text.encode() for text in texts]
+        ends = pa.py_buffer(np.cumsum([0, *map(len, encoded)], dtype=np.int64))
+        return pa.LargeStringArray.from_buffers(len(texts), ends, pa.py_buffer(b"".join(encoded)))
+
+    text, end = to_arrow([query[:CHARACTERS_READ] for query in queries]), to_arrow([query[-1:] for query in queries])
     length = np.array([max(1, min(len(query), CHARACTERS_READ)) for query in queries], np.float64)  # (Q,)
 
     def count(pattern: str) -> np.ndarray:
-        return np.asarray(compute.count_substring_regex(text, pattern), np.float64)  # (Q,)
+        return np.array(compute.count_substring_regex(text, pattern).to_pylist(), np.float64)  # (Q,)
 
     question, colon = r"[?\x{FF1F}\x{61F}]", r"[:\x{FF1A}]"  # full-width ones, and the Arabic one, too
 
     def matches(texts: pa.Array, pattern: str) -> np.ndarray:
-        return np.asarray(compute.match_substring_regex(texts, pattern), np.float64)  # (Q,)
+        return np.array(compute.match_substring_regex(texts, pattern).to_pylist(), np.float64)  # (Q,)
 
     return {
         "characters": np.log1p([len(query) for query in queries]),
@@ -44,7 +48,7 @@ def surface_features(queries: list[str]) -> dict[str, np.ndarray]:
         "brackets": count(r"[{}\[\]();=<>]") / length,  # of code
         "operators": count(r"[-+*/^\\$]") / length,  # of formulas, also in LaTeX
         "has_code": matches(text, r"(?m)^\s*(def|class|import|from|function|public|#include|SELECT)\b"),
-        "has_choices": (count(r"(?m)^\s*\(?[A-H][.):\x{FF1A}\x{3001}]") > 1).astype(float),  # lines A., B., ...
+        "has_choices": count(r"(?m)^\s*\(?[A-H][.):\x{FF1A}\x{3001}]") > 1,  # lines A., B., ...
         "starts_upper_case": matches(text, r"^\P{L}*\p{Lu}"),  # its first letter
         "ends_in_question_mark": matches(end, question),
         "ends_in_colon": matches(end, colon),

@@ -173,8 +173,10 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument_group("towers").add_argument
     add("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
-    add("--surface_features", **switch, default=True, help="give the router what a query's text looks like, too")
-    add("--no_surface_features", dest="surface_features", action="store_false", help="ablation: only its embedding")
+    looks = "what a query's text looks like, beside its embedding"
+    add("--surface_features", action="store_const", const=True, default=True, help=looks)
+    without = {"dest": "surface_features", "action": "store_false", "default": argparse.SUPPRESS}
+    add("--no_surface_features", **without, help="ablation: embedding and cluster only")
     add("--num_clusters", type=whole_number(0), default=50, help="K-means clusters; 0: no cluster features")
     add("--cluster_dim", type=dim, default=32, help="width of a cluster's learned embedding")
     add("--capability_dim", type=dim, default=64, help="width of a random capability vector")

@@ -6,6 +6,7 @@ import torch
 
 from data_loader import load_battles, split_battles
 from model_profiling import win_rate_profiles
+from query_representation import query_features
 from rankrouter import RankRouter
 from support.data.battles import count_wins
 from support.encoding.encoder import QueryEncoder
@@ -22,8 +23,8 @@ def test_win_rates_are_of_the_training_battles_in_the_clusters_of_the_router(run
     train_side = split_battles(load_battles(str(demo / "battles.parquet"), limit=600)[0], 42)[0].train
     queries = [train_side.queries[i] for i in train_side.unique_queries]
     encoder = QueryEncoder(str(demo / "encoder"), torch.device("cpu"), dtype="float32")
-    embeddings, _ = encoder.embed(queries)
-    clusters = router.query_tower.assign(router.query_tower.standardize(embeddings)).numpy()  # (Qt,)
+    features = query_features(queries, encoder.embed(queries)[0], router.config.surface_features)
+    clusters = router.query_tower.inputs(features)[1].numpy()  # (Qt,)
     (pairs,) = train_side.chunks()
     wins = count_wins(clusters[pairs.row], *pairs[1:], num_models=12)
     expected = win_rate_profiles(wins, 12, 6)

@@ -1,4 +1,4 @@
-"""A run with a sentence-transformers folder: what it resolves is kept, and is what routing goes by."""
+"""What a run resolves of its encoder and its layers is kept, and is what routing goes by."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import route
 import train
+from query_representation import query_features
 from rankrouter import RankRouter
 from support.encoding.encoder import QueryEncoder
 from support.system.errors import UserError
@@ -93,6 +94,46 @@ def test_an_encoder_is_trained_through_its_frozen_dense_layers(run, folder, tmp_
     encoder = QueryEncoder(str(folder), CPU, dtype="float32", progress=False)
     trained = encoder.with_finetuned(router.metadata.trained)
     assert not torch.equal(trained.embed(QUERIES)[0], encoder.embed(QUERIES)[0])
-    x, cluster_idx = router.query_tower.inputs(trained.embed(QUERIES)[0])  # (2, 24), (2,)
+    features = query_features(QUERIES, trained.embed(QUERIES)[0], router.config.surface_features)
+    x, cluster_idx = router.query_tower.inputs(features)  # (2, 24 + 15), (2,)
     expected = np.sort(router.score(x, cluster_idx))[:, ::-1]  # (2, M)
     np.testing.assert_allclose(ranking(output, capsys), expected, atol=1e-5)
+
+
+def test_one_pass_caches_the_candidate_layers_and_a_router_embeds_by_its_own(small, tmp_path, capsys):
+    histories = []
+    cached = ("--cache_dir", str(tmp_path / "cache"))
+    for name, flags in (
+        ("one", ("--layers", "1", "--pooling", "mean+last", "--cache_layers", "1,2")),
+        ("two", ("--layers", "1,2", "--pooling", "last")),
+        ("three", ()),  # the mean of the last layer
+    ):
+        train.main([*small, *cached, "--output_dir", str(tmp_path / name), *flags])
+        histories.append(json.loads((tmp_path / name / "training_history.json").read_text()))
+    assert [history["encoder"]["width"] for history in histories] == [256, 256, 128]
+    first, *others = [history["timing"]["queries_encoded"] for history in histories]
+    assert first > 0 and others == [0, 0]
+    assert "of layers 1 of 2, mean+last pooling" in capsys.readouterr().out
+    for name, layers, pooling in (("one", [1], "mean+last"), ("two", [1, 2], "last")):
+        router = RankRouter.load(tmp_path / name / "best_model.pt")
+        encoder = QueryEncoder(router.metadata.encoder["path"], CPU, dtype="float32", layers=layers, pooling=pooling)
+        features = query_features(QUERIES, encoder.embed(QUERIES)[0], router.config.surface_features)
+        expected = np.sort(router.score(*router.query_tower.inputs(features)))[:, ::-1]
+        np.testing.assert_allclose(ranking(tmp_path / name, capsys), expected, atol=1e-5)
+    with pytest.raises(UserError, match=r"--layers was \[1, 2\], is \[2\]; restore that"):
+        train.main(
+            [*small, *cached, "--output_dir", str(tmp_path / "two"), "--layers", "2", "--pooling", "last", "--resume"]
+        )
+
+
+def test_an_encoder_is_trained_up_to_its_highest_layer(small, tmp_path, capsys):
+    flags = ("--finetune_encoder", "--layers", "1", "--pooling", "mean+last", "--tower_epochs", "0", "--epochs", "2")
+    train.main([*small, *flags, "--encoder_lr", "1e-3", "--output_dir", str(tmp_path)])
+    router = RankRouter.load(tmp_path / "best_model.pt")
+    assert not any(name.startswith("layers.1.") for name in router.metadata.trained["weights"])
+    encoder = QueryEncoder(router.metadata.encoder["path"], CPU, dtype="float32", layers=[1], pooling="mean+last")
+    trained = encoder.with_finetuned(router.metadata.trained)
+    assert not torch.equal(trained.embed(QUERIES)[0], encoder.embed(QUERIES)[0])
+    features = query_features(QUERIES, trained.embed(QUERIES)[0], router.config.surface_features)
+    expected = np.sort(router.score(*router.query_tower.inputs(features)))[:, ::-1]
+    np.testing.assert_allclose(ranking(tmp_path, capsys), expected, atol=1e-5)

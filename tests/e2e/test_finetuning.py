@@ -11,6 +11,7 @@ from conftest import after_step, every_step, kill
 import route
 import train
 from data_loader import load_battles, split_battles
+from query_representation import query_features
 from rankrouter import RankRouter
 from support.encoding.encoder import QueryEncoder
 from support.encoding.huggingface import load_encoder
@@ -57,7 +58,9 @@ def test_clusters_keep_their_queries_while_the_encoder_moves(flags, tmp_path, mo
     router.open_encoder()
     x, now = router.embed(train_queries)
     encoder = QueryEncoder(router.metadata.encoder["path"], CPU, dtype="float32", progress=False)
-    first = (encoder.embed(train_queries)[0] - initial["mean"]) / initial["scale"]
+    features = query_features(train_queries, encoder.embed(train_queries)[0], router.config.surface_features)
+    first = router.query_tower.standardize(features)  # by the statistics of the pretrained encoder
+    assert all(torch.equal(getattr(router.query_tower, name), initial[name]) for name in ("mean", "scale"))
     then = torch.cdist(first, initial["centroids"]).argmin(1)
     stale = torch.cdist(x, initial["centroids"]).argmin(1)
     assert (x - first).norm() > first.norm()  # it has moved far

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 import metrics
 import train
 from data_loader import load_battles, split_battles
+from query_representation import query_features, surface_features
 from rankrouter import RankRouter, RouterConfig
 from support.data.demo import true_skills
 from support.encoding.encoder import QueryEncoder
@@ -32,26 +33,28 @@ def one_hot_difference(battles):
     return identity[battles.model_a_idx] - identity[battles.model_b_idx]
 
 
-def embed(demo, split):
-    """Embeddings (Q, H) of a split's queries by the demo's encoder."""
+def features_of(demo, split):
+    """Features (Q, F) of a split's queries with the demo's encoder, and all surface features."""
     encoder = QueryEncoder(str(demo / "encoder"), torch.device("cpu"), dtype="float32", progress=False)
-    return encoder.embed(split.train.queries)[0]
+    queries = split.train.queries
+    return query_features(queries, encoder.embed(queries)[0], tuple(surface_features([])))
 
 
-def margins(router, embeddings, battles):
-    """The router's margins d (N,) from embeddings of all queries, as somebody who routes would get them."""
-    x = router.query_tower.standardize(embeddings)
-    scores = router(x, router.query_tower.assign(x)).detach().double().numpy()  # (Q, M)
+def margins(router, features, battles):
+    """The router's margins d (N,) from features of all queries, as somebody who routes would get them."""
+    scores = router(*router.query_tower.inputs(features)).detach().double().numpy()  # (Q, M)
     return scores[battles.query_idx, battles.model_a_idx] - scores[battles.query_idx, battles.model_b_idx]
 
 
 @pytest.fixture(scope="module")
 def default(demo, default_run):
-    """The default run with its router, its split, and the embeddings of its queries, computed again."""
+    """The default run with its router, its split, and the features of its queries, computed again."""
     history, output = default_run
     split, _ = split_battles(load_battles(str(demo / "battles.parquet"))[0], 42)
     router = RankRouter.load(output / "best_model.pt")
-    return SimpleNamespace(history=history, output=output, split=split, router=router, embeddings=embed(demo, split))
+    return SimpleNamespace(
+        history=history, output=output, split=split, router=router, features=features_of(demo, split)
+    )
 
 
 @pytest.fixture
@@ -69,9 +72,9 @@ def run_small(small, tmp_path):
 
 @pytest.fixture(scope="module")
 def small_split(small, demo):
-    """The split of these battles, and the embeddings of its queries."""
+    """The split of these battles, and the features of its queries."""
     split, _ = split_battles(load_battles(small[1])[0], 42)
-    return split, embed(demo, split)
+    return split, features_of(demo, split)
 
 
 # --- what is learned ------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ def test_planted_truth_is_recovered(demo, default_run):
     _, fixed_skills = true_skills(demo, [], truth["models"])
     router = RankRouter.load(output / "best_model.pt")
     assert router.metadata.best_single_model == truth["models"][fixed_skills.argmax()]
-    assert router.config == RouterConfig()
+    assert router.config == RouterConfig(surface_features=tuple(surface_features([])))
 
 
 def test_nothing_is_learned_from_shuffled_outcomes(demo, run_demo, tmp_path):
@@ -118,7 +121,8 @@ ABLATIONS = """
     --num_clusters 0 | --cluster_dim 8 | --no_model_id | --id_dropout 0 | --no_capability | --capability_dim 8
     --capability_init win_rate | --freeze_capabilities | --ties half | --split_by battle | --pooling last
     --max_length 4 | --dtype bfloat16 | --batch_size 7 | --dropout 0.1 | --weight_decay 1 | --recipe original
-    --recipe original --dropout 0.5 --id_dropout 0.1 --ema_decay 0.999 --eval_every 100
+    --recipe original --dropout 0.5 --id_dropout 0.1 --ema_decay 0.999 --eval_every 100 | --no_surface_features
+    --recipe original --surface_features | --layers 1 | --layers 1,2 | --pooling mean+last
 """.strip().replace("\n", "|")
 
 
@@ -131,7 +135,7 @@ def test_every_ablation_runs_and_differs(small, tmp_path):
         assert history["status"] == "finished", flags
         losses[flags] = history["train_losses"][-1]
         assert (history["data"]["test_queries_in_train"] > 0) == ("--split_by" in flags), flags
-    assert len(set(losses.values())) == len(losses) == 24, losses
+    assert len(set(losses.values())) == len(losses) == 29, losses
 
 
 def test_separable_or_few_battles_leave_a_valid_history(run_demo, tmp_path):
@@ -177,7 +181,7 @@ def test_the_history_is_complete_and_consistent(demo, default):
     assert set(history["timing"]) == {"load", "encode", "cluster", "train", "evaluate", "baselines", *counts}
     assert all(history["timing"][name] > 0 for name in ("load", "encode", "cluster", "train", "evaluate"))
     assert data["content_hash"] == content_hash([demo / "battles.parquet"])
-    assert data["embeddings_hash"] == hashlib.sha256(default.embeddings.numpy()).hexdigest()
+    assert data["embeddings_hash"] == hashlib.sha256(default.features[:, :128].numpy().tobytes()).hexdigest()
     assert default.router.metadata.encoder == {
         "path": str(demo / "encoder"),
         "fingerprint": encoder_fingerprint(demo / "encoder"),
@@ -199,7 +203,7 @@ def test_the_checkpoint_is_that_of_the_best_epoch_and_gives_the_test_metrics(def
         (split.val, history["val_metrics"][history["best_epoch"]]),
         (split.test, history["test_metrics"]),
     ):
-        d = margins(router, default.embeddings, part)
+        d = margins(router, default.features, part)
         got = metrics.evaluate(d, part.outcome, part.model_a_idx, part.model_b_idx, margin=1.0)
         assert got == pytest.approx({key: expected[key] for key in got}, abs=1e-6)
 
@@ -210,8 +214,8 @@ def test_the_best_checkpoint_is_kept_and_tested_where_later_epochs_are_worse(run
     assert history["best_epoch"] == int(np.argmax(aucs)) < 11  # the run is one that overfits
     router = RankRouter.load(output / "best_model.pt")
     assert router.metadata.val_metrics["auc"] == max(aucs)
-    split, embeddings = small_split
-    d = margins(router, embeddings, split.test)
+    split, features = small_split
+    d = margins(router, features[:, :128], split.test)  # that recipe sees no surface features
     assert history["test_metrics"]["log_loss"] == pytest.approx(metrics.log_loss(d, split.test.outcome, 1.0), abs=1e-5)
 
 
@@ -337,11 +341,13 @@ def test_the_seed_varies_everything_unless_the_split_seed_is_given(run_small):
 
 def test_statistics_and_clusters_see_training_queries_only(default):
     history, router = default.history, default.router
-    embeddings = default.embeddings[np.unique(default.split.train.query_idx)]
-    torch.testing.assert_close(router.query_tower.mean, embeddings.mean(0), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(router.query_tower.scale, embeddings.std(0, correction=0), atol=1e-6, rtol=1e-5)
-    x = router.query_tower.standardize(embeddings)
-    cluster_idx = router.query_tower.assign(x)
+    features = default.features[np.unique(default.split.train.query_idx)]
+    torch.testing.assert_close(router.query_tower.mean, features.mean(0), atol=1e-6, rtol=1e-5)
+    scale = features.std(0, correction=0)
+    scale[scale == 0] = 1  # of what is the same in all queries
+    scale[128:] *= (15 / 128) ** 0.5
+    torch.testing.assert_close(router.query_tower.scale, scale, atol=1e-6, rtol=1e-5)
+    x, cluster_idx = router.query_tower.inputs(features)
     assert torch.bincount(cluster_idx, minlength=50).tolist() == [cluster["size"] for cluster in history["clusters"]]
     for k, centroid in enumerate(router.query_tower.centroids):  # the mean of its training queries, and of no other
         torch.testing.assert_close(x[cluster_idx == k].mean(0), centroid, atol=0.02, rtol=0)
@@ -350,7 +356,7 @@ def test_statistics_and_clusters_see_training_queries_only(default):
 def test_clusters_are_described_by_their_central_queries_and_strong_models(default):
     history, router, part = default.history, default.router, default.split.train
     queries = np.unique(part.query_idx)
-    x = router.query_tower.standardize(default.embeddings)
+    x = router.query_tower.standardize(default.features)
     cluster_idx = router.query_tower.assign(x).numpy()
     for number in (0, 7, 49):
         cluster = history["clusters"][number]
@@ -371,10 +377,10 @@ def test_the_temperature_is_fitted_on_validation_and_calibrates_the_test_battles
     router, val, test = default.router, default.split.val, default.split.test
     calibration = default.history["calibration"]
     assert set(calibration) == {"temperature", "expected_calibration_error", "bins", "uncalibrated"}
-    temperature = metrics.fit_temperature(margins(router, default.embeddings, val), val.outcome)
+    temperature = metrics.fit_temperature(margins(router, default.features, val), val.outcome)
     assert router.metadata.temperature == calibration["temperature"] == pytest.approx(temperature, rel=1e-3)
     assert temperature != pytest.approx(1, abs=0.05)
-    d = margins(router, default.embeddings, test)
+    d = margins(router, default.features, test)
     calibrated = metrics.log_loss(d, test.outcome, temperature=temperature)
     assert default.history["test_metrics"]["log_loss_calibrated"] == pytest.approx(calibrated, abs=1e-4)
     for found, link in ((calibration, (0.0, temperature)), (calibration["uncalibrated"], (1.0, 1.0))):
@@ -386,17 +392,17 @@ def test_the_temperature_is_fitted_on_validation_and_calibrates_the_test_battles
 
 
 def test_only_bpr_reads_scores_with_its_margin(run_small, small_split):
-    split, embeddings = small_split
+    split, features = small_split
     for loss_type in ("bpr", "bce", "hinge"):
         history, output = run_small("--loss_type", loss_type, "--margin", "2")
-        d = margins(RankRouter.load(output / "best_model.pt"), embeddings, split.test)
+        d = margins(RankRouter.load(output / "best_model.pt"), features, split.test)
         expected = metrics.log_loss(d, split.test.outcome, 2.0 if loss_type == "bpr" else 0.0)
         assert history["test_metrics"]["log_loss"] == pytest.approx(expected, abs=1e-5), loss_type
 
 
 def test_the_intervals_are_over_the_test_queries_of_the_checkpoint_that_was_kept(default):
     history, part, rng = default.history, default.split.test, np.random.default_rng(5)
-    d = margins(default.router, default.embeddings, part)
+    d = margins(default.router, default.features, part)
     rows_of_query = [np.flatnonzero(part.query_idx == query) for query in np.unique(part.query_idx)]
     values = []
     for _ in range(1000):  # written out, with other random numbers
