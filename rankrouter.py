@@ -335,13 +335,13 @@ class RankRouter(nn.Module):
                 damaged = [part for part, is_valid in router._checks(dtypes) if not is_valid]
         except Exception as error:  # a file that is not ours raises anything
             raise not_ours(path, error) from error
+        if damaged:
+            raise UserError(f"{path} is a damaged RankRouter checkpoint: {damaged[0]} is not what training writes")
         if unknown := set(router.config.surface_features) - set(surface_features([])):
             raise UserError(
                 f"{path} was trained with surface features that this version does not compute: "
                 f"{', '.join(map(one_line, sorted(unknown)))}; expected some of {', '.join(surface_features([]))}"
             )
-        if damaged:
-            raise UserError(f"{path} is a damaged RankRouter checkpoint: {damaged[0]} is not what training writes")
         return router.eval()
 
     @classmethod
@@ -370,7 +370,8 @@ class RankRouter(nn.Module):
             all(type(getattr(self.config, name)) is bool for name in ("scale_dot", "zero_init")),
         )
         features = self.config.surface_features
-        yield "the list of surface features", type(features) is tuple and len(set(features)) == len(features)
+        yield "the list of surface features", type(features) is tuple and all(type(name) is str for name in features)
+        yield "the list of surface features", len(set(features)) == len(features)
         yield "the dropout", 0 <= self.config.dropout < 1
         yield "the temperature", 0 < metadata.temperature < np.inf
         yield "the encoder", all(isinstance(encoder[name], str) for name in ("path", "fingerprint"))

@@ -107,15 +107,9 @@ def run_method(run: Run, demo: Path | None) -> None:
     """Encode the queries, train the router, test it once; with a held-out model, train once more and compare."""
     args, data, encoder, history = run.args, run.data, run.encoder, run.history
     queries, split = data.full_split.train.queries, data.split
-    with history.timing("encode"):
-        embeddings, num_encoded = encoder.embed(queries)  # (Q, H)
-        encoder.release()  # training may need its network's memory
-        names = tuple(surface_features([])) if args.surface_features else ()
-        config = RouterConfig(surface_features=names, **router_options(args))
-        features = query_features(queries, embeddings, config.surface_features)  # (Q, F)
-    history.add_encoding(encoder, num_encoded, embeddings, run.tower_threads)
-    console.print_encoding(encoder.metadata, history.as_dict()["timing"], args.max_length)
-
+    names = tuple(surface_features([])) if args.surface_features else ()
+    config = RouterConfig(surface_features=names, **router_options(args))
+    features = encode(run, queries, names)  # (Q, F)
     run.checkpoint.start()  # an earlier run's checkpoints are kept until here
     row_of_query = {query: i for i, query in enumerate(queries)}
     split_features = features[[row_of_query[query] for query in split.train.queries]]  # (Q, F)
@@ -138,6 +132,18 @@ def run_method(run: Run, demo: Path | None) -> None:
                 history.results["cold_start"] = cold_start(
                     args.hold_out_model, split, data.full_split, *both, data.profiles, args.seed
                 )
+
+
+def encode(run: Run, queries: list[str], names: tuple[str, ...]) -> torch.Tensor:
+    """Features (Q, F) of distinct queries: their embeddings, and after them the surface features of these names."""
+    encoder, history = run.encoder, run.history
+    with history.timing("encode"):
+        embeddings, num_encoded = encoder.embed(queries)  # (Q, H)
+        encoder.release()  # training may need its network's memory
+        features = query_features(queries, embeddings, names)  # (Q, F)
+    history.add_encoding(encoder, num_encoded, embeddings, run.tower_threads)
+    console.print_encoding(encoder.metadata, history.as_dict()["timing"], run.args.max_length)
+    return features
 
 
 def train_router(

@@ -59,6 +59,9 @@ def benchmark(queries: list[str], work: Path, number: int) -> None:
 
     folder, cpu = make_encoder(work / "encoder", queries), torch.device("cpu")
     full, half = (QueryEncoder(folder, cpu, dtype=dtype, progress=False) for dtype in ("float32", "bfloat16"))
+    options = {"dtype": "float32", "progress": False}
+    middle = QueryEncoder(folder, cpu, layers=[3], pooling="mean+last", **options)  # of six
+    candidates = QueryEncoder(folder, cpu, cache_layers=[1, 2, 3, 4, 5, 6], **options)
     tokenizer, network = full.loaded
     lengths = np.array([len(ids) for ids in full.tokenize(queries)])  # (Q,)
     print(f"\n{len(queries)} queries, {lengths.sum()} tokens, {torch.get_num_threads()} threads\n")
@@ -66,6 +69,8 @@ def benchmark(queries: list[str], work: Path, number: int) -> None:
     actions = {
         "ours": lambda: embeddings.update(ours=full.embed(queries)[0]),
         "half": lambda: half.embed(queries),
+        "middle": lambda: middle.embed(queries),
+        "candidates": lambda: candidates.embed(queries),
         "plain": lambda: encode_in_file_order(queries, tokenizer, network),
         "floor": lambda: floors.append(floor_seconds(network, lengths)),
     }
@@ -73,7 +78,7 @@ def benchmark(queries: list[str], work: Path, number: int) -> None:
         actions["library"] = lambda: embeddings.update(
             library=library.encode(queries, batch_size=32, convert_to_tensor=True)
         )
-    for encoder in (full, half):
+    for encoder in (full, half, middle, candidates):
         encoder.embed(queries[:200])  # warm
     print_header()
     times = rounds(number, *actions.values())
@@ -87,6 +92,10 @@ def benchmark(queries: list[str], work: Path, number: int) -> None:
     share = statistics.median(floor / row[at["ours"]] for floor, row in zip(floors, times, strict=True))
     report("encoding, float32", "floor of its matrix products", f"{share:.0%}", ">= 75 %")
     report("encoding, bfloat16", "float32", f"{ratio(times, at['ours'], at['half']):.2f} x", ">= 1.7 x")
+
+    report("up to the middle layer", "all layers", f"{ratio(times, at['middle'], at['ours']):.2f} x", "<= 0.55 x")
+    measured = f"{ratio(times, at['candidates'], at['ours']):.2f} x"
+    report("with mean and last token of all six layers", "the mean of the last", measured, "<= 1.05 x")
 
     def run():
         QueryEncoder(folder, cpu, dtype="float32", cache_dir=work / "cache", progress=False).embed(queries)

@@ -64,7 +64,7 @@ def _encode_in_memory(encoder, ids: list[torch.Tensor], budget: int) -> tuple[li
         pieces, parts = plan_batches(lengths, budget), []  # (b,) each
         try:
             for piece in pieces:
-                parts.append([state.cpu() for state in encoder.pooled_states([ids[i] for i in piece])])  # (b, width)
+                parts.append([state.cpu() for state in encoder.states_to_cache([ids[i] for i in piece])])  # (b, width)
             break
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

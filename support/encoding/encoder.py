@@ -77,6 +77,12 @@ class PooledState(NamedTuple):
     pooling: str  # see `pool`
 
 
+def pooled_states(layers: list[int | None], pooling: str, num_layers: int | None) -> list[PooledState]:
+    """The pooled states of layers; the last of them is the network's own output, with one part of the cache."""
+    numbers = [None if layer == num_layers else layer for layer in layers]
+    return [PooledState(layer, way) for layer in numbers for way in pooling.split("+")]
+
+
 class QueryEncoder:
     """Text to embedding: a frozen or finetuned encoder with its cache; loaded only if some query is not cached.
 
@@ -153,14 +159,8 @@ class QueryEncoder:
         if settings.lower_case:
             self.usage |= {"lower_case": True}
         self.layers, self.cache_dir, self.finetuned = layers, cache_dir, finetuned
-
-        def states_of(layers: list[int], poolings: list[str]) -> list[PooledState]:
-            # The last layer is the network's own output, so that it has the same part of the cache.
-            numbers = [None if layer == num_layers else layer for layer in layers]
-            return [PooledState(layer, pooling) for layer in numbers for pooling in poolings]
-
-        self.states = states_of(layers or [None], self.pooling.split("+"))
-        candidates = states_of(cache_layers or [], ["mean", "last"])
+        self.states = pooled_states(layers or [num_layers], self.pooling, num_layers)
+        candidates = pooled_states(cache_layers or [], "mean+last", num_layers)
         self.other_states = [state for state in candidates if state not in self.states]
         self.cache = None if cache_dir is None else self._cache()
         self.parameters = {}  # trainable ones by name, see `trainable`
@@ -288,7 +288,7 @@ class QueryEncoder:
         """Embeddings (B, H) of queries' token ids, in one pass of the network, on its device, differentiable."""
         return torch.cat(self._pool(ids, self.states), dim=1)  # (B, H)
 
-    def pooled_states(self, ids: list[torch.Tensor]) -> list[torch.Tensor]:
+    def states_to_cache(self, ids: list[torch.Tensor]) -> list[torch.Tensor]:
         """What the cache keeps of queries' token ids: each pooled state, (B, width of a state), in one pass."""
         return self._pool(ids, self.states + self.other_states)
 

@@ -84,11 +84,13 @@ def folder(project, tiny_run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_and_examples_of_a_page_run(page, folder, demo, demo_dir, capsys):
-    places = ["--model_path", str(demo / "encoder"), "--demo_dir", str(demo_dir)]
+    places = ["--model_path", str(demo / "encoder"), "--demo_dir", str(demo_dir), "--device", "cpu"]
     once = {re.sub(r" --(seed|output_dir) \S+", "", " ".join(command)): command for command in commands(page, folder)}
     for script, *args in once.values():  # once for all seeds of a loop
         if script == "train.py" and "--help" not in args:
-            train.main([*args, *QUICK, *places])
+            layers = ["--layers", "1,2"] if "--layers" in args else []  # the demo's encoder has two
+            layers += ["--cache_layers", "1,2"] if "--cache_layers" in args else []
+            train.main([*args, *QUICK, *places, *layers])
         elif script == "route.py" and "--help" not in args:
             route.main(args)
         elif script == "report.py" and "--help" not in args:

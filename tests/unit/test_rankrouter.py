@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,34 @@ def test_parts_of_the_model_tower_can_be_left_out():
         assert router(x, cluster_idx).shape == (60, 3)
     with pytest.raises(ValueError, match="capability vectors, ID embeddings, or both"):
         ModelTower(3, use_capability=False, use_model_id=False)
+
+
+def test_a_checkpoint_keeps_its_surface_features_and_names_those_that_are_no_longer_computed(tmp_path):
+    path, names = tmp_path / "best_model.pt", ("words", "digits")
+    for features in (names, ("words", "gone\n")):
+        router = RankRouter(NAMES, 8, RouterConfig(**SMALL, surface_features=features))
+        router.metadata = some_metadata()
+        router.query_tower.fit(torch.randn(60, 10), seed=0)
+        router.save(path)
+        if features == names:
+            loaded = RankRouter.load(path)
+            assert loaded.config.surface_features == names
+            loaded.encoder = SimpleNamespace(device="cpu", embed=lambda queries: (torch.zeros(len(queries), 8), 0))
+            x, _ = loaded.embed(["a b 1", "22"])
+            expected = torch.tensor([[3 / 5, 1 / 5], [1 / 2, 1.0]])
+            scale, mean = loaded.query_tower.scale[8:], loaded.query_tower.mean[8:]
+            torch.testing.assert_close(x[:, 8:] * scale + mean, expected)
+        else:
+            with pytest.raises(UserError, match=r"surface features that this version does not compute: 'gone\\n'") as e:
+                RankRouter.load(path)
+            assert "\n" not in str(e.value)
+    # One of before there were any.
+    router, x, cluster_idx = make()
+    router.save(path)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["config"]["surface_features"]
+    torch.save(checkpoint, path)
+    assert torch.equal(RankRouter.load(path)(x, cluster_idx), router(x, cluster_idx))
 
 
 def test_a_checkpoint_is_read_bit_for_bit_as_it_was_written(tmp_path):
