@@ -42,6 +42,7 @@ def made(demo):
             scores = np.random.default_rng(1).integers(3, size=(50, len(split.train.model_names))) / 2
             split = replace(split, train=replace(split.train, table=ScoreTable(of_row, scores), ties=False))
         config = RouterConfig(num_clusters=clusters, embedding_dim=8, dropout=0.0, id_dropout=0.0, zero_init=False)
+        config = replace(config, surface_features=("words", "question_marks"))
         encoder = QueryEncoder(demo / "encoder", CPU, dtype="float32", progress=False)
         embeddings, _ = encoder.embed(split.train.queries)
         router = RankRouter(split.train.model_names, embeddings.shape[1], config)
@@ -143,7 +144,9 @@ def test_batches_of_similar_length_are_shuffled(made):
         assert batches.lengths.sum() / padded > 0.85
         position = np.empty(20_000)
         position[np.concatenate(planned)] = np.repeat(np.arange(len(planned)), [len(batch) for batch in planned])
-        assert abs(np.corrcoef(position, batches.lengths)[0, 1]) < 0.1
+        assert (
+            abs(np.corrcoef(position, batches.lengths)[0, 1]) < 0.2
+        )  # four standard errors with 400 batches; 1 in order of length
         positions.append(position)
     assert abs(np.corrcoef(*positions)[0, 1]) < 0.05
 
