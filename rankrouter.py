@@ -221,6 +221,11 @@ class RankRouter(nn.Module):
             return nothing, nothing.new_empty(0, dtype=torch.int64)
         distinct = list(row_of_query)
         embeddings, _ = self.encoder.embed(distinct)  # (q, H)
+        if embeddings.shape[1] != self.encoder_width:
+            raise UserError(
+                f"the encoder's embeddings are {embeddings.shape[1]} wide, in training they were {self.encoder_width}: "
+                "the checkpoint is damaged"
+            )
         features = query_features(distinct, embeddings, self.config.surface_features)  # (q, F)
         x, cluster_idx = self.query_tower.inputs(features.to(self.encoder.device))  # (q, F), (q,)
         return x[rows], cluster_idx[rows]  # (Q, F), (Q,)
@@ -377,7 +382,9 @@ class RankRouter(nn.Module):
         yield "the encoder", all(isinstance(encoder[name], str) for name in ("path", "fingerprint"))
         yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
         yield "--pooling", args["pooling"] in POOLINGS
-        yield "--layers", all(type(layer) is int and layer >= 1 for layer in args.get("layers") or ())
+        layers = args.get("layers")
+        yield "--layers", layers is None or (type(layers) is list and layers == sorted(set(layers)) != [])
+        yield "--layers", all(type(layer) is int and layer >= 1 for layer in layers or ())
         prefix = args.get("query_prefix", "")
         yield "--query_prefix", isinstance(prefix, str) and prefix == valid_unicode(prefix)
         yield "the encoder's include_prompt", type(encoder.get("include_prompt", True)) is bool

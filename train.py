@@ -89,7 +89,7 @@ def train(args: argparse.Namespace) -> None:
         tokens_per_batch=args.encode_tokens,
         cache_dir=cache_folder(args.cache_dir, args.no_cache),
     )
-    args.pooling, args.query_prefix = encoder.pooling, encoder.prefix
+    args.pooling, args.layers, args.query_prefix = encoder.pooling, encoder.layers, encoder.prefix
     console.print_encoder(encoder.description)
     history = History(args.output_dir, vars(args), data.counts, timing)
     checkpoint = Checkpoint(history, experiment(vars(args), data.counts, encoder.usage), resume=resume)

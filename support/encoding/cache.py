@@ -191,15 +191,10 @@ class EmbeddingCache:
 
 
 class CombinedCache:
-    """The caches of several pooled states of the same queries, as one; all of them hold a query, or it is encoded.
+    """The caches of several pooled states of the same queries, as one; all of them hold a query, or it is encoded."""
 
-    Args:
-        caches: one per pooled state.
-        num_read: an embedding concatenates the states of the first ones; the others are only filled.
-    """
-
-    def __init__(self, caches: list[EmbeddingCache], num_read: int):
-        self.caches, self.num_read = caches, num_read
+    def __init__(self, caches: list[EmbeddingCache]):
+        self.caches = caches
 
     @property
     def tokens_read(self) -> int | None:
@@ -215,12 +210,6 @@ class CombinedCache:
         """Of which queries all states were stored at the last `refresh`: bool (Q,)."""
         return np.all([cache.has(keys) for cache in self.caches], axis=0)  # (Q,)
 
-    def read(self, keys: list[bytes]):
-        """Embeddings of stored queries: float32 tensor (Q, H)."""
-        import torch
-
-        return torch.cat([cache.read(keys) for cache in self.caches[: self.num_read]], dim=1)  # (Q, H)
-
     def add(self, keys: list[bytes], pooled: list) -> None:
         """Add all states, (n, width) each, of queries; some seconds' worth are stored together, the rest by `flush`."""
         for cache, states in zip(self.caches, pooled, strict=True):
@@ -230,11 +219,6 @@ class CombinedCache:
         """Store what was added. Raises as `EmbeddingCache.store` does."""
         for cache in self.caches:
             cache.flush()
-
-    def store(self, keys: list[bytes], embeddings) -> None:
-        """Store embeddings (n, H), as `read` gives them. Raises as `EmbeddingCache.store` does."""
-        for cache, states in zip(self.caches, embeddings.chunk(self.num_read, dim=1), strict=False):
-            cache.store(keys, states)
 
     def describe(self, metadata: dict) -> None:
         """As of each cache."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from support.encoding.batching import plan_batches
-from support.encoding.cache import CombinedCache
+from support.encoding.cache import CombinedCache, EmbeddingCache
 from support.system import distributed
 from support.system.command_line import progress_bar
 from support.system.errors import UserError, is_out_of_memory, reason
@@ -92,15 +92,15 @@ def _refuse_not_finite(encoder, pooled: list[torch.Tensor], query: str) -> None:
         )
 
 
-def stored_at_rank0(cache: CombinedCache, keys: list[bytes]) -> np.ndarray:
+def stored_at_rank0(cache: EmbeddingCache | CombinedCache, keys: list[bytes]) -> np.ndarray:
     """Which queries the cache of rank 0 holds (Q,): the caches of other machines may hold others."""
     stored = torch.from_numpy(cache.has(keys))  # (Q,)
     distributed.broadcast([stored])
     return stored.numpy()
 
 
-def read_everywhere(cache: CombinedCache, keys: list[bytes]) -> torch.Tensor:
-    """Embeddings (Q, H) of queries each of which is in the cache of some process, the same for all of them."""
+def read_everywhere(cache: EmbeddingCache, keys: list[bytes]) -> torch.Tensor:
+    """Pooled states (Q, H) of queries each of which is in the cache of some process, the same for all of them."""
     if distributed.size() == 1:
         return cache.read(keys)
     has = cache.has(keys)  # (Q,)

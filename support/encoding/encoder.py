@@ -23,7 +23,7 @@ from support.encoding.huggingface import (
     truncate,
     vocabulary_size,
 )
-from support.encoding.lora import load_weights, make_trainable, weights_hash
+from support.encoding.lora import checkpoint_activations, load_weights, make_trainable, weights_hash
 from support.encoding.sentence_transformers import (
     choose_pooling,
     choose_prefix,
@@ -66,7 +66,7 @@ def check_layers(folder: Path, layers: list[int]) -> int | None:
     if count is None:
         raise UserError(f"--layers: {folder / 'config.json'} does not state how many layers there are; leave it out")
     if not all(1 <= layer <= count for layer in layers):
-        raise UserError(f"--layers {','.join(map(str, layers))}: the encoder has the layers 1 to {count}")
+        raise UserError(f"--layers, --cache_layers: the encoder has the layers 1 to {count}, not {max(layers)}")
     return count
 
 
@@ -133,13 +133,14 @@ class QueryEncoder:
             settings = replace(settings, include_prompt=include_prompt)
         chosen_pooling = choose_pooling(settings, pooling, self.folder)
         chosen_prefix = choose_prefix(settings, prefix, prompt, self.folder)
-        num_layers = check_layers(self.folder, [*(layers or []), *(cache_layers or [])])
-        if settings.dense and (num_layers is not None or "+" in chosen_pooling[0]):
+        self.num_layers = check_layers(self.folder, [*(layers or []), *(cache_layers or [])])
+        self.layers = None if layers == [self.num_layers] else layers  # the last layer is the default
+        if settings.dense and (self.layers or cache_layers or "+" in chosen_pooling[0]):
             problem = f"{self.folder} has Dense layers, which take one pooled vector of its last layer"
-            raise UserError(f"{problem}; leave out --layers and --pooling {pooling}, or choose another encoder")
+            raise UserError(f"{problem}; leave out --layers, --cache_layers and --pooling, or choose another encoder")
         self.description = describe(settings, chosen_pooling, chosen_prefix, max_length)
-        if layers:
-            self.description = f"of layers {', '.join(map(str, layers))} of {num_layers}, {self.description}"
+        if self.layers:
+            self.description = f"layers {', '.join(map(str, layers))} of {self.num_layers}, {self.description}"
         if code := own_code(self.folder):
             self.description += f"; its own code, {', '.join(code)}, is not run, but that of transformers"
         self.settings, self.max_length = settings, max_length
@@ -152,15 +153,15 @@ class QueryEncoder:
             "max_length": max_length,
             "dtype": self.dtype,
         }
-        if layers:
+        if self.layers:
             self.usage |= {"layers": layers}
         if self.prefix:
             self.usage |= {"prefix": self.prefix, "include_prompt": settings.include_prompt}
         if settings.lower_case:
             self.usage |= {"lower_case": True}
-        self.layers, self.cache_dir, self.finetuned = layers, cache_dir, finetuned
-        self.states = pooled_states(layers or [num_layers], self.pooling, num_layers)
-        candidates = pooled_states(cache_layers or [], "mean+last", num_layers)
+        self.cache_dir, self.finetuned = cache_dir, finetuned
+        self.states = pooled_states(layers or [self.num_layers], self.pooling, self.num_layers)
+        candidates = pooled_states(cache_layers or [], "mean+last", self.num_layers)
         self.other_states = [state for state in candidates if state not in self.states]
         self.cache = None if cache_dir is None else self._cache()
         self.parameters = {}  # trainable ones by name, see `trainable`
@@ -174,7 +175,7 @@ class QueryEncoder:
             EmbeddingCache(self.cache_dir, shared | {"pooling": pooling} | ({} if layer is None else {"layer": layer}))
             for layer, pooling in self.states + self.other_states
         ]
-        return CombinedCache(caches, num_read=len(self.states))
+        return CombinedCache(caches)
 
     @cached_property
     def loaded(self) -> tuple:
@@ -230,9 +231,9 @@ class QueryEncoder:
 
     def _load(self, dtype: torch.dtype) -> tuple:
         tokenizer, network = load_encoder(self.folder, self.device, dtype)
-        layers = [layer for layer, _ in self.states + self.other_states]
-        if None not in layers:
-            truncate(network, max(layers))
+        if self.num_layers:
+            layers = [layer or self.num_layers for layer, _ in self.states + self.other_states]
+            truncate(network, tokenizer, layers, self.num_layers)
         if self.settings.lower_case:
             lowercase(tokenizer)
         return tokenizer, network
@@ -243,10 +244,7 @@ class QueryEncoder:
             autocast = torch.autocast(self.device.type, getattr(torch, self.dtype))
             network.forward = autocast(network.forward)
         if gradient_checkpointing:
-            network.activation_checkpointing_enable({"use_reentrant": False})
-            for module in network.modules():
-                if getattr(module, "gradient_checkpointing", False):  # needs training mode; dropout inside stays off
-                    module.training = True
+            checkpoint_activations(network)
         return tokenizer, network, make_trainable(network, layers, lora_rank)
 
     @cached_property
@@ -325,7 +323,8 @@ class QueryEncoder:
             if not stored.all():
                 (num_encoded,) = distributed.totals(encode_missing(self, queries, keys, stored, cache))
         cache.refresh()
-        embeddings = read_everywhere(cache, keys)  # (Q, H)
+        read = cache.caches if distributed.size() > 1 else cache.caches[: len(self.states)]  # rank 0 keeps the others
+        embeddings = torch.cat([read_everywhere(each, keys) for each in read][: len(self.states)], dim=1)  # (Q, H)
         self.metadata = {"prefix": "", "include_prompt": True} | self.usage
         self.metadata |= {"path": self.path, "max_length": tokens_read, "width": embeddings.shape[1]}
         return embeddings, num_encoded

@@ -218,9 +218,28 @@ def layers_of(network: nn.Module) -> nn.ModuleList:
     return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
 
 
-def truncate(network: nn.Module, layer: int) -> None:
-    """Remove the layers after `layer`, counted from 1, so that they take neither memory nor time."""
-    del layers_of(network)[layer:]
+def truncate(network: nn.Module, tokenizer, layers: list[int], num_layers: int) -> None:
+    """Remove the layers above the highest of `layers`, so that they take neither memory nor time.
+
+    Raises `UserError` where the outputs that are left are not the library's hidden states of these layers: some
+    encoders share a layer's weights, or compute between their layers.
+    """
+    ids = torch.tensor([tokenizer("Which of these layers?")["input_ids"]], device=network.device)  # (1, T)
+    mask = torch.ones_like(ids)  # (1, T)
+    problem = f"the layers of {type(network).__name__} cannot be pooled one by one; leave out --layers"
+    with torch.no_grad():
+        try:
+            stated = network(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        except Exception as error:  # one for images, for example, raises its own
+            raise UserError(f"{problem} ({type(error).__name__}: {reason(error)})") from error
+        if not len(layers_of(network)) == len(stated) - 1 == num_layers:
+            raise UserError(problem)
+        if max(layers) < num_layers:
+            del layers_of(network)[max(layers) :]
+        inner = [layer for layer in layers if layer < num_layers]
+        hidden = hidden_states(network, ids, mask, inner)  # (1, T, H) each
+    if not all(torch.allclose(hidden[layer], stated[layer], rtol=1e-2, atol=1e-2) for layer in inner):
+        raise UserError(problem)
 
 
 def hidden_states(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.encoding.huggingface import layers_of
-from support.system.errors import UserError
+from support.system.errors import UserError, reason
 
 
 class LowRank(nn.Module):
@@ -62,6 +62,22 @@ def make_trainable(network: nn.Module, layers: int | None, lora_rank: int | None
     if not trainable:
         raise UserError(f"--lora_rank: {type(network).__name__} has no linear map in its layers; leave it out")
     return trainable
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Let a network recompute its hidden states in the backward pass instead of keeping them; dropout stays off.
+
+    Raises `UserError` where the network cannot do that.
+    """
+    try:
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"--gradient_checkpointing: {reason(error)}; leave it out") from error
+    for module in network.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # which it needs, but then it may drop parts of its states, or itself
+            for name in [name for name, value in vars(module).items() if "drop" in name and type(value) is float]:
+                setattr(module, name, 0.0)
 
 
 def load_weights(trainable: dict[str, nn.Parameter], weights: dict[str, torch.Tensor]) -> None:

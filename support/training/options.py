@@ -87,6 +87,8 @@ def _check(parser: OneLineParser, args: argparse.Namespace) -> None:
             parser.error(f"--{given[0]} needs --finetune_encoder")
     if args.query_prefix is not None and args.query_prompt is not None:
         parser.error("--query_prefix and --query_prompt exclude each other")
+    if args.layers is not None and (args.finetune_layers or 0) > max(args.layers):
+        parser.error(f"--finetune_layers {args.finetune_layers}: of --layers only {max(args.layers)} are computed")
     if args.cache_layers is not None and args.no_cache:
         parser.error("--cache_layers and --no_cache exclude each other")
     if args.resume and args.overwrite:

@@ -120,17 +120,19 @@ def test_each_process_encodes_a_share_and_all_get_everything(small, alone, forke
 
 def test_machines_without_a_common_cache_give_the_same(small, alone, forked, tmp_path):
     def apart():
-        os.environ["XDG_CACHE_HOME"] = str(tmp_path / f"machine {distributed.rank()}")
+        os.environ["XDG_CACHE_HOME"] = str(tmp_path / f"machine {os.environ['RANK']}")
 
-    flags = [*small, *PLAIN, "--output_dir", str(tmp_path / "out")]
+    assert small[-2] == "--cache_dir"
+    flags = [*small[:-2], *PLAIN, "--output_dir", str(tmp_path / "out"), "--cache_layers", "1,2"]
     assert_finished(forked.together(train.main, flags, 2, patch=apart))
+    assert all((tmp_path / f"machine {rank}" / "rankrouter/embeddings").is_dir() for rank in range(2))
     assert history_of(tmp_path / "out")["data"]["embeddings_hash"] == history_of(alone)["data"]["embeddings_hash"]
-    # The cache of the first process now has the other's part, too.
-    apart()
+    # The cache of the first process now has the other's part, too, of all candidate layers.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine 0"))
-        train.main(flags)
-    assert history_of(tmp_path / "out")["timing"]["queries_encoded"] == 0
+        for layers in (["--layers", "1", "--pooling", "mean+last"], ["--layers", "2", "--pooling", "last"], []):
+            train.main([*flags, *layers])
+            assert history_of(tmp_path / "out")["timing"]["queries_encoded"] == 0, layers
 
 
 def test_a_process_that_dies_ends_the_run_with_a_line_and_it_continues_to_the_same_bits(

@@ -10,10 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AutoModel,
     AutoTokenizer,
     BertConfig,
     BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
     GPT2Config,
     GPT2Model,
     PreTrainedTokenizerFast,
@@ -21,6 +25,8 @@ from transformers import (
     RobertaModel,
     ViTConfig,
     ViTModel,
+    XLMConfig,
+    XLMModel,
 )
 
 from support.encoding.batching import plan_batches, tokenize
@@ -117,13 +123,27 @@ def test_layers_that_are_not_read_are_not_computed(encoders):
 
 
 def test_layers_that_there_are_not_or_that_dense_layers_follow_are_refused(encoders, tmp_path):
-    with pytest.raises(UserError, match=r"--layers 1,3: the encoder has the layers 1 to 2"):
+    with pytest.raises(UserError, match=r"the encoder has the layers 1 to 2, not 3"):
         encoder_at(encoders["qwen2"], layers=[1, 3])
     shutil.copytree(encoders["gpt2"], tmp_path / "unstated")
     config = json.loads((tmp_path / "unstated/config.json").read_text())
     (tmp_path / "unstated/config.json").write_text(json.dumps({k: v for k, v in config.items() if "n_layer" not in k}))
     with pytest.raises(UserError, match="does not state how many layers"):
         encoder_at(tmp_path / "unstated", layers=[1])
+
+
+def test_layers_that_are_not_the_hidden_states_of_the_library_are_refused(encoders, tmp_path):
+    small = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    shared = AlbertModel(AlbertConfig(**small, embedding_size=16, intermediate_size=64))
+    separate = XLMModel(XLMConfig(n_words=4096, emb_dim=32, n_layers=3, n_heads=2, pad_index=0))
+    between = DebertaV2Model(DebertaV2Config(**small, conv_kernel_size=3, conv_act="gelu", intermediate_size=64))
+    for name, network in (("shared", shared), ("separate", separate), ("between", between)):
+        ignored = shutil.ignore_patterns("config.json", "*.safetensors")
+        shutil.copytree(encoders["bert"], tmp_path / name, ignore=ignored)
+        network.save_pretrained(tmp_path / name)
+        assert embed(tmp_path / name).isfinite().all(), name
+        with pytest.raises(UserError, match=r"cannot be pooled one by one; leave out --layers"):
+            encoder_at(tmp_path / name, layers=[1, 2], cache_layers=[3]).embed(["a"])
 
 
 def test_left_and_right_padding_tokenizers_give_the_same_bits(encoders):

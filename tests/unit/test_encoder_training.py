@@ -1,11 +1,12 @@
 """Training an encoder: what is trainable, the batches of its queries, the centroids, gradients and learning rates."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AlbertConfig, AlbertModel, BartConfig, BartModel, BertConfig, BertModel
 
 import train
 from data_loader import ScoreTable, load_battles, split_battles
@@ -227,6 +228,25 @@ def test_learning_rates_follow_the_schedule_and_gradients_are_clipped_together(m
     middles = (np.arange(steps) + 0.5) / (2 * steps)  # of two epochs
     factors = np.minimum(middles / 0.25, (1 - middles) / 0.75)
     np.testing.assert_allclose(rates, np.outer(factors, [0.2, 5e-5]), rtol=1e-12)
+
+
+def test_gradient_checkpointing_leaves_dropout_off(demo, tmp_path):
+    ignored = shutil.ignore_patterns("config.json", "*.safetensors")
+    shutil.copytree(demo / "encoder", tmp_path / "bart", ignore=ignored)
+    shutil.copytree(demo / "encoder", tmp_path / "albert", ignore=ignored)
+    sizes = {"encoder_layers": 2, "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "encoder_layerdrop": 0.5}
+    BartModel(BartConfig(vocab_size=4096, d_model=16, decoder_layers=1, dropout=0.5, **sizes)).save_pretrained(
+        tmp_path / "bart"
+    )
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    AlbertModel(AlbertConfig(vocab_size=4096, **small)).save_pretrained(tmp_path / "albert")
+    bart, albert = (QueryEncoder(tmp_path / name, CPU, dtype="float32", progress=False) for name in ("bart", "albert"))
+    trainable = bart.trainable(None, None, gradient_checkpointing=True)
+    expected, _ = bart.embed(["a text", "another one"])
+    got = trainable.embed_tokens(trainable.tokenize(["a text", "another one"]))
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(UserError, match="--gradient_checkpointing: AlbertModel does not support"):
+        albert.trainable(None, None, gradient_checkpointing=True)
 
 
 def test_gradient_checkpointing_keeps_fewer_hidden_states(made):
