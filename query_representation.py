@@ -1,69 +1,93 @@
 """Queries: surface features of their texts beside their embeddings, K-means clusters, and the query tower."""
 
 import warnings
+from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import nn
 
 ROWS_AT_ONCE = 8192  # queries standardized, assigned or scored at a time, to save memory
-TEXTS_AT_ONCE = 1024  # of which surface features are computed
+TEXTS_AT_ONCE = 1024  # texts whose surface features are computed at a time, to save memory
 CHARACTERS_READ = 2**16  # of a text, for its surface features
-MOST_DEVIATIONS = 5.0  # a surface feature is clipped to so many standard deviations from its training mean
+MAX_DEVIATIONS = 5.0  # a surface feature is clipped to so many standard deviations from its training mean
 LLOYD_QUERIES = 100_000  # above, K-means uses mini-batches
 
 
-def surface_features(queries: list[str]) -> dict[str, np.ndarray]:
-    """What texts look like, in any language: (Q,) of each feature, by name.
+class Texts:
+    """Texts, and what is counted in them: (Q,) each. Patterns are those of RE2, which take linear time."""
 
-    A new feature is one more entry: the logarithm of 1 + a count, a share of the characters, or a yes or no. Routers
-    that were trained without it continue without it. Patterns are those of RE2, which take linear time.
-    """
+    def __init__(self, texts: list[str]):
+        self.num_characters = np.array([len(text) for text in texts])  # (Q,)
+        self.start = _to_arrow([text[:CHARACTERS_READ] for text in texts])
+        self.end = _to_arrow([text[-1:] for text in texts])
+
+    @cached_property
+    def length(self) -> np.ndarray:
+        """The number of characters in which is counted."""
+        return self.num_characters.clip(1, CHARACTERS_READ)  # (Q,)
+
+    def count(self, pattern: str) -> np.ndarray:
+        """How often the pattern matches."""
+        from pyarrow import compute
+
+        return np.array(compute.count_substring_regex(self.start, pattern).to_pylist(), np.float64)  # (Q,)
+
+    def share(self, pattern: str) -> np.ndarray:
+        """The same, per character."""
+        return self.count(pattern) / self.length  # (Q,)
+
+    def ends_in(self, pattern: str) -> np.ndarray:
+        """Whether the last character matches."""
+        from pyarrow import compute
+
+        return np.array(compute.match_substring_regex(self.end, pattern).to_pylist(), np.float64)  # (Q,)
+
+
+def _to_arrow(texts: list[str]):
     import pyarrow as pa
-    from pyarrow import compute
 
-    def to_arrow(texts: list[str]) -> pa.LargeStringArray:  # `pa.array` would import pandas
-        encoded = [text.encode() for text in texts]
-        ends = pa.py_buffer(np.cumsum([0, *map(len, encoded)], dtype=np.int64))
-        return pa.LargeStringArray.from_buffers(len(texts), ends, pa.py_buffer(b"".join(encoded)))
+    encoded = [text.encode() for text in texts]
+    ends = pa.py_buffer(np.cumsum([0, *map(len, encoded)], dtype=np.int64))
+    # Without `pa.array`, which would import pandas.
+    return pa.LargeStringArray.from_buffers(len(texts), ends, pa.py_buffer(b"".join(encoded)))
 
-    text, end = to_arrow([query[:CHARACTERS_READ] for query in queries]), to_arrow([query[-1:] for query in queries])
-    length = np.array([max(1, min(len(query), CHARACTERS_READ)) for query in queries], np.float64)  # (Q,)
 
-    def count(pattern: str) -> np.ndarray:
-        return np.array(compute.count_substring_regex(text, pattern).to_pylist(), np.float64)  # (Q,)
+# What a text looks like: a new feature is one more line, and so is a changed one, as checkpoints refer to them by name.
+# Letters, digits and final marks count in any script.
+SURFACE_FEATURES: dict[str, Callable[[Texts], np.ndarray]] = {
+    "characters": lambda text: np.log1p(text.num_characters),
+    "line_breaks": lambda text: np.log1p(text.count("\n")),
+    "question_marks": lambda text: np.log1p(text.count(r"[?\x{FF1F}\x{61F}]")),
+    "words": lambda text: text.share(r"\S+"),  # per character: fewer where they are long, or without spaces
+    "digits": lambda text: text.share(r"\p{Nd}"),
+    "non_ascii_letters": lambda text: text.share(r"\p{L}") - text.share("[A-Za-z]"),
+    "brackets": lambda text: text.share(r"[{}\[\]();=<>]"),  # of code
+    "operators": lambda text: text.share(r"[-+*/^\\$]"),  # of formulas, also in LaTeX
+    "has_code": lambda text: text.count(r"(?m)^\s*(def|class|import|from|function|public|#include|SELECT)\b") > 0,
+    "has_choices": lambda text: text.count(r"(?m)^\s*\(?[A-H][.):\x{FF1A}\x{3001}].*$") > 1,  # lines A. ..., B. ...
+    "starts_upper_case": lambda text: text.count(r"^\P{L}*\p{Lu}") > 0,  # its first letter
+    "ends_in_question_mark": lambda text: text.ends_in(r"[?\x{FF1F}\x{61F}]"),
+    "ends_in_colon": lambda text: text.ends_in(r"[:\x{FF1A}]"),
+    "ends_in_period": lambda text: text.ends_in(r"[.\x{3002}\x{964}]"),
+    "ends_in_letter_or_digit": lambda text: text.ends_in(r"[\p{L}\p{N}]"),
+}
 
-    question, colon = r"[?\x{FF1F}\x{61F}]", r"[:\x{FF1A}]"  # full-width ones, and the Arabic one, too
 
-    def matches(texts: pa.Array, pattern: str) -> np.ndarray:
-        return np.array(compute.match_substring_regex(texts, pattern).to_pylist(), np.float64)  # (Q,)
-
-    return {
-        "characters": np.log1p([len(query) for query in queries]),
-        "line_breaks": np.log1p(count("\n")),
-        "question_marks": np.log1p(count(question)),
-        "words": count(r"\S+") / length,  # fewer where they are long, and in scripts without spaces
-        "digits": count(r"\p{Nd}") / length,
-        "non_ascii_letters": (count(r"\p{L}") - count("[A-Za-z]")) / length,
-        "brackets": count(r"[{}\[\]();=<>]") / length,  # of code
-        "operators": count(r"[-+*/^\\$]") / length,  # of formulas, also in LaTeX
-        "has_code": matches(text, r"(?m)^\s*(def|class|import|from|function|public|#include|SELECT)\b"),
-        "has_choices": count(r"(?m)^\s*\(?[A-H][.):\x{FF1A}\x{3001}]") > 1,  # lines A., B., ...
-        "starts_upper_case": matches(text, r"^\P{L}*\p{Lu}"),  # its first letter
-        "ends_in_question_mark": matches(end, question),
-        "ends_in_colon": matches(end, colon),
-        "ends_in_period": matches(end, r"[.\x{3002}\x{964}]"),
-        "ends_in_letter_or_digit": matches(end, r"[\p{L}\p{N}]"),
-    }
+def surface_features(queries: list[str], names: tuple[str, ...]) -> torch.Tensor:
+    """The surface features (Q, S) of queries, float32, in the order of their names."""
+    parts = [torch.empty(0, len(names))]  # (q, S) each
+    for start in range(0, len(queries) if names else 0, TEXTS_AT_ONCE):
+        text = Texts(queries[start : start + TEXTS_AT_ONCE])
+        columns = np.column_stack([SURFACE_FEATURES[name](text) for name in names])  # (q, S)
+        parts.append(torch.from_numpy(columns.astype(np.float32)))
+    return torch.cat(parts) if names else torch.empty(len(queries), 0)  # (Q, S)
 
 
 def query_features(queries: list[str], embeddings: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
     """Features (Q, F) of queries: their embeddings (Q, H), and after them the surface features of these names."""
-    columns = [embeddings.new_empty(0, len(names))]  # (q, S) each
-    for start in range(0, len(queries) if names else 0, TEXTS_AT_ONCE):
-        computed = surface_features(queries[start : start + TEXTS_AT_ONCE])
-        columns.append(torch.from_numpy(np.column_stack([computed[name] for name in names])).to(embeddings))
-    return torch.cat([embeddings, torch.cat(columns)], dim=1) if names else embeddings  # (Q, F)
+    return torch.cat([embeddings, surface_features(queries, names)], dim=1) if names else embeddings  # (Q, F)
 
 
 def fit_centroids(x: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:
@@ -141,9 +165,13 @@ class QueryTower(nn.Module):
             self.centroids.copy_(fit_centroids(self.standardize(features), len(self.centroids), seed))
 
     def standardize(self, features: torch.Tensor) -> torch.Tensor:
-        """Standardized features (Q, F), the space of the centroids and the input of `forward`, from features (Q, F)."""
+        """Standardized features (Q, F), the space of the centroids and the input of `forward`, from features (Q, F).
+
+        They are (features - mean) / scale. A surface feature has the variance H / S instead of 1, and is clipped at 5
+        standard deviations.
+        """
         x = (features - self.mean).div_(self.scale)  # (Q, F), without a third array of that size
-        bound = MOST_DEVIATIONS * self.surface_scale
+        bound = MAX_DEVIATIONS * self.surface_scale
         x[:, self.encoder_width :].clamp_(-bound, bound)  # a text may be like no training query
         return x
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_profiling import ModelTower
-from query_representation import ROWS_AT_ONCE, QueryTower, query_features, surface_features
+from query_representation import ROWS_AT_ONCE, SURFACE_FEATURES, QueryTower, query_features
 from support.encoding.encoder import QueryEncoder
 from support.encoding.sentence_transformers import POOLINGS
 from support.system.errors import UserError, one_line, valid_unicode
@@ -26,7 +26,7 @@ class RouterConfig:
     """What shapes a router: `RankRouter(["model-a", "model-b"], encoder_width=896, config=RouterConfig())`."""
 
     embedding_dim: int = 512  # D, the width of the shared space and of the ID embedding
-    surface_features: tuple[str, ...] = ()  # names of those that follow the embedding, see `query_features`
+    surface_features: tuple[str, ...] = ()  # names; train.py passes all of `SURFACE_FEATURES`
     num_clusters: int = 50  # K; 0: no cluster embedding
     cluster_dim: int = 32
     capability_dim: int = 64  # C
@@ -50,7 +50,7 @@ class Metadata:
     """What routing needs of a training beside the weights; its fields are keys of the checkpoint."""
 
     args: dict  # the flags
-    encoder: dict  # path, fingerprint, width, pooling, prefix, include_prompt, max_length, dtype
+    encoder: dict  # path, fingerprint, width, pooling, layers, prefix, include_prompt, lower_case, max_length, dtype
     content_hash: str  # of the data
     seen_queries: torch.Tensor  # int64 (Q,), `query_ids` of training and validation queries
     profiles: dict  # kind of the capability vectors, and what a new model's vector is computed from
@@ -342,10 +342,10 @@ class RankRouter(nn.Module):
             raise not_ours(path, error) from error
         if damaged:
             raise UserError(f"{path} is a damaged RankRouter checkpoint: {damaged[0]} is not what training writes")
-        if unknown := set(router.config.surface_features) - set(surface_features([])):
+        if unknown := set(router.config.surface_features) - set(SURFACE_FEATURES):
             raise UserError(
                 f"{path} was trained with surface features that this version does not compute: "
-                f"{', '.join(map(one_line, sorted(unknown)))}; expected some of {', '.join(surface_features([]))}"
+                f"{', '.join(map(one_line, sorted(unknown)))}; expected some of {', '.join(SURFACE_FEATURES)}"
             )
         return router.eval()
 

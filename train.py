@@ -17,7 +17,7 @@ import metrics
 from data_loader import Split, query_ids
 from loss import LOSSES, link_margin
 from model_profiling import initial_capabilities
-from query_representation import query_features, surface_features
+from query_representation import SURFACE_FEATURES, query_features
 from rankrouter import Metadata, RankRouter, RouterConfig
 from support.data.demo import true_skills
 from support.encoding.encoder import QueryEncoder
@@ -91,6 +91,7 @@ def train(args: argparse.Namespace) -> None:
     )
     args.pooling, args.layers, args.query_prefix = encoder.pooling, encoder.layers, encoder.prefix
     console.print_encoder(encoder.description)
+    data.counts["surface_features"] = list(SURFACE_FEATURES) if args.surface_features else []
     history = History(args.output_dir, vars(args), data.counts, timing)
     checkpoint = Checkpoint(history, experiment(vars(args), data.counts, encoder.usage), resume=resume)
     if resume and console.print_resume(checkpoint.message, checkpoint.finished_auc(), args.output_dir):
@@ -107,9 +108,9 @@ def run_method(run: Run, demo: Path | None) -> None:
     """Encode the queries, train the router, test it once; with a held-out model, train once more and compare."""
     args, data, encoder, history = run.args, run.data, run.encoder, run.history
     queries, split = data.full_split.train.queries, data.split
-    names = tuple(surface_features([])) if args.surface_features else ()
-    config = RouterConfig(surface_features=names, **router_options(args))
-    features = encode(run, queries, names)  # (Q, F)
+    surface_names = tuple(data.counts["surface_features"])
+    config = RouterConfig(surface_features=surface_names, **router_options(args))
+    features = encode(run, queries, surface_names)  # (Q, F)
     run.checkpoint.start()  # an earlier run's checkpoints are kept until here
     row_of_query = {query: i for i, query in enumerate(queries)}
     split_features = features[[row_of_query[query] for query in split.train.queries]]  # (Q, F)
@@ -134,13 +135,13 @@ def run_method(run: Run, demo: Path | None) -> None:
                 )
 
 
-def encode(run: Run, queries: list[str], names: tuple[str, ...]) -> torch.Tensor:
+def encode(run: Run, queries: list[str], surface_names: tuple[str, ...]) -> torch.Tensor:
     """Features (Q, F) of distinct queries: their embeddings, and after them the surface features of these names."""
     encoder, history = run.encoder, run.history
     with history.timing("encode"):
         embeddings, num_encoded = encoder.embed(queries)  # (Q, H)
         encoder.release()  # training may need its network's memory
-        features = query_features(queries, embeddings, names)  # (Q, F)
+        features = query_features(queries, embeddings, surface_names)  # (Q, F)
     history.add_encoding(encoder, num_encoded, embeddings, run.tower_threads)
     console.print_encoding(encoder.metadata, history.as_dict()["timing"], run.args.max_length)
     return features

@@ -72,7 +72,7 @@ def measure(path: str) -> dict[str, float]:
     router = RankRouter(split.train.model_names, 16, RouterConfig())
     clock = time.perf_counter()
     router.query_tower.fit(embeddings[torch.from_numpy(split.train.unique_queries)], 0)
-    x = router.query_tower.standardize(embeddings)  # (Q, H)
+    x = router.query_tower.standardize(embeddings)  # (Q, F)
     cluster_idx = router.query_tower.assign(x)  # (Q,)
     lap("cluster")
     optimizer = make_optimizer(router.parameters(), [], lr=1e-4, encoder_lr=None, weight_decay=0.01)

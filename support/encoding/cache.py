@@ -191,7 +191,7 @@ class EmbeddingCache:
 
 
 class CombinedCache:
-    """The caches of several pooled states of the same queries, as one; all of them hold a query, or it is encoded."""
+    """The caches of several pooled states of the same queries, as one; a query that one of them lacks is missing."""
 
     def __init__(self, caches: list[EmbeddingCache]):
         self.caches = caches
@@ -202,7 +202,7 @@ class CombinedCache:
         return None if self.caches[0].metadata is None else self.caches[0].metadata["tokens_read"]
 
     def refresh(self) -> None:
-        """As of each cache."""
+        """Refresh each cache."""
         for cache in self.caches:
             cache.refresh()
 
@@ -221,7 +221,7 @@ class CombinedCache:
             cache.flush()
 
     def describe(self, metadata: dict) -> None:
-        """As of each cache."""
+        """Describe the encoder in each cache."""
         for cache in self.caches:
             cache.describe(metadata)
 

@@ -43,7 +43,7 @@ def encode_missing(encoder, queries: list[str], keys: list[bytes], stored: np.nd
                 batch_keys = [keys[i] for i in order[batch]]
                 missing = ~cache.has(batch_keys)  # (B,): another run may have stored some
                 if missing.any():
-                    pooled, budget = _encode_in_memory(encoder, [ids[i] for i in batch], budget)  # (B, width) each
+                    pooled, budget = _encode_in_memory(encoder, [ids[i] for i in batch], budget)  # (B, W) each
                     _refuse_not_finite(encoder, pooled, queries[order[batch[0]]])
                     cache.add(batch_keys, pooled)
                     num_encoded += int(missing.sum())
@@ -54,7 +54,7 @@ def encode_missing(encoder, queries: list[str], keys: list[bytes], stored: np.nd
 
 
 def _encode_in_memory(encoder, ids: list[torch.Tensor], budget: int) -> tuple[list[torch.Tensor], int]:
-    """Pooled states of a batch, (B, width) each, on the CPU; in smaller batches where memory runs out.
+    """Pooled states of a batch, (B, W) each, on the CPU; in smaller batches where memory runs out.
 
     Returns also the tokens per batch that fit: `budget`, or fewer. Raises `UserError` where one query does not.
     """
@@ -64,7 +64,7 @@ def _encode_in_memory(encoder, ids: list[torch.Tensor], budget: int) -> tuple[li
         pieces, parts = plan_batches(lengths, budget), []  # (b,) each
         try:
             for piece in pieces:
-                parts.append([state.cpu() for state in encoder.states_to_cache([ids[i] for i in piece])])  # (b, width)
+                parts.append([state.cpu() for state in encoder.states_to_cache([ids[i] for i in piece])])  # (b, W)
             break
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -100,20 +100,20 @@ def stored_at_rank0(cache: EmbeddingCache | CombinedCache, keys: list[bytes]) ->
 
 
 def read_everywhere(cache: EmbeddingCache, keys: list[bytes]) -> torch.Tensor:
-    """Pooled states (Q, H) of queries each of which is in the cache of some process, the same for all of them."""
+    """Pooled states (Q, W) of queries each of which is in the cache of some process, the same for all of them."""
     if distributed.size() == 1:
         return cache.read(keys)
     has = cache.has(keys)  # (Q,)
-    known = cache.read([keys[i] for i in np.flatnonzero(has)]) if has.any() else torch.empty(0, 0)  # (q, H)
+    known = cache.read([keys[i] for i in np.flatnonzero(has)]) if has.any() else torch.empty(0, 0)  # (q, W)
     width = max(int(width) for width in distributed.all_gather(torch.tensor([known.shape[1]])))
-    embeddings = torch.empty(len(keys), width)  # (Q, H)
-    embeddings[has] = known.view(-1, width)
+    pooled = torch.empty(len(keys), width)  # (Q, W)
+    pooled[has] = known.view(-1, width)
     missing = np.flatnonzero(~stored_at_rank0(cache, keys))  # (n,)
     if len(missing):  # the machines have no common folder
         own = missing[has[missing]]  # (m,)
         rows = torch.cat(distributed.all_gather(torch.from_numpy(own)))  # (n,)
-        embeddings[rows] = torch.cat(distributed.all_gather(embeddings[own]))  # (n, H)
+        pooled[rows] = torch.cat(distributed.all_gather(pooled[own]))  # (n, W)
         if distributed.rank() == 0:
-            cache.store([keys[i] for i in missing], embeddings[missing])
-    distributed.broadcast([embeddings])
-    return embeddings
+            cache.store([keys[i] for i in missing], pooled[missing])
+    distributed.broadcast([pooled])
+    return pooled

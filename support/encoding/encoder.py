@@ -1,4 +1,7 @@
-"""Text to embedding: pooled hidden states of a Hugging Face encoder, each query encoded once and then cached."""
+"""Text to embedding: pooled hidden states of a Hugging Face encoder, each query encoded once and then cached.
+
+Axes in comments: W is the width of a hidden state, H that of an embedding, which combines one or several of them.
+"""
 
 from dataclasses import replace
 from functools import cached_property
@@ -37,26 +40,33 @@ from support.system.errors import UserError
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, skipped: int = 0) -> torch.Tensor:
-    """One vector per query, in float32, from hidden states (B, T, H) and a right-padded mask (B, T).
+    """One vector per query, in float32, from hidden states (B, T, W) and a right-padded mask (B, T).
 
     `pooling` is "mean" or "max" over the tokens that are not padding, "cls" for the first or "last" for the last of
     them. The first `skipped` tokens of a query, those of a prompt, are left out where it has others.
     """
-    hidden, lengths = hidden.float(), mask.sum(1)  # (B, T, H), (B,)
+    hidden, lengths = hidden.float(), mask.sum(1)  # (B, T, W), (B,)
     rows, first = torch.arange(len(hidden), device=hidden.device), skipped * (lengths > skipped)  # (B,) each
     if pooling == "cls":
-        return hidden[rows, first]  # (B, H)
+        return hidden[rows, first]  # (B, W)
     if pooling == "last":
-        return hidden[rows, lengths - 1]  # (B, H)
+        return hidden[rows, lengths - 1]  # (B, W)
     if skipped:
         mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= first[:, None])  # (B, T)
+    if pooling == "mean":
+        return (hidden * mask[:, :, None]).sum(1) / mask.sum(1)[:, None]  # (B, W)
     if pooling == "max":
-        return hidden.masked_fill(mask[:, :, None] == 0, -torch.inf).amax(1)  # (B, H)
-    return (hidden * mask[:, :, None]).sum(1) / mask.sum(1)[:, None]  # (B, H)
+        return hidden.masked_fill(mask[:, :, None] == 0, -torch.inf).amax(1)  # (B, W)
+    raise ValueError(f"pooling is {pooling!r}, expected mean, cls, last or max")
 
 
-def check_layers(folder: Path, layers: list[int]) -> int | None:
-    """The number of layers of an encoder, of which `layers` are some; None where these are none.
+def combine(pooled: list[torch.Tensor]) -> torch.Tensor:
+    """The embedding (B, H) of each query from its pooled states, (B, W) each: one after the other."""
+    return torch.cat(pooled, dim=1)  # (B, H)
+
+
+def count_for(folder: Path, layers: list[int]) -> int | None:
+    """The number of layers of an encoder where some are requested, else None.
 
     Raises `UserError` where it has fewer, or its folder does not state their number.
     """
@@ -80,7 +90,7 @@ class PooledState(NamedTuple):
 def pooled_states(layers: list[int | None], pooling: str, num_layers: int | None) -> list[PooledState]:
     """The pooled states of layers; the last of them is the network's own output, with one part of the cache."""
     numbers = [None if layer == num_layers else layer for layer in layers]
-    return [PooledState(layer, way) for layer in numbers for way in pooling.split("+")]
+    return [PooledState(layer, mode) for layer in numbers for mode in pooling.split("+")]
 
 
 class QueryEncoder:
@@ -133,7 +143,8 @@ class QueryEncoder:
             settings = replace(settings, include_prompt=include_prompt)
         chosen_pooling = choose_pooling(settings, pooling, self.folder)
         chosen_prefix = choose_prefix(settings, prefix, prompt, self.folder)
-        self.num_layers = check_layers(self.folder, [*(layers or []), *(cache_layers or [])])
+        layers = layers and sorted(set(layers))
+        self.num_layers = count_for(self.folder, [*(layers or []), *(cache_layers or [])])
         self.layers = None if layers == [self.num_layers] else layers  # the last layer is the default
         if settings.dense and (self.layers or cache_layers or "+" in chosen_pooling[0]):
             problem = f"{self.folder} has Dense layers, which take one pooled vector of its last layer"
@@ -162,7 +173,7 @@ class QueryEncoder:
         self.cache_dir, self.finetuned = cache_dir, finetuned
         self.states = pooled_states(layers or [self.num_layers], self.pooling, self.num_layers)
         candidates = pooled_states(cache_layers or [], "mean+last", self.num_layers)
-        self.other_states = [state for state in candidates if state not in self.states]
+        self.extra_states = [state for state in candidates if state not in self.states]
         self.cache = None if cache_dir is None else self._cache()
         self.parameters = {}  # trainable ones by name, see `trainable`
         self.metadata = None  # what a checkpoint must know of the encoder, once there are embeddings
@@ -173,7 +184,7 @@ class QueryEncoder:
         shared = {name: value for name, value in self.usage.items() if name != "layers"} | trained
         caches = [
             EmbeddingCache(self.cache_dir, shared | {"pooling": pooling} | ({} if layer is None else {"layer": layer}))
-            for layer, pooling in self.states + self.other_states
+            for layer, pooling in self.states + self.extra_states
         ]
         return CombinedCache(caches)
 
@@ -232,7 +243,7 @@ class QueryEncoder:
     def _load(self, dtype: torch.dtype) -> tuple:
         tokenizer, network = load_encoder(self.folder, self.device, dtype)
         if self.num_layers:
-            layers = [layer or self.num_layers for layer, _ in self.states + self.other_states]
+            layers = [layer or self.num_layers for layer, _ in self.states + self.extra_states]
             truncate(network, tokenizer, layers, self.num_layers)
         if self.settings.lower_case:
             lowercase(tokenizer)
@@ -284,18 +295,18 @@ class QueryEncoder:
 
     def embed_tokens(self, ids: list[torch.Tensor]) -> torch.Tensor:
         """Embeddings (B, H) of queries' token ids, in one pass of the network, on its device, differentiable."""
-        return torch.cat(self._pool(ids, self.states), dim=1)  # (B, H)
+        return combine(self._pool(ids, self.states))  # (B, H)
 
     def states_to_cache(self, ids: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the cache keeps of queries' token ids: each pooled state, (B, width of a state), in one pass."""
-        return self._pool(ids, self.states + self.other_states)
+        """What the cache keeps of queries' token ids, in one pass: (B, W) of each state, the embedding's first."""
+        return self._pool(ids, self.states + self.extra_states)
 
     def _pool(self, ids: list[torch.Tensor], states: list[PooledState]) -> list[torch.Tensor]:
         _, network = self.loaded
         padded, mask = pad(ids, network.device)  # (B, T) each
-        hidden = hidden_states(network, padded, mask, {layer for layer, _ in states})  # (B, T, width) by layer
+        hidden = hidden_states(network, padded, mask, {layer for layer, _ in states})  # (B, T, W) by layer
         skipped = 0 if self.settings.include_prompt else self.prompt_tokens
-        pooled = [pool(hidden[layer], mask, pooling, skipped) for layer, pooling in states]  # (B, width) each
+        pooled = [pool(hidden[layer], mask, pooling, skipped) for layer, pooling in states]  # (B, W) each
         if not len(self.dense):
             return pooled
         (pooled,) = pooled
@@ -323,8 +334,10 @@ class QueryEncoder:
             if not stored.all():
                 (num_encoded,) = distributed.totals(encode_missing(self, queries, keys, stored, cache))
         cache.refresh()
-        read = cache.caches if distributed.size() > 1 else cache.caches[: len(self.states)]  # rank 0 keeps the others
-        embeddings = torch.cat([read_everywhere(each, keys) for each in read][: len(self.states)], dim=1)  # (Q, H)
+        embeddings = combine([read_everywhere(each, keys) for each in cache.caches[: len(self.states)]])  # (Q, H)
+        if distributed.size() > 1:  # what is read everywhere is also kept where rank 0 runs
+            for each in cache.caches[len(self.states) :]:
+                read_everywhere(each, keys)
         self.metadata = {"prefix": "", "include_prompt": True} | self.usage
         self.metadata |= {"path": self.path, "max_length": tokens_read, "width": embeddings.shape[1]}
         return embeddings, num_encoded

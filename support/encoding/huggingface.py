@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -237,27 +238,28 @@ def truncate(network: nn.Module, tokenizer, layers: list[int], num_layers: int) 
         if max(layers) < num_layers:
             del layers_of(network)[max(layers) :]
         inner = [layer for layer in layers if layer < num_layers]
-        hidden = hidden_states(network, ids, mask, inner)  # (1, T, H) each
+        hidden = hidden_states(network, ids, mask, inner)  # (1, T, W) each
     if not all(torch.allclose(hidden[layer], stated[layer], rtol=1e-2, atol=1e-2) for layer in inner):
         raise UserError(problem)
+
+
+def _keep(hidden: dict, layer: int, module: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+    """A forward hook: the output of a layer goes into `hidden`."""
+    hidden[layer] = output[0] if isinstance(output, tuple) else output  # (B, T, W)
 
 
 def hidden_states(
     network: nn.Module, ids: torch.Tensor, mask: torch.Tensor, layers: Iterable[int | None] = (None,)
 ) -> dict[int | None, torch.Tensor]:
-    """Hidden states (B, T, H) of token ids (B, T), by layer: the output of that layer, or for None of the network.
+    """Hidden states (B, T, W) of token ids (B, T), by layer: the output of that layer, or for None of the network.
 
     Raises `UserError` where the encoder cannot take them.
     """
     hidden, hooks = {}, []
-
-    def keep(layer: int, output: torch.Tensor | tuple) -> None:
-        hidden[layer] = output[0] if isinstance(output, tuple) else output  # (B, T, H)
-
     try:
+        # By hooks: after `truncate` the library's own hidden states would have the final normalization too early.
         for layer in (layer for layer in layers if layer is not None):
-            module = layers_of(network)[layer - 1]
-            hooks.append(module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output)))
+            hooks.append(layers_of(network)[layer - 1].register_forward_hook(partial(_keep, hidden, layer)))
         hidden[None] = network(input_ids=ids, attention_mask=mask).last_hidden_state
     except Exception as error:  # a model for images, for example, raises its own errors
         if is_out_of_memory(error):

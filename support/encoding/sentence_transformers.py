@@ -75,6 +75,8 @@ def choose_pooling(settings: FolderSettings, pooling: str, folder: Path) -> tupl
 
     Raises `UserError` where the folder asks for another one than those of `POOLINGS`, or for several.
     """
+    if pooling not in ("auto", *POOLINGS):
+        raise UserError(f"--pooling {pooling!r} is unknown; expected auto or one of {', '.join(POOLINGS)}")
     wanted = " and ".join(settings.modes)
     if pooling != "auto":
         is_same = settings.modes in ((), *((mode,) for mode, name in MODES.items() if name == pooling))

@@ -1,5 +1,6 @@
 """Read finished runs back from their `training_history.json`, checking every value that a report uses."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -96,6 +97,9 @@ def parse(name: str, history: dict) -> Run:
     (best,) = vals[epoch : epoch + 1] if step is None else within
     flags = {"data_path": str(data["content_hash"]), "model_path": str(encoder["fingerprint"])}
     flags |= {"dtype": str(encoder["dtype"])} | {flag: args[flag] for flag in args if flag not in NO_EXPERIMENT}
+    if names := data.get("surface_features"):  # others are another experiment, though the flag is the same
+        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        flags["surface_features"] = f"{len(names)} [{digest[:4]}]"
     # The shapes of what is read; without a gap between the best single model and the oracle, no method closes any.
     metrics, intervals = (dict.fromkeys([*test, *REQUIRED], check) for check in (_number, _interval))
     if "gap_closed" in test and test["gap_closed"] is None:

@@ -81,7 +81,7 @@ def _spread(router) -> float:
     """
     x, tower = router.query_tower.centroids, router.model_tower  # (K, F)
     if not len(x):
-        x = torch.zeros_like(router.query_tower.mean)[None]  # (1, H)
+        x = torch.zeros_like(router.query_tower.mean)[None]  # (1, F)
     q = router.query_tower(x, torch.arange(len(x)))  # (K, D)
     known = router.similarity(q, tower())  # (K, M)
     unknown = router.similarity(q, tower.mlp(tower.unknown_features(tower.capability.weight)))  # (K, M)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from query_representation import query_features
+from query_representation import query_features, surface_features
 from rankrouter import RankRouter
 from support.data.battles import Battles
 from support.encoding.batching import plan_batches
@@ -86,7 +86,7 @@ class QueryBatches:
 
     Standardization stays that of the pretrained encoder, so there is one space throughout. In it a centroid follows
     the training queries that K-means assigned to it, so that a cluster keeps its meaning while the encoder changes: it
-    is a running mean of their embeddings, over the last `MEMORY` seen, or over as many as there are.
+    is a running mean of their standardized features, over the last `MEMORY` seen, or over as many as there are.
 
     Args:
         battles: the training battles; `queries` are all of the split.
@@ -111,13 +111,12 @@ class QueryBatches:
     ):
         self.trains_encoder, self.parameters = True, encoder.parameters
         self.queries, self.items, self.encoder = battles.queries, items, encoder
-        self.tower, self.surface_features = router.query_tower, router.config.surface_features
+        self.tower, self.surface_names = router.query_tower, router.config.surface_features
         self.tokens, self.accumulate, self.device = tokens, accumulate, encoder.device
         train_queries = battles.unique_queries  # (Qt,)
         texts = [battles.queries[i] for i in train_queries]
         self.ids = encoder.tokenize(texts)  # Qt of (T,)
-        nothing = torch.empty(len(texts), 0, device=self.device)  # (Qt, 0)
-        self.surface = query_features(texts, nothing, self.surface_features)  # (Qt, S)
+        self.surface = surface_features(texts, self.surface_names).to(self.device)  # (Qt, S)
         self.lengths = np.array([len(ids) for ids in self.ids])  # (Qt,)
         self.count = len(self.ids)  # queries that an epoch shuffles
         row = np.searchsorted(train_queries, items.query_idx)  # (I,)
@@ -129,9 +128,10 @@ class QueryBatches:
         self.cluster_of_query = cluster_idx.cpu()[torch.from_numpy(train_queries)]  # (Qt,)
         sizes = self.cluster_of_query.bincount(minlength=len(self.tower.centroids))  # (K,)
         self.decay = (1 - 1 / sizes.clamp(1, MEMORY)).to(self.device)  # (K,), of a centroid per query seen
-        self.varies = self.tower.scale > MIN_RELATIVE_SCALE * self.tower.scale.median()  # (F,)
+        median = self.tower.scale[: self.tower.encoder_width].median()
+        self.varies = self.tower.scale > MIN_RELATIVE_SCALE * median  # (F,)
         width = 1 + len(self.tower.scale)
-        # Of the queries of each cluster that the current step has seen: their number and the sum of their embeddings.
+        # Of the queries of each cluster that the current step has seen: their number and the sum of their features.
         self.cluster_sums = [torch.zeros(len(self.tower.centroids), width, device=self.device)]  # (K, 1 + F)
 
     def plan(self, order: torch.Tensor) -> list[np.ndarray]:
@@ -182,7 +182,7 @@ class QueryBatches:
             raise UserError("the encoder's weights are no longer finite; try a lower --encoder_lr")
         queries = [self.queries[i] for i in queries]
         embeddings, _ = self.encoder.embed(queries)  # (q, H)
-        features = query_features(queries, embeddings, self.surface_features)  # (q, F)
+        features = query_features(queries, embeddings, self.surface_names)  # (q, F)
         return self.tower.inputs(features.to(self.device))  # (q, F), (q,)
 
     @torch.no_grad()

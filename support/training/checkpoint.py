@@ -42,6 +42,7 @@ def experiment(args: dict, data: dict, encoder: dict) -> dict:
     return {f"--{name}": value for name, value in args.items() if name not in free} | {
         "the content of --data_path": data["content_hash"],
         "the content of --capability_file": data.get("capability_file_hash"),
+        "the list of surface features": data["surface_features"] or None,
         "the encoder's fingerprint": encoder["fingerprint"],
         "the encoder's dtype": encoder["dtype"],
         "the encoder's include_prompt": encoder.get("include_prompt"),
@@ -245,6 +246,7 @@ class Checkpoint:
             metadata = RankRouter.load(self.history.best_path).metadata
             best = history["best_epoch"], history["best_step"]
             same_data = history["data"]["content_hash"] == self.history.data["content_hash"]
+            same_data &= history["data"].get("surface_features", []) == self.history.data["surface_features"]
             same_args = with_defaults(history["args"]) == with_defaults(self.history.args)
             if history["status"] == "finished" and same_args and same_data:
                 auc = float(history["test_metrics"]["auc"]) if best == (metadata.epoch, metadata.step) else None

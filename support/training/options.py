@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def router_options(args: argparse.Namespace) -> dict:
-    """The flags as arguments of `RouterConfig`, all but the surface features."""
+    """The flags as arguments of `RouterConfig`, without the names of surface features."""
     same = ("embedding_dim", "num_clusters", "cluster_dim", "capability_dim", "dropout", "id_dropout")
     return {name: getattr(args, name) for name in (*same, "similarity_metric")} | {
         "use_capability": not args.no_capability,
@@ -134,13 +134,13 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument_group("encoder").add_argument
     add("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")
-    states = "how a query's token states are pooled; auto: as a sentence-transformers folder says, else mean"
+    states = "how a query's token states are pooled; mean+last: both, concatenated; auto: as a sentence-transformers "
+    states += "folder says, else mean"
     add("--pooling", choices=["auto", "mean", "cls", "last", "max", "mean+last"], default="auto", help=states)
-    outputs = (
-        "layers whose outputs are pooled and concatenated, from 1; default: the last; those above are not computed"
-    )
+    outputs = "pool the outputs of these layers, counted from 1, and concatenate them; default: the last; layers above "
+    outputs += "the highest are not computed"
     add("--layers", metavar="N,N,...", type=layer_numbers, help=outputs)
-    also = "layers whose mean and last token are cached in the same pass, for later runs with other --layers"
+    also = "cache mean and last token of these layers in the same pass, too, for later runs with other --layers"
     add("--cache_layers", metavar="N,N,...", type=layer_numbers, help=also)
     before = "put before each query; default: the default prompt of a sentence-transformers folder"
     add("--query_prefix", metavar="TEXT", type=unicode_text, help=before)
@@ -175,10 +175,10 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument_group("towers").add_argument
     add("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
-    looks = "what a query's text looks like, beside its embedding"
+    looks = "features of a query's text beside its embedding; to be given only with --recipe original"
     add("--surface_features", action="store_const", const=True, default=True, help=looks)
     without = {"dest": "surface_features", "action": "store_false", "default": argparse.SUPPRESS}
-    add("--no_surface_features", **without, help="ablation: embedding and cluster only")
+    add("--no_surface_features", **without, help="ablation: without them")
     add("--num_clusters", type=whole_number(0), default=50, help="K-means clusters; 0: no cluster features")
     add("--cluster_dim", type=dim, default=32, help="width of a cluster's learned embedding")
     add("--capability_dim", type=dim, default=64, help="width of a random capability vector")
@@ -197,7 +197,7 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument_group("training").add_argument
     recipe = "original: unscaled dot product, default initialization, --dropout 0.1 --id_dropout 0 --ema_decay 0 "
-    recipe += "--eval_every 0, each unless it is given"
+    recipe += "--eval_every 0 --no_surface_features, each unless it is given"
     add("--recipe", choices=["default", "original"], default="default", help=recipe)
     add(
         "--loss_type",

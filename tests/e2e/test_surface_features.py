@@ -6,8 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import report
 import route
 import train
+from query_representation import SURFACE_FEATURES
+from rankrouter import RankRouter
+from support.system.errors import UserError
 
 MODELS = ["asker", "teller"]
 
@@ -36,6 +40,23 @@ def run(demo, tmp_path):
         return json.loads((output / "training_history.json").read_text()), output
 
     return train_with
+
+
+def test_another_set_of_surface_features_is_another_experiment(run, monkeypatch, capsys):
+    history, output = run("run")
+    assert history["data"]["surface_features"] == list(SURFACE_FEATURES)
+    monkeypatch.delitem(SURFACE_FEATURES, "words")
+    with pytest.raises(UserError, match=r"the list of surface features was \['characters', .*; restore that"):
+        run("run", "--resume", "--epochs", "4")
+    with pytest.raises(UserError, match="this version does not compute: words; expected some of characters, "):
+        RankRouter.load(output / "best_model.pt")
+    run("fewer")
+    capsys.readouterr()
+    report.main([str(output), str(output.parent / "fewer"), "--format", "json"])
+    assert [row["flags"]["surface_features"][:2] for row in json.loads(capsys.readouterr().out)] in (
+        ["15", "14"],
+        ["14", "15"],
+    )
 
 
 def test_a_surface_feature_that_decides_is_learned_and_the_ablation_does_not_see_it(run, capsys):

@@ -6,15 +6,20 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import query_representation
-from query_representation import QueryTower, fit_centroids, query_features, surface_features
+from query_representation import SURFACE_FEATURES, QueryTower, Texts, fit_centroids, query_features
 
 SHARES = ("words", "digits", "non_ascii_letters", "brackets", "operators")
 COUNTS = ("characters", "line_breaks", "question_marks")
 
 
+def features_of(texts):
+    """Every surface feature (Q,) of texts, by name."""
+    return {name: compute(Texts(texts)) for name, compute in SURFACE_FEATURES.items()}
+
+
 def test_surface_features_by_hand():
     text = "Why 2+2?\nA) 4\n B. 5\n\u4f60\u597d\uff1f"  # 8 + 1 + 4 + 1 + 5 + 1 + 3 characters
-    features = {name: float(values[0]) for name, values in surface_features([text]).items()}
+    features = {name: float(values[0]) for name, values in features_of([text]).items()}
     for name, count in (("characters", 23), ("line_breaks", 3), ("question_marks", 2)):
         assert np.isclose(features[name], np.log(1 + count)), name
     for name, count in (("words", 7), ("digits", 4), ("non_ascii_letters", 2), ("brackets", 1), ("operators", 1)):
@@ -26,7 +31,10 @@ def test_surface_features_by_hand():
 def test_each_yes_and_no_of_a_text():
     texts = {
         "has_code": (["def f(x):", "x\n  import os", "#include <a.h>"], ["a class of", "define f", "the import os"]),
-        "has_choices": (["A. x\nB. y", "(A) x\n(B) y", "A\uff1ax\nB\u3001y"], ["A. x", "A x\nB y", "A. x B. y"]),
+        "has_choices": (
+            ["A. x\nB. y", "(A) x\n(B) y", "A\uff1ax\nB\u3001y"],
+            ["A. x", "A x\nB y", "A. x B. y", "D.C. is it", "A) B) C) pick"],
+        ),
         "starts_upper_case": (["Hi", "1. \u00c9t\u00e9", '"Who'], ["hi There", "\u4f60A", "123"]),
         "ends_in_question_mark": (["a?", "\uff1f", "\u061f"], ["? a", "a?!"]),
         "ends_in_colon": (["a:", "\u4f60\uff1a"], [": a"]),
@@ -34,15 +42,15 @@ def test_each_yes_and_no_of_a_text():
         "ends_in_letter_or_digit": (["a", "1", "\u4f60"], ["a.", "a)"]),
     }
     for name, (yes, no) in texts.items():
-        got = surface_features(yes + no)[name]
+        got = features_of(yes + no)[name]
         assert got.tolist() == [1.0] * len(yes) + [0.0] * len(no), name
 
 
 def test_surface_features_of_hostile_texts_are_finite_bounded_and_do_not_depend_on_the_others():
     hostile = ["", " ", "\0" * 9, "((((" * 50_000, "A.\n" * 70_000, "\ud7ff\U0010ffff" * 99, "1" * 10**6 + "?"]
-    together = surface_features(hostile)
+    together = features_of(hostile)
     for i, text in enumerate(hostile):
-        for name, values in surface_features([text]).items():
+        for name, values in features_of([text]).items():
             assert values[0] == together[name][i] and np.isfinite(values[0]), (name, text[:9])
             assert name in COUNTS or 0 <= values[0] <= 1, (name, text[:9])
     assert together["ends_in_question_mark"][-1] == 1  # behind all that is read
@@ -51,7 +59,7 @@ def test_surface_features_of_hostile_texts_are_finite_bounded_and_do_not_depend_
     tower = QueryTower(4, len(together), num_clusters=0)
     tower.fit(features, 0)
     routed = tower.standardize(query_features(hostile, torch.zeros(len(hostile), 4), tuple(together)))
-    assert routed.abs().max() <= 5 * (4 / 15) ** 0.5 + 1e-6
+    assert routed.abs().max() <= 5 * (4 / len(together)) ** 0.5 + 1e-6
 
 
 def test_the_features_of_a_query_follow_its_embedding_in_the_order_of_their_names(monkeypatch):
