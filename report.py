@@ -249,7 +249,10 @@ def as_json(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table of the runs, and draw them. Raises `UserError` where no path holds a finished run."""
+    """Print the table of the finished runs, and draw them; name those that are running.
+
+    Raises `UserError` where no path holds either.
+    """
     args = parse_args(argv)
     if args.plots is not None:
         try:
@@ -257,10 +260,14 @@ def main(argv: list[str] | None = None) -> None:
         except ModuleNotFoundError as error:
             raise UserError(f"--plots needs {error.name}: pip install -r requirements-dev.txt") from error
         folder = make_folder(args.plots, "--plots")
-    runs, problems = read_runs(args.runs)
+    runs, running, problems = read_runs(args.runs)
     groups, repeated = group_by_seeds(runs)
     for problem in problems + repeated:
         print("warning:", one_line(problem), file=sys.stderr)
+    for line in running:
+        print("running ", one_line(line), file=sys.stderr)
+    if running and not runs:
+        return
     if not runs:
         raise UserError(f"no finished run among {len(args.runs)} paths; expected output folders of train.py")
     groups = sort_groups(groups)

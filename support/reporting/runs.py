@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.system.files import is_locked
 from support.training.options import NO_EXPERIMENT, with_defaults
 
 NO_HISTORY = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # raised by `parse`
@@ -54,12 +55,12 @@ class Run:
         return json.dumps(self.flags, sort_keys=True)
 
 
-def read_runs(paths: list[str]) -> tuple[list[Run], list[str]]:
-    """Read the finished runs at `paths`, folders or history files.
+def read_runs(paths: list[str]) -> tuple[list[Run], list[str], list[str]]:
+    """Read the runs at `paths`, folders or history files.
 
-    Returns: the runs, and for every path without one a message that gives the reason.
+    Returns: the finished runs, a line for each one that is running, and for every other path a message with the reason.
     """
-    runs, problems, seen = [], [], set()
+    runs, running, problems, seen = [], [], [], set()
     for path in paths:
         file = Path(path) / "training_history.json" if os.path.isdir(path) else Path(path)
         name = str(file.parent if file.name == "training_history.json" else file)
@@ -72,15 +73,28 @@ def read_runs(paths: list[str]) -> tuple[list[Run], list[str]]:
             history = json.loads(file.read_bytes())
             if history["status"] == "finished":
                 runs.append(parse(name, history))
+            elif history["status"] == "running" and is_locked(file.parent):
+                running.append(f"{name}: {progress(history)}")
             else:
-                problems.append(f"{name}: {history['status']} after {len(history['val_metrics'])} epochs; left out")
+                status = "killed" if history["status"] == "running" else history["status"]
+                problems.append(f"{name}: {status} after {len(history['val_metrics'])} epochs; left out")
         except OSError as error:
             problems.append(f"{path}: no history ({error.strerror or error}); left out")
         except KeyError as error:
             problems.append(f"{file}: it lacks {error}, which a history of this version has; left out")
         except NO_HISTORY as error:
             problems.append(f"{file}: not a history of ours ({error}); left out")
-    return runs, problems
+    return runs, running, problems
+
+
+def progress(history: dict) -> str:
+    """How far a run is, in a few words. Raises one of `NO_HISTORY` where a value is malformed."""
+    epochs, of = len(history["val_metrics"]), _positive(history["args"]["epochs"])
+    aucs = [_number(val["auc"]) for val in history["val_metrics"] + history["validations"]]
+    if not aucs:
+        return "training" if "encoder" in history else "encoding"
+    stage = f"epoch {epochs} of {of}" if epochs < of else "test"
+    return f"{stage}, best validation AUC {max(aucs):.4f}"
 
 
 def parse(name: str, history: dict) -> Run:

@@ -16,6 +16,7 @@ from typing import IO, BinaryIO
 
 from support.system.errors import UserError, valid_unicode
 
+LOCK = ".rankrouter.lock"  # within a folder that one process holds
 LFS_POINTER = b"version https://git-lfs"  # how the file that git-LFS leaves in the place of another one starts
 
 SECONDS_TO_DIE = 5  # a killed process may take this long to free its memory, and then its lock
@@ -63,13 +64,25 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
                 path.unlink()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a living process holds a folder, by `locked`."""
+    try:
+        with open(folder / LOCK, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file: nobody holds it
+        return False
+    return False
+
+
 @contextmanager
 def locked(folder: Path, flag: str) -> Iterator[None]:
     """Hold a folder, named by `flag`, for this process alone; the lock ends with the process, however it ends.
 
     Raises `UserError` where another process holds it.
     """
-    path, start = folder / ".rankrouter.lock", time.monotonic()
+    path, start = folder / LOCK, time.monotonic()
     while True:
         try:
             file = _open_locked(lambda: path, "a+")

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+STEPS_PER_UPDATE = 10  # of the average of the weights
+
 
 def make_optimizer(
     towers: Iterable[torch.nn.Parameter],
@@ -37,8 +39,9 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 class EMA:
     """The exponential moving average of weights over the steps of a training.
 
-    Its decay at step t is min(decay, (1 + t) / (10 + t)), so that the initial weights fade.
-    Without weights it does nothing.
+    Its decay at step t is min(decay, (1 + t) / (10 + t)), so that the initial weights fade. To save time, the weights
+    are included after every `STEPS_PER_UPDATE` steps, with the product of these steps' decays, and before they are
+    validated. Without weights it does nothing.
 
     Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", SIAM 1992; the decay of the
     first steps is that of TensorFlow's ExponentialMovingAverage.
@@ -46,19 +49,26 @@ class EMA:
 
     def __init__(self, weights: list[torch.Tensor], decay: float):
         self.weights, self.decay, self.steps = weights, decay, 0
+        self.pending = 1.0  # the product of the decays of the steps that are not included yet
         self.averages = [weight.detach().clone() for weight in weights]
 
-    @torch.no_grad()
     def update(self) -> None:
-        """Include the weights after a step."""
+        """Count a step."""
         self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        if self.averages:
-            get_ema_multi_avg_fn(decay)(self.averages, self.weights, None)
+        self.pending *= min(self.decay, (1 + self.steps) / (10 + self.steps))
+        if self.steps % STEPS_PER_UPDATE == 0:
+            self._include()
+
+    @torch.no_grad()
+    def _include(self) -> None:
+        if self.averages and self.pending < 1:
+            get_ema_multi_avg_fn(self.pending)(self.averages, self.weights, None)
+        self.pending = 1.0
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the weights are their averages."""
+        self._include()
         self._swap()
         try:
             yield
@@ -70,12 +80,12 @@ class EMA:
             weight.data, average.data = average.data, weight.data
 
     def state_dict(self) -> dict:
-        """The averages and the number of steps."""
-        return {"averages": self.averages, "steps": self.steps}
+        """The averages, the number of steps, and what is pending."""
+        return {"averages": self.averages, "steps": self.steps, "pending": self.pending}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`. Raises `ValueError` where the number of weights differs."""
-        self.steps = state["steps"]
+        self.steps, self.pending = state["steps"], state.get("pending", 1.0)  # always 1 in earlier versions
         for average, saved in zip(self.averages, state["averages"], strict=True):
             average.copy_(saved)

@@ -21,6 +21,7 @@ import train
 from support.reporting import plots
 from support.reporting.runs import read_runs
 from support.system.command_line import run_command
+from support.system.files import locked
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -243,7 +244,7 @@ def test_what_is_not_a_finished_run_is_named_and_without_one_the_report_is_refus
     others = ["nothing", "notes.txt", "pipe", "no/such", "x" * 5000]
     rows, problems = rows_of("killed", write("whole"), "failed", *others)
     assert [row["run"] for row in rows] == ["whole"]
-    assert problems[0] == "warning: killed: running after 3 epochs; left out"
+    assert problems[0] == "warning: killed: killed after 3 epochs; left out"
     assert problems[1] == "warning: failed: failed after 0 epochs; left out"
     assert [problem.split(":")[1].strip() for problem in problems[2:]] == others
     with pytest.raises(SystemExit) as stopped:
@@ -251,6 +252,21 @@ def test_what_is_not_a_finished_run_is_named_and_without_one_the_report_is_refus
     assert stopped.value.code == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last == "error: no finished run among 1 paths; expected output folders of train.py"
+
+
+def test_a_run_that_is_at_work_is_named_with_how_far_it_is(write, rows_of, capsys):
+    write("early", status="running", val_metrics=[], validations=[])
+    halfway = [{"epoch": 3, "step": 100, "auc": 0.75}]
+    write("halfway", status="running", val_metrics=[{"auc": 0.5}] * 3, validations=halfway)
+    with locked(Path("early"), "--output_dir"), locked(Path("halfway"), "--output_dir"):
+        rows, lines = rows_of("early", "halfway", write("whole"))
+        assert [row["run"] for row in rows] == ["whole"]
+        assert lines == ["running  early: training", "running  halfway: epoch 3 of 8, best validation AUC 0.7500"]
+        report.main(["early"])  # nothing to compare yet, and nothing wrong
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", "running  early: training\n")
+    _, lines = rows_of("halfway", "whole")
+    assert lines == ["warning: halfway: killed after 3 epochs; left out"]
 
 
 def test_ends_of_a_score_table_are_averaged_over_seeds_and_left_out_where_a_seed_lacks_them(write, rows_of, capsys):

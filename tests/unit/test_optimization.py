@@ -10,13 +10,15 @@ import train
 from data_loader import Battles
 from rankrouter import Metadata, RankRouter, RouterConfig
 from support.system.device import Timing
+from support.training import optimization
 from support.training.batches import BattleBatches
 from support.training.history import History
 from support.training.items import BattleItems
 from support.training.optimization import EMA, make_optimizer, warmup_then_decay
 
 
-def test_averages_computed_by_hand():
+def test_averages_computed_by_hand(monkeypatch):
+    monkeypatch.setattr(optimization, "STEPS_PER_UPDATE", 1)
     weight = torch.nn.Parameter(torch.tensor([0.0]))
     ema = EMA([weight], 0.3)
     found = []
@@ -26,6 +28,20 @@ def test_averages_computed_by_hand():
         found.append(ema.averages[0].item())
     # Decays of 2/11, 3/12, and 0.3 where 4/13 is more.
     assert found == pytest.approx([9.0, 2.25, 0.3 * 2.25 + 0.7 * 10])
+    # After every second step, and for a validation: with the product of the decays since, 1/22, then 0.3.
+    monkeypatch.setattr(optimization, "STEPS_PER_UPDATE", 2)
+    weight.data.zero_()
+    ema, found = EMA([weight], 0.3), []
+    for value in (11.0, 22.0, 10.0):
+        weight.data.fill_(value)
+        ema.update()
+        found.append(ema.averages[0].item())
+    assert found == pytest.approx([0.0, 21.0, 21.0])
+    resumed = EMA([weight], 0.3)
+    resumed.load_state_dict(ema.state_dict())
+    for each in (ema, resumed):
+        with each.applied():
+            assert weight.item() == pytest.approx(0.3 * 21 + 0.7 * 10)
 
 
 def test_the_weights_are_their_averages_only_within_the_block():
@@ -57,6 +73,7 @@ def test_the_kept_weights_are_the_average_over_all_steps_until_the_best_validati
 
     monkeypatch.setattr(train, "train_step", set_weights)
     steps = set()
+    monkeypatch.setattr(optimization, "STEPS_PER_UPDATE", 4)
     for decay, eval_every, seed in ((0.4, 9, 0), (0.4, 9, 1), (0.4, 0, 0), (0.0, 9, 0), (0.0, 0, 0)):
         args = train.parse_args(["--demo", "--ema_decay", str(decay), "--eval_every", str(eval_every)])
         history = History(tmp_path, vars(args), {}, Timing())
@@ -72,10 +89,12 @@ def test_the_kept_weights_are_the_average_over_all_steps_until_the_best_validati
         assert len(seen) == 15
         step = router.metadata.step
         steps.add(step)
-        shares = np.array([1 - decay] * 15)[:step]  # of each step: (1 - decay) times the decays of all that follow
-        if decay:
-            shares[:5] = [1 - (1 + t) / (10 + t) for t in range(1, 6)]  # while these decays are below 0.4
-        weights = [share * np.prod(1 - shares[t + 1 :]) for t, share in enumerate(shares)]
+        last, weights, pending = step or 15, np.zeros(15), 1.0  # of each step in the average
+        for t in range(1, last + 1):
+            pending *= min(decay, (1 + t) / (10 + t))
+            if t % 4 == 0 or t == last or (eval_every and t % eval_every == 0):
+                weights *= pending
+                weights[t - 1], pending = 1 - pending, 1.0
         for i, kept in enumerate(router.parameters()):
             expected = sum(weight * values[i] for weight, values in zip(weights, seen, strict=False))
             torch.testing.assert_close(kept, expected, atol=2e-3, rtol=0)  # little is left of the initial weights
