@@ -92,6 +92,8 @@ def unicode_text(text: str) -> str:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`: a `UserError` is a line on stderr and exit code 2, a signal to stop 128 + its number."""
+    # Threads that wait for each other sleep: beside other runs, spinning would take the cores that these are on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     if hasattr(sys.stdout, "reconfigure"):  # a log file shows each epoch as it ends, and accepts any model's name
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
