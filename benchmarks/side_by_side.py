@@ -3,6 +3,7 @@
 Nothing else should run on the machine meanwhile: whole runs of the demo are timed, in turn, each stage by itself.
 """
 
+import shlex
 import statistics
 import subprocess
 import sys
@@ -65,13 +66,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser("Measure what runs cost each other, as ratios to a run alone, side by side.")
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="of each comparison")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which to time")
+    more = "further flags of train.py in one word: --flags='--data_path FILE --model_path FOLDER' instead of the demo's"
+    parser.add_argument("--flags", type=shlex.split, default=[], help=more)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        finish([start(work, "a", ["--epochs", "1", "--baselines", "none"])])  # writes the demo and the cache
+        finish(
+            [start(work, "a", ["--epochs", "1", "--baselines", "none", *args.flags])]
+        )  # writes the demo and the cache
         print_header()
         for stage in args.stages:
-            times = measure(work, STAGES[stage], args.rounds)
+            times = measure(work, STAGES[stage] + args.flags, args.rounds)
             alone = statistics.median(times["alone"])
             for other, target in (("two at once", "<= 1.25 x"), ("beside a busy process", "<= 2.2 x")):
                 ratio = statistics.median(b / a for a, b in zip(times["alone"], times[other], strict=True))
