@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import warnings
 
 import pytest
@@ -47,3 +48,13 @@ def test_warnings_of_libraries_do_not_stand_before_a_one_line_error(capsys):
         run_command(command)
     assert not caught
     assert capsys.readouterr().err == "error: the file is damaged\n"
+
+
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch):
+    for given, expected in ((None, "passive"), ("active", "active")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        seen = []
+        run_command(lambda seen=seen: seen.append(os.environ["OMP_WAIT_POLICY"]))
+        assert seen == [expected]
