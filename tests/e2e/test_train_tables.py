@@ -115,7 +115,7 @@ def test_the_gap_is_undefined_where_the_best_single_model_is_as_good_as_the_orac
     assert history["test_metrics"]["gap_closed"] is history["test_intervals"]["gap_closed"] is None
     assert history["baselines"]["random"]["difference"]["gap_closed"] is None
     assert history["score_table"]["oracle"]["mean_score"] == history["score_table"]["best_single"]["mean_score"] == 1
-    (run,), _ = read_runs([str(output)])
+    (run,), *_ = read_runs([str(output)])
     assert run.test["gap_closed"] is None
 
 
