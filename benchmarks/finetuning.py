@@ -27,6 +27,7 @@ def prepare(data_path: str, model_path: str, layers: int | None, lora_rank: int 
     from support.training.batches import QueryBatches
     from support.training.checkpoint import TrainingState
     from support.training.history import LearningCurves
+    from support.training.items import make_items
     from support.training.optimization import EMA, make_optimizer
 
     split, _ = split_battles(load_battles(data_path, limit=limit)[0], 0)
@@ -34,12 +35,14 @@ def prepare(data_path: str, model_path: str, layers: int | None, lora_rank: int 
     width = encoder.loaded[1].config.hidden_size
     router = RankRouter(split.train.model_names, width, RouterConfig(num_clusters=0))
     clusters = torch.zeros(len(split.train.queries), dtype=torch.int64)  # (Q,)
-    batches = QueryBatches(split.train, router.query_tower, clusters, encoder, tokens=2048, accumulate=1)
+    items = make_items(split.train, torch.device("cpu"), label_range=None)
+    batches = QueryBatches(split.train, items, router, clusters, encoder, tokens=2048, accumulate=1)
     rates = {"lr": 1e-5, "encoder_lr": 1e-5, "weight_decay": 0.01}
     optimizer = make_optimizer(router.parameters(), encoder.parameters.values(), **rates)
     state = TrainingState(router, batches, optimizer, EMA([], 0.0), LearningCurves(), epochs=1)
     state.order = torch.arange(batches.count)  # the same batches each time
     state.planned = batches.plan(state.order)
+    state.losses = torch.zeros(len(state.planned))  # (steps,)
     return state, train.parse_args(["--finetune_encoder"])
 
 
@@ -58,7 +61,7 @@ def encode(state, number: int) -> None:
 
     with torch.inference_mode():
         for queries in state.planned[:number]:
-            state.batches.embed(torch.from_numpy(queries))
+            state.batches.inputs(torch.from_numpy(queries))
 
 
 def benchmark_rate(args) -> None:

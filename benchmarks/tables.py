@@ -44,10 +44,12 @@ def measure(path: str, flags: list[str]) -> dict[str, float]:
     import torch
 
     import train
+    from rankrouter import RouterConfig
     from support.system import device
     from support.training.checkpoint import Checkpoint
     from support.training.history import History
     from support.training.inputs import load_data
+    from support.training.options import router_options
 
     device.tune_cpu()
     start = time.perf_counter()
@@ -61,8 +63,9 @@ def measure(path: str, flags: list[str]) -> dict[str, float]:
         encoder = SimpleNamespace(device=torch.device("cpu"), metadata=metadata)
         history = History(folder, vars(args), data.counts | {"embeddings_hash": ""}, device.Timing())
         run = train.Run(args, data, encoder, history, Checkpoint(history, {}, resume=False), device.tower_threads(None))
+        config = RouterConfig(**router_options(args))  # on the embeddings alone
         with contextlib.redirect_stdout(sys.stderr):
-            router, *inputs = train.train_router(run, data.split, embeddings)
+            router, *inputs = train.train_router(run, config, data.split, embeddings)
             train.test(run, router, inputs, inputs)
         seconds = history.as_dict()["timing"]
         stages |= {name: seconds[name] for name in ("cluster", "train", "evaluate", "baselines") if name in seconds}
