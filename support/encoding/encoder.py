@@ -22,6 +22,7 @@ from support.encoding.huggingface import (
     load_encoder,
     longest_input,
     own_code,
+    pack_weights,
     pick_dtype,
     truncate,
     vocabulary_size,
@@ -192,10 +193,15 @@ class QueryEncoder:
     def loaded(self) -> tuple:
         """Tokenizer and network."""
         if self.finetuned is None:
-            return self._load(getattr(torch, self.dtype))
-        tokenizer, network, parameters = self._load_trainable(self.finetuned["layers"], self.finetuned["lora_rank"])
-        load_weights(parameters, self.finetuned["weights"])
-        return tokenizer, network.requires_grad_(False)
+            tokenizer, network = self._load(getattr(torch, self.dtype))
+        else:
+            layers, lora_rank = self.finetuned["layers"], self.finetuned["lora_rank"]
+            tokenizer, network, parameters = self._load_trainable(layers, lora_rank)
+            load_weights(parameters, self.finetuned["weights"])
+            network.requires_grad_(False)
+        if self.finetuned is None or self.dtype == "float32":  # else autocast converts the weights
+            pack_weights(network)
+        return tokenizer, network
 
     @cached_property
     def dense(self) -> nn.Sequential:

@@ -2,12 +2,13 @@
 
 import json
 import os
+import platform
 import re
 import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -241,6 +242,35 @@ def truncate(network: nn.Module, tokenizer, layers: list[int], num_layers: int) 
         hidden = hidden_states(network, ids, mask, inner)  # (1, T, W) each
     if not all(torch.allclose(hidden[layer], stated[layer], rtol=1e-2, atol=1e-2) for layer in inner):
         raise UserError(problem)
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear map on the CPU, whose weights oneDNN rearranges once and not in each call."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight, None)
+        self.packed = nn.Parameter(packed, requires_grad=False)
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """The weights (out, in) as they were: a few encoders multiply by them, or look at their dtype in each pass."""
+        return self.packed.to_dense()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From float (..., in) to (..., out)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # (..., out)
+
+
+def pack_weights(network: nn.Module) -> None:
+    """Let oneDNN multiply by a frozen network's weights, where this was measured to be faster: on x86 processors."""
+    if network.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return
+    supported = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for name, part in list(network.named_modules()):
+        if type(part) is nn.Linear and part.weight.dtype in supported:
+            network.set_submodule(name, PackedLinear(part))
 
 
 def _keep(hidden: dict, layer: int, module: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:

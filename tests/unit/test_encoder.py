@@ -20,6 +20,8 @@ from transformers import (
     DebertaV2Model,
     GPT2Config,
     GPT2Model,
+    MambaConfig,
+    MambaModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -31,7 +33,15 @@ from transformers import (
 
 from support.encoding.batching import plan_batches, tokenize
 from support.encoding.encoder import QueryEncoder, pool
-from support.encoding.huggingface import encoder_fingerprint, find_encoder, load_encoder, longest_input, pick_dtype
+from support.encoding.huggingface import (
+    encoder_fingerprint,
+    find_encoder,
+    hidden_states,
+    load_encoder,
+    longest_input,
+    pack_weights,
+    pick_dtype,
+)
 from support.system.errors import UserError
 
 CPU = torch.device("cpu")
@@ -93,6 +103,17 @@ def test_embeddings_equal_each_query_alone(encoders):
         torch.testing.assert_close(
             got, expected, atol=1e-5, rtol=1e-4, msg=lambda message, name=name: f"{name}: {message}"
         )
+
+
+def test_packed_weights_multiply_as_before_where_an_encoder_uses_them_by_itself_too():
+    torch.manual_seed(0)
+    network = MambaModel(MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=8))
+    network.eval().requires_grad_(False)
+    ids = torch.randint(50, (3, 7))  # (B, T)
+    before = hidden_states(network, ids, torch.ones_like(ids))[None]
+    pack_weights(network)
+    after = hidden_states(network, ids, torch.ones_like(ids))[None]
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
 
 
 def states_of(folder, query):
