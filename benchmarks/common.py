@@ -75,11 +75,14 @@ def corpus(files: list[str], sizes: list[int]) -> list[str]:
     return [drawn[i] for i in rng.permutation(len(drawn))]
 
 
-def make_encoder(folder: Path, queries: list[str]) -> str:
-    """A random Qwen2 of six layers, 384 wide, with a byte-level BPE tokenizer trained on the queries; its folder."""
+def make_encoder(folder: Path, queries: list[str], config=None) -> str:
+    """A random encoder of this configuration, with a byte-level BPE tokenizer trained on the queries; its folder.
+
+    Without a configuration it is a Qwen2 of six layers, 384 wide.
+    """
     import torch
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
+    from transformers import AutoModel, PreTrainedTokenizerFast, Qwen2Config
 
     bpe, end = ByteLevelBPETokenizer(), "<|endoftext|>"
     bpe.train_from_iterator(queries, vocab_size=8000, special_tokens=[end], show_progress=False)
@@ -89,7 +92,7 @@ def make_encoder(folder: Path, queries: list[str]) -> str:
     torch.manual_seed(0)
     layers = {"num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2}
     sizes = {"vocab_size": 8000, "hidden_size": 384, "intermediate_size": 1536, "max_position_embeddings": 1024}
-    Qwen2Model(Qwen2Config(**sizes, **layers)).save_pretrained(folder)
+    AutoModel.from_config(config or Qwen2Config(**sizes, **layers)).save_pretrained(folder)
     return str(folder)
 
 

@@ -16,7 +16,15 @@ from support.system.device import tune_cpu
 CHOICES = {"all": (None, None), "last 2 layers": (2, None), "rank 8": (None, 8)}  # layers, lora_rank
 
 
-def prepare(data_path: str, model_path: str, layers: int | None, lora_rank: int | None, limit: int = 500):
+def prepare(
+    data_path: str,
+    model_path: str,
+    layers: int | None,
+    lora_rank: int | None,
+    limit: int = 500,
+    device=None,
+    tokens=2048,
+):
     """The start of a finetuning on some queries, and its flags."""
     import torch
 
@@ -30,13 +38,14 @@ def prepare(data_path: str, model_path: str, layers: int | None, lora_rank: int 
     from support.training.items import make_items
     from support.training.optimization import EMA, make_optimizer
 
+    device = device or torch.device("cpu")
     split, _ = split_battles(load_battles(data_path, limit=limit)[0], 0)
-    encoder = QueryEncoder(model_path, torch.device("cpu"), progress=False).trainable(layers, lora_rank)
+    encoder = QueryEncoder(model_path, device, progress=False).trainable(layers, lora_rank)
     width = encoder.loaded[1].config.hidden_size
-    router = RankRouter(split.train.model_names, width, RouterConfig(num_clusters=0))
+    router = RankRouter(split.train.model_names, width, RouterConfig(num_clusters=0)).to(device)
     clusters = torch.zeros(len(split.train.queries), dtype=torch.int64)  # (Q,)
-    items = make_items(split.train, torch.device("cpu"), label_range=None)
-    batches = QueryBatches(split.train, items, router, clusters, encoder, tokens=2048, accumulate=1)
+    items = make_items(split.train, device, label_range=None)
+    batches = QueryBatches(split.train, items, router, clusters, encoder, tokens=tokens, accumulate=1)
     rates = {"lr": 1e-5, "encoder_lr": 1e-5, "weight_decay": 0.01}
     optimizer = make_optimizer(router.parameters(), encoder.parameters.values(), **rates)
     state = TrainingState(router, batches, optimizer, EMA([], 0.0), LearningCurves(), epochs=1)

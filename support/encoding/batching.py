@@ -44,7 +44,8 @@ def _tokenize_some(queries: list[str], tokenizer, max_length: int, read: int) ->
     keeps_last, most = getattr(tokenizer, "truncation_side", "right") == "left", max(read, MOST_CHARACTERS)
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        only_ids = {"return_attention_mask": False, "return_token_type_ids": False}  # lists of the others take longer
+        return tokenizer(texts, truncation=True, max_length=max_length, **only_ids)["input_ids"]
 
     ids = encode([query[-most:] if keeps_last else query[:read] for query in queries])
     for i in (i for i, query in enumerate(queries) if len(query) > read and not keeps_last):

@@ -253,6 +253,9 @@ class PackedLinear(nn.Module):
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight, None)
         self.packed = nn.Parameter(packed, requires_grad=False)
 
+    def __deepcopy__(self, memo: dict) -> "PackedLinear":
+        return self  # it never changes, and oneDNN's tensors cannot be copied
+
     @cached_property
     def weight(self) -> torch.Tensor:
         """The weights (out, in) as they were: a few encoders multiply by them, or look at their dtype in each pass."""

@@ -59,7 +59,7 @@ class BattleBatches:
 
     def parts(self, batch: torch.Tensor) -> list[Part]:
         """This process's parts of a batch."""
-        own = batch.tensor_split(distributed.size())[distributed.rank()].to(self.device)  # (b,)
+        own = batch.tensor_split(distributed.size())[distributed.rank()].to(self.device, non_blocking=True)  # (b,)
         parts = own.split(self.items.at_once) if len(own) else ()  # one, unless a large table has too many pairs
         return [Part(self.query_idx[part], *self.items.targets(part)) for part in parts]
 
@@ -172,7 +172,7 @@ class QueryBatches:
         x = self.tower.standardize(torch.cat([embeddings, self.surface[queries]], dim=1))  # (b, F)
         x = torch.where(self.varies, x, x.detach())  # (b, F)
         counted = torch.cat([torch.ones_like(x[:, :1]), x.detach()], dim=1)  # (b, 1 + F)
-        if len(self.decay):
+        if len(self.tower.centroids):
             self.cluster_sums[0].index_add_(0, self.cluster_of_query[queries].to(self.device), counted)  # (K, 1 + F)
         return x, self.tower.assign(x.detach())
 

@@ -1,0 +1,182 @@
+"""What a CPU or a GPU achieves: `python -m benchmarks.device encoders --files a.parquet b.parquet --device cuda`."""
+
+import tempfile
+from pathlib import Path
+
+from benchmarks.common import add_corpus, corpus, make_encoder, median, print_header, report, rounds, seconds
+from benchmarks.finetuning import prepare, take_steps
+from benchmarks.training import random_battles
+from support.system.command_line import OneLineParser, run_command, whole_number
+from support.system.device import pick_device, tune_cpu
+
+
+def shapes() -> dict:
+    """Configurations of two real encoders, whose weights are then random."""
+    from transformers import BertConfig, Qwen2Config
+
+    minilm = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    qwen = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864}
+    return {
+        "MiniLM": BertConfig(vocab_size=30522, **minilm),
+        "Qwen2-0.5B": Qwen2Config(vocab_size=151936, num_key_value_heads=2, **qwen),
+    }
+
+
+def synchronize(device) -> None:
+    """Wait until a GPU has done what it was told."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(action, device) -> float:
+    """Seconds that a call takes, with all that it left to the device."""
+    synchronize(device)
+    return seconds(lambda: (action(), synchronize(device)))
+
+
+def matrix_rate(device, dtype: str) -> float:
+    """Floating-point operations a second of a large product; on a CPU that of its faster library."""
+    import torch
+
+    from support.encoding.huggingface import PackedLinear
+
+    size, count = (8192, 20) if device.type == "cuda" else (4096, 1)
+    options = {"device": device, "dtype": getattr(torch, dtype)}
+    x, layer = torch.randn(size, size, **options), torch.nn.Linear(size, size, bias=False, **options)
+    layers = [layer] if device.type == "cuda" else [layer, PackedLinear(layer.requires_grad_(False))]
+    with torch.inference_mode():
+        times = [timed(lambda each=each: [each(x) for _ in range(count)], device) for _ in range(5) for each in layers]
+    return 2 * size**3 * count / min(times)
+
+
+def operations(network, lengths) -> float:
+    """Floating-point operations of a pass over texts of these lengths (Q,): products of the layers and of attention."""
+    from torch import nn
+
+    from support.encoding.huggingface import PackedLinear, layers_of
+
+    layers = layers_of(network)
+    linear = [part for part in layers.modules() if isinstance(part, nn.Linear | PackedLinear)]
+    weights = sum(part.in_features * part.out_features for part in linear)
+    is_causal = network.config.model_type == "qwen2"  # half of attention's products are masked
+    attention = 4 * network.config.hidden_size * len(layers) * float((lengths.astype(float) ** 2).sum())
+    return 2 * weights * float(lengths.sum()) + attention / (2 if is_causal else 1)
+
+
+def benchmark_encoders(args, device) -> None:
+    """Tokens a second of both shapes, and their share of the device's matrix rate."""
+    import numpy as np
+    import torch
+
+    from support.encoding.encoder import QueryEncoder
+
+    queries = corpus(args.files, args.sizes)
+    for dtype in ("float32", "bfloat16"):
+        rate = matrix_rate(device, dtype)
+        for name, config in shapes().items():
+            with tempfile.TemporaryDirectory() as folder:
+                path = make_encoder(Path(folder), queries, config)
+                encoder = QueryEncoder(path, device, dtype=dtype, progress=False)
+                lengths = np.array([len(ids) for ids in encoder.tokenize(queries)])  # (Q,)
+                encoder.embed(queries[: len(queries) // 8])  # warm
+                times = [timed(lambda e=encoder: e.embed(queries), device) for _ in range(args.rounds)]
+            best = float(np.median(times))
+            share = operations(encoder.loaded[1], lengths) / best / rate
+            memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+            measured = f"{lengths.sum() / best:,.0f} tokens a second, {share:.0%}{memory}"
+            report(f"encoding, {name}, {dtype}", f"{rate / 1e12:.3g} TFLOP/s of a large product", measured)
+
+
+def tower_steps(device, num_models: int, batch_size: int, steps: int):
+    """A function that takes some training steps of frozen towers on a device."""
+    import torch
+
+    import train
+    from rankrouter import RankRouter, RouterConfig
+    from support.training.batches import BattleBatches
+    from support.training.checkpoint import TrainingState
+    from support.training.history import LearningCurves
+    from support.training.items import make_items
+    from support.training.optimization import EMA, make_optimizer
+
+    torch.manual_seed(0)
+    battles = random_battles(steps * batch_size, num_models=num_models, num_queries=2000)
+    router = RankRouter(battles.model_names, 896, RouterConfig()).to(device)
+    optimizer = make_optimizer(router.parameters(), [], lr=1e-4, encoder_lr=None, weight_decay=0.01)
+    items = make_items(battles, device, label_range=None)
+    x, cluster_idx = torch.randn(2000, 896, device=device), torch.randint(50, (2000,), device=device)
+    batches = BattleBatches(x, cluster_idx, items, batch_size)
+    ema = EMA(list(router.parameters()), 0.999)
+    state, flags = TrainingState(router, batches, optimizer, ema, LearningCurves(), epochs=1), train.parse_args([])
+
+    def epoch():
+        for batch in state.remaining_batches():
+            loss = train.train_step(flags, state, batch)
+            ema.update()
+            state.record(loss)
+        state.mean_loss()
+        state.next_epoch()
+
+    return epoch
+
+
+def benchmark_towers(args, device) -> None:
+    """Steps a second of frozen towers on the device and on one thread of the CPU."""
+    import torch
+
+    for num_models, batch_size in ((20, 32), (20, 1024), (100, 1024), (100, 8192)):
+        steps = 100 if batch_size < 8192 else 20
+        places = [device, torch.device("cpu")] if device.type == "cuda" else [device]
+        torch.set_num_threads(1)
+        epochs = [tower_steps(place, num_models, batch_size, steps) for place in places]
+        for epoch in epochs:
+            epoch()
+        times = rounds(args.rounds, *epochs)
+        measured = ", ".join(f"{steps / median(times, i):,.0f} on {place.type}" for i, place in enumerate(places))
+        report(f"steps of frozen towers, B {batch_size}, M {num_models}", "a second", measured)
+
+
+def benchmark_finetuning(args, device) -> None:
+    """Training steps of the Qwen2 with adapters and of all its weights: tokens a second, share of the matrix rate."""
+    import torch
+
+    rate, queries = matrix_rate(device, "bfloat16"), corpus(args.files, args.sizes)
+    count, tokens = (20, 16384) if device.type == "cuda" else (1, 2048)
+    ways = (("rank 8", 8, False), ("rank 8, --deterministic", 8, True), ("all", None, False))
+    for name, lora_rank, is_deterministic in ways:
+        with tempfile.TemporaryDirectory() as folder:
+            path = make_encoder(Path(folder), queries, shapes()["Qwen2-0.5B"])
+            torch.use_deterministic_algorithms(is_deterministic)
+            state, flags = prepare(args.files[0], path, None, lora_rank, 3000, device, tokens)
+        take_steps(state, flags, 2)  # warm
+        times = [timed(lambda s=state, f=flags: take_steps(s, f, count), device) for _ in range(args.rounds)]
+        torch.use_deterministic_algorithms(False)
+        batches = state.planned[:count]
+        tokens = sum(int(state.batches.lengths[batch].sum()) for batch in batches)
+        passes = 3 if lora_rank is None else 2  # of frozen weights no gradient is computed
+        needed = passes * sum(operations(state.batches.encoder.loaded[1], state.batches.lengths[b]) for b in batches)
+        middle = sorted(times)[len(times) // 2]
+        measured = f"{tokens / middle:,.0f} tokens a second, {needed / middle / rate:.0%}"
+        report(f"finetuning, Qwen2-0.5B, {name}", f"{rate / 1e12:.3g} TFLOP/s of a large product", measured)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the rows of the table for the requested parts."""
+    parts = {"encoders": benchmark_encoders, "towers": benchmark_towers, "finetuning": benchmark_finetuning}
+    parser = OneLineParser("Measure what this CPU or GPU achieves, on encoders of real shapes with random weights.")
+    parser.add_argument("parts", nargs="+", choices=parts, metavar="PART", help=", ".join(parts))
+    add_corpus(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--rounds", type=whole_number(1), default=3, help="of each comparison")
+    args = parser.parse_args(argv)
+    tune_cpu()
+    device = pick_device(args.device)
+    print_header()
+    for part in args.parts:
+        parts[part](args, device)
+
+
+if __name__ == "__main__":
+    run_command(main)
