@@ -148,10 +148,14 @@ class _LogFile:
 
 
 def progress_bar(description: str, disable: bool = False, **options):
-    """A tqdm bar on stderr that appears after a second; without a terminal a line every 30 seconds."""
+    """A tqdm bar on stderr that appears after a second; without a terminal a line every 30 seconds.
+
+    The time that is left follows from the mean speed so far: that of the last steps, tqdm's default, jumps.
+    """
     from tqdm import tqdm
 
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     file, seconds = (sys.stderr, 0.1) if is_terminal else (_LogFile(sys.stderr), 30)
     disable = disable or sys.stderr is None
-    return tqdm(desc=description, file=file, delay=1, mininterval=seconds, disable=disable, **options)
+    options |= {"delay": 1, "mininterval": seconds, "smoothing": 0}
+    return tqdm(desc=description, file=file, disable=disable, **options)
