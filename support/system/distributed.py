@@ -41,6 +41,9 @@ def init() -> Iterator[None]:
     if _started() == 1:
         yield
         return
+    # Optimizers import this module, whose functions have the group as a default argument. Imported now, they do not: the
+    # connection would outlive the block, and a thread of it may abort a process that ends.
+    import torch.distributed.nn.functional  # noqa: F401
     from torch import cuda, distributed
 
     with _connection():
