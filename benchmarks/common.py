@@ -75,6 +75,18 @@ def corpus(files: list[str], sizes: list[int]) -> list[str]:
     return [drawn[i] for i in rng.permutation(len(drawn))]
 
 
+def shapes() -> dict:
+    """Configurations of two encoders of the field, for `make_encoder`."""
+    from transformers import BertConfig, Qwen2Config
+
+    minilm = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    qwen = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864}
+    return {
+        "MiniLM": BertConfig(vocab_size=30522, **minilm),
+        "Qwen2-0.5B": Qwen2Config(vocab_size=151936, num_key_value_heads=2, **qwen),
+    }
+
+
 def make_encoder(folder: Path, queries: list[str], config=None) -> str:
     """A random encoder of this configuration, with a byte-level BPE tokenizer trained on the queries; its folder.
 

@@ -3,23 +3,11 @@
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import add_corpus, corpus, make_encoder, median, print_header, report, rounds, seconds
+from benchmarks.common import add_corpus, corpus, make_encoder, median, print_header, report, rounds, seconds, shapes
 from benchmarks.finetuning import prepare, take_steps
-from benchmarks.training import random_battles
+from benchmarks.training import frozen_epoch
 from support.system.command_line import OneLineParser, run_command, whole_number
 from support.system.device import pick_device, tune_cpu
-
-
-def shapes() -> dict:
-    """Configurations of two real encoders, whose weights are then random."""
-    from transformers import BertConfig, Qwen2Config
-
-    minilm = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    qwen = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864}
-    return {
-        "MiniLM": BertConfig(vocab_size=30522, **minilm),
-        "Qwen2-0.5B": Qwen2Config(vocab_size=151936, num_key_value_heads=2, **qwen),
-    }
 
 
 def synchronize(device) -> None:
@@ -89,39 +77,6 @@ def benchmark_encoders(args, device) -> None:
             report(f"encoding, {name}, {dtype}", f"{rate / 1e12:.3g} TFLOP/s of a large product", measured)
 
 
-def tower_steps(device, num_models: int, batch_size: int, steps: int):
-    """A function that takes some training steps of frozen towers on a device."""
-    import torch
-
-    import train
-    from rankrouter import RankRouter, RouterConfig
-    from support.training.batches import BattleBatches
-    from support.training.checkpoint import TrainingState
-    from support.training.history import LearningCurves
-    from support.training.items import make_items
-    from support.training.optimization import EMA, make_optimizer
-
-    torch.manual_seed(0)
-    battles = random_battles(steps * batch_size, num_models=num_models, num_queries=2000)
-    router = RankRouter(battles.model_names, 896, RouterConfig()).to(device)
-    optimizer = make_optimizer(router.parameters(), [], lr=1e-4, encoder_lr=None, weight_decay=0.01)
-    items = make_items(battles, device, label_range=None)
-    x, cluster_idx = torch.randn(2000, 896, device=device), torch.randint(50, (2000,), device=device)
-    batches = BattleBatches(x, cluster_idx, items, batch_size)
-    ema = EMA(list(router.parameters()), 0.999)
-    state, flags = TrainingState(router, batches, optimizer, ema, LearningCurves(), epochs=1), train.parse_args([])
-
-    def epoch():
-        for batch in state.remaining_batches():
-            loss = train.train_step(flags, state, batch)
-            ema.update()
-            state.record(loss)
-        state.mean_loss()
-        state.next_epoch()
-
-    return epoch
-
-
 def benchmark_towers(args, device) -> None:
     """Steps a second of frozen towers on the device and on one thread of the CPU."""
     import torch
@@ -130,7 +85,7 @@ def benchmark_towers(args, device) -> None:
         steps = 100 if batch_size < 8192 else 20
         places = [device, torch.device("cpu")] if device.type == "cuda" else [device]
         torch.set_num_threads(1)
-        epochs = [tower_steps(place, num_models, batch_size, steps) for place in places]
+        epochs = [frozen_epoch(place, num_models, batch_size, steps)[1] for place in places]
         for epoch in epochs:
             epoch()
         times = rounds(args.rounds, *epochs)

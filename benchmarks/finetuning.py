@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import ROOT, median, print_header, ratio, report, rounds, seconds
+from benchmarks.common import ROOT, make_encoder, median, print_header, ratio, report, rounds, seconds, shapes
 from support.system.command_line import OneLineParser, run_command, some_path, whole_number
 from support.system.device import tune_cpu
 
@@ -111,21 +111,14 @@ def benchmark_processes(args) -> None:
 
 def benchmark_qwen(args) -> None:
     """A Qwen2 of the real 0.5B shape with random weights: encoding a batch, and a finetuning step on it."""
-    import torch
-    from transformers import Qwen2Config, Qwen2Model
-
+    from data_loader import load_battles
     from support.data.demo import demo_folder
 
     tune_cpu()
-    demo = demo_folder()
+    data_path = str(demo_folder() / "battles.parquet")
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24}
-        sizes = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
-        Qwen2Model(Qwen2Config(**sizes, **heads)).to(torch.bfloat16).save_pretrained(folder)
-        for file in (demo / "encoder").glob("tokenizer*"):
-            (Path(folder) / file.name).write_bytes(file.read_bytes())
-        state, flags = prepare(str(demo / "battles.parquet"), folder, *CHOICES[args.train], limit=1500)
+        path = make_encoder(Path(folder), load_battles(data_path)[0].queries, shapes()["Qwen2-0.5B"])
+        state, flags = prepare(data_path, path, *CHOICES[args.train], limit=1500)
         count = sum(parameter.numel() for parameter in state.batches.encoder.loaded[1].parameters())
         encoding, step = seconds(lambda: encode(state, 1)), seconds(lambda: take_steps(state, flags, 1))
         tokens = int(state.batches.lengths[state.planned[0]].sum())

@@ -59,8 +59,8 @@ def matrix_products(router, batch_size: int) -> list:
     return [*products, partial(torch.mm, q, m.T), partial(torch.mm, g, m), partial(torch.mm, g.T, q)]
 
 
-def benchmark_step(args) -> None:
-    """A step on frozen embeddings against its matrix products and the optimizer alone."""
+def frozen_epoch(device, num_models: int, batch_size: int, steps: int):
+    """A router of the default size on random embeddings, and a function that trains it for an epoch of some steps."""
     import torch
 
     import train
@@ -71,29 +71,41 @@ def benchmark_step(args) -> None:
     from support.training.items import make_items
     from support.training.optimization import EMA, make_optimizer
 
-    tune_cpu()
-    torch.set_num_threads(tower_threads(None))  # as in a run
     torch.manual_seed(0)
-    width, batch_size, steps = 896, 32, 200
-    battles = random_battles(steps * batch_size, num_models=20, num_queries=2000)
-    router, twin = (RankRouter(battles.model_names, width, RouterConfig()) for _ in range(2))
-    options = {"encoder": [], "lr": 1e-4, "encoder_lr": None, "weight_decay": 0.01}
-    optimizer, alone = (make_optimizer(each.parameters(), **options) for each in (router, twin))
-    for parameter in twin.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    products = matrix_products(router, batch_size)
-    items = make_items(battles, torch.device("cpu"), label_range=None)
-    batches = BattleBatches(torch.randn(2000, width), torch.randint(50, (2000,)), items, batch_size)
+    battles = random_battles(steps * batch_size, num_models, num_queries=2000)
+    router = RankRouter(battles.model_names, 896, RouterConfig()).to(device)
+    optimizer = make_optimizer(router.parameters(), [], lr=1e-4, encoder_lr=None, weight_decay=0.01)
+    x, cluster_idx = torch.randn(2000, 896, device=device), torch.randint(50, (2000,), device=device)
+    batches = BattleBatches(x, cluster_idx, make_items(battles, device, label_range=None), batch_size)
     ema = EMA(list(router.parameters()), 0.999)
-    state = TrainingState(router, batches, optimizer, ema, LearningCurves(), epochs=1)
-    flags = train.parse_args([])
+    state, flags = TrainingState(router, batches, optimizer, ema, LearningCurves(), epochs=1), train.parse_args([])
 
     def epoch():
         for batch in state.remaining_batches():
             loss = train.train_step(flags, state, batch)
             ema.update()
             state.record(loss)
+        state.mean_loss()  # waits for a GPU
         state.next_epoch()
+
+    return router, epoch
+
+
+def benchmark_step(args) -> None:
+    """A step on frozen embeddings against its matrix products and the optimizer alone."""
+    import torch
+
+    from rankrouter import RankRouter
+    from support.training.optimization import make_optimizer
+
+    tune_cpu()
+    torch.set_num_threads(tower_threads(None))  # as in a run
+    batch_size, steps = 32, 200
+    router, epoch = frozen_epoch(torch.device("cpu"), num_models=20, batch_size=batch_size, steps=steps)
+    twin, products = RankRouter(router.model_names, 896, router.config), matrix_products(router, batch_size)
+    alone = make_optimizer(twin.parameters(), [], lr=1e-4, encoder_lr=None, weight_decay=0.01)
+    for parameter in twin.parameters():
+        parameter.grad = torch.randn_like(parameter)
 
     def floor():
         for _ in range(steps):
