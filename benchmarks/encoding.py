@@ -25,10 +25,12 @@ def floor_seconds(network, lengths) -> float:
     import torch
     from torch import nn
 
+    from support.encoding.huggingface import PackedLinear
+
     tokens, width = int(lengths.sum()), network.config.hidden_size
     flops = linear_seconds = 0.0
     with torch.inference_mode():
-        for layer in (module for module in network.layers[0].modules() if isinstance(module, nn.Linear)):
+        for layer in (module for module in network.layers[0].modules() if isinstance(module, nn.Linear | PackedLinear)):
             x = torch.randn(2048, layer.in_features)  # (B * T, in)
             layer(x)
             once = statistics.median(seconds(lambda x=x, layer=layer: [layer(x) for _ in range(10)]) for _ in range(5))
