@@ -268,7 +268,8 @@ class PackedLinear(nn.Module):
 
 def pack_weights(network: nn.Module) -> None:
     """Let oneDNN multiply by a frozen network's weights, where this was measured to be faster: on x86 processors."""
-    if network.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+    is_x86 = network.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    if not is_x86 or not torch.backends.mkldnn.is_available():
         return
     supported = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name, part in list(network.named_modules()):
