@@ -1,5 +1,6 @@
 """What a CPU or a GPU achieves: `python -m benchmarks.device encoders --files a.parquet b.parquet --device cuda`."""
 
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from benchmarks.common import add_corpus, corpus, make_encoder, median, print_he
 from benchmarks.finetuning import prepare, take_steps
 from benchmarks.training import frozen_epoch
 from support.system.command_line import OneLineParser, run_command, whole_number
-from support.system.device import pick_device, tune_cpu
+from support.system.device import pick_device, threads, tune_cpu
 
 
 def synchronize(device) -> None:
@@ -20,8 +21,13 @@ def synchronize(device) -> None:
 
 def timed(action, device) -> float:
     """Seconds that a call takes, with all that it left to the device."""
+
+    def complete():
+        action()
+        synchronize(device)
+
     synchronize(device)
-    return seconds(lambda: (action(), synchronize(device)))
+    return seconds(complete)
 
 
 def matrix_rate(device, dtype: str) -> float:
@@ -33,7 +39,8 @@ def matrix_rate(device, dtype: str) -> float:
     size, count = (8192, 20) if device.type == "cuda" else (4096, 1)
     options = {"device": device, "dtype": getattr(torch, dtype)}
     x, layer = torch.randn(size, size, **options), torch.nn.Linear(size, size, bias=False, **options)
-    layers = [layer] if device.type == "cuda" else [layer, PackedLinear(layer.requires_grad_(False))]
+    can_pack = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    layers = [layer, PackedLinear(layer.weight.detach(), None)] if can_pack else [layer]
     with torch.inference_mode():
         times = [timed(lambda each=each: [each(x) for _ in range(count)], device) for _ in range(5) for each in layers]
     return 2 * size**3 * count / min(times)
@@ -56,7 +63,6 @@ def operations(network, lengths) -> float:
 def benchmark_encoders(args, device) -> None:
     """Tokens a second of both shapes, and their share of the device's matrix rate."""
     import numpy as np
-    import torch
 
     from support.encoding.encoder import QueryEncoder
 
@@ -70,10 +76,9 @@ def benchmark_encoders(args, device) -> None:
                 lengths = np.array([len(ids) for ids in encoder.tokenize(queries)])  # (Q,)
                 encoder.embed(queries[: len(queries) // 8])  # warm
                 times = [timed(lambda e=encoder: e.embed(queries), device) for _ in range(args.rounds)]
-            best = float(np.median(times))
-            share = operations(encoder.loaded[1], lengths) / best / rate
-            memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
-            measured = f"{lengths.sum() / best:,.0f} tokens a second, {share:.0%}{memory}"
+            middle = statistics.median(times)
+            share = operations(encoder.loaded[1], lengths) / middle / rate
+            measured = f"{lengths.sum() / middle:,.0f} tokens a second, {share:.0%}"
             report(f"encoding, {name}, {dtype}", f"{rate / 1e12:.3g} TFLOP/s of a large product", measured)
 
 
@@ -84,36 +89,30 @@ def benchmark_towers(args, device) -> None:
     for num_models, batch_size in ((20, 32), (20, 1024), (100, 1024), (100, 8192)):
         steps = 100 if batch_size < 8192 else 20
         places = [device, torch.device("cpu")] if device.type == "cuda" else [device]
-        torch.set_num_threads(1)
-        epochs = [frozen_epoch(place, num_models, batch_size, steps)[1] for place in places]
-        for epoch in epochs:
-            epoch()
-        times = rounds(args.rounds, *epochs)
+        with threads(1):
+            epochs = [frozen_epoch(place, num_models, batch_size, steps)[1] for place in places]
+            for epoch in epochs:
+                epoch()
+            times = rounds(args.rounds, *epochs)
         measured = ", ".join(f"{steps / median(times, i):,.0f} on {place.type}" for i, place in enumerate(places))
         report(f"steps of frozen towers, B {batch_size}, M {num_models}", "a second", measured)
 
 
 def benchmark_finetuning(args, device) -> None:
     """Training steps of the Qwen2 with adapters and of all its weights: tokens a second, share of the matrix rate."""
-    import torch
-
     rate, queries = matrix_rate(device, "bfloat16"), corpus(args.files, args.sizes)
-    count, tokens = (20, 16384) if device.type == "cuda" else (1, 2048)
-    ways = (("rank 8", 8, False), ("rank 8, --deterministic", 8, True), ("all", None, False))
-    for name, lora_rank, is_deterministic in ways:
+    count, budget = (20, 16384) if device.type == "cuda" else (1, 2048)  # steps, tokens of each
+    for name, lora_rank in (("rank 8", 8), ("all weights", None)):
         with tempfile.TemporaryDirectory() as folder:
             path = make_encoder(Path(folder), queries, shapes()["Qwen2-0.5B"])
-            torch.use_deterministic_algorithms(is_deterministic)
-            state, flags = prepare(args.files[0], path, None, lora_rank, 3000, device, tokens)
+            state, flags = prepare(args.files[0], path, None, lora_rank, limit=3000, device=device, tokens=budget)
         take_steps(state, flags, 2)  # warm
         times = [timed(lambda s=state, f=flags: take_steps(s, f, count), device) for _ in range(args.rounds)]
-        torch.use_deterministic_algorithms(False)
-        batches = state.planned[:count]
-        tokens = sum(int(state.batches.lengths[batch].sum()) for batch in batches)
+        lengths = [state.batches.lengths[batch] for batch in state.planned[:count]]  # (b,) each
         passes = 3 if lora_rank is None else 2  # of frozen weights no gradient is computed
-        needed = passes * sum(operations(state.batches.encoder.loaded[1], state.batches.lengths[b]) for b in batches)
-        middle = sorted(times)[len(times) // 2]
-        measured = f"{tokens / middle:,.0f} tokens a second, {needed / middle / rate:.0%}"
+        needed = passes * sum(operations(state.batches.encoder.loaded[1], each) for each in lengths)
+        middle = statistics.median(times)
+        measured = f"{sum(map(sum, lengths)) / middle:,.0f} tokens a second, {needed / middle / rate:.0%}"
         report(f"finetuning, Qwen2-0.5B, {name}", f"{rate / 1e12:.3g} TFLOP/s of a large product", measured)
 
 

@@ -3,13 +3,23 @@
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import ROOT, make_encoder, median, print_header, ratio, report, rounds, seconds, shapes
+from benchmarks.common import (
+    ROOT,
+    make_encoder,
+    median,
+    peak_memory,
+    print_header,
+    ratio,
+    report,
+    rounds,
+    seconds,
+    shapes,
+)
 from support.system.command_line import OneLineParser, run_command, some_path, whole_number
 from support.system.device import tune_cpu
 
@@ -51,7 +61,7 @@ def prepare(
     state = TrainingState(router, batches, optimizer, EMA([], 0.0), LearningCurves(), epochs=1)
     state.order = torch.arange(batches.count)  # the same batches each time
     state.planned = batches.plan(state.order)
-    state.losses = torch.zeros(len(state.planned))  # (steps,)
+    state.losses = torch.zeros(len(state.planned), device=device)  # (steps,)
     return state, train.parse_args(["--finetune_encoder"])
 
 
@@ -122,8 +132,7 @@ def benchmark_qwen(args) -> None:
         count = sum(parameter.numel() for parameter in state.batches.encoder.loaded[1].parameters())
         encoding, step = seconds(lambda: encode(state, 1)), seconds(lambda: take_steps(state, flags, 1))
         tokens = int(state.batches.lengths[state.planned[0]].sum())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    measured = f"{tokens} tokens: encoded in {encoding:.1f} s, a step in {step:.1f} s, {peak:.1f} GiB at most"
+    measured = f"{tokens} tokens: encoded in {encoding:.1f} s, a step in {step:.1f} s, {peak_memory():.1f} GiB at most"
     report(f"Qwen2, {count / 1e6:.0f} million weights, {args.train}", "itself", measured)
 
 

@@ -43,8 +43,11 @@ def _tokenize_some(queries: list[str], tokenizer, max_length: int, read: int) ->
     """
     keeps_last, most = getattr(tokenizer, "truncation_side", "right") == "left", max(read, MOST_CHARACTERS)
 
+    # Lists of the others take as long as the ids.
+    others = [name for name in ("attention_mask", "token_type_ids") if name in tokenizer.model_input_names]
+    only_ids = {f"return_{name}": False for name in others}
+
     def encode(texts: list[str]) -> list[list[int]]:
-        only_ids = {"return_attention_mask": False, "return_token_type_ids": False}  # lists of the others take longer
         return tokenizer(texts, truncation=True, max_length=max_length, **only_ids)["input_ids"]
 
     ids = encode([query[-most:] if keeps_last else query[:read] for query in queries])

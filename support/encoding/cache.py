@@ -24,7 +24,7 @@ from support.system.command_line import OneLineParser, run_command
 from support.system.errors import UserError, one_line, reason
 from support.system.files import atomic_write, folder_path, make_folder, remove_leftovers, user_cache_folder
 
-FORMAT_VERSION = 2  # of the shards, and of the arithmetic from text to embedding that they hold, but for rounding
+FORMAT_VERSION = 2  # of the shards, and of the arithmetic from text to embedding, unless only rounding differs
 
 SECONDS_PER_SHARD = 5  # of encoding; a killed run loses at most these
 SHARD_NAME = re.compile(r"[0-9]{6}-[0-9a-f]{64}\.safetensors")

@@ -199,7 +199,7 @@ class QueryEncoder:
             tokenizer, network, parameters = self._load_trainable(layers, lora_rank)
             load_weights(parameters, self.finetuned["weights"])
             network.requires_grad_(False)
-        if self.finetuned is None or self.dtype == "float32":  # else autocast converts the weights
+        if self.finetuned is None or self.dtype == "float32":  # autocast takes plain linear layers
             pack_weights(network)
         return tokenizer, network
 

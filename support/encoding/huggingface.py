@@ -245,24 +245,25 @@ def truncate(network: nn.Module, tokenizer, layers: list[int], num_layers: int) 
 
 
 class PackedLinear(nn.Module):
-    """A frozen linear map on the CPU, whose weights oneDNN rearranges once and not in each call."""
+    """A frozen linear layer on the CPU, whose weights oneDNN rearranges once and not in each call."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight, None)
-        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.packed, self.bias = nn.Parameter(packed, requires_grad=False), bias
 
-    def __deepcopy__(self, memo: dict) -> "PackedLinear":
-        return self  # it never changes, and oneDNN's tensors cannot be copied
+    def __reduce__(self) -> tuple:
+        return PackedLinear, (self.packed.to_dense(), self.bias)  # oneDNN's tensors can be neither copied nor pickled
 
     @cached_property
     def weight(self) -> torch.Tensor:
-        """The weights (out, in) as they were: a few encoders multiply by them, or look at their dtype in each pass."""
+        """The weights (out, in) as they were, kept from the first use on: a few encoders use them themselves."""
         return self.packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """From float (..., in) to (..., out)."""
+        x = x.to(self.packed.dtype)  # a caller's autocast may have changed it
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # (..., out)
 
 
@@ -271,10 +272,13 @@ def pack_weights(network: nn.Module) -> None:
     is_x86 = network.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
     if not is_x86 or not torch.backends.mkldnn.is_available():
         return
-    supported = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    for name, part in list(network.named_modules()):
-        if type(part) is nn.Linear and part.weight.dtype in supported:
-            network.set_submodule(name, PackedLinear(part))
+    supported = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        supported.add(torch.bfloat16)
+    for name in [name for name, part in network.named_modules() if type(part) is nn.Linear]:
+        linear = network.get_submodule(name)
+        if linear.weight.dtype in supported:
+            network.set_submodule(name, PackedLinear(linear.weight, linear.bias))
 
 
 def _keep(hidden: dict, layer: int, module: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:

@@ -41,8 +41,8 @@ def init() -> Iterator[None]:
     if _started() == 1:
         yield
         return
-    # Optimizers import this module, whose functions take the group as a default argument. Imported before there is one,
-    # they do not: the connection would outlive the block, and a thread of it may abort a process that ends.
+    # torch.optim imports this module, and its functions' default arguments would keep the process group, unless there
+    # is none yet: the connection would outlive the block, and a thread of it may abort a process that ends.
     import torch.distributed.nn.functional  # noqa: F401
     from torch import cuda, distributed
 

@@ -198,12 +198,15 @@ def test_shares_of_the_work_are_complete_and_of_similar_cost(monkeypatch):
 def test_torchrun_itself_starts_it_and_the_connection_ends_with_it(small, alone, tmp_path):
     script, threads = tmp_path / "then.py", "pathlib.Path('/proc/self/task').glob('*/comm')"
     run = "import pathlib, runpy; runpy.run_path('train.py', run_name='__main__')"
-    script.write_text(f"{run}; print('thread', *[path.read_text().strip() for path in {threads}])")
+    script.write_text(
+        f"{run}; print('thread', *sorted([path.read_text().strip() for path in {threads}], reverse=True))"
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     flags = [*small, *PLAIN, "--output_dir", str(tmp_path), "--epochs", "1", "--cache_dir", str(alone / "cache")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("saved ") == 1
-    assert "gloo" not in ended.stdout  # a thread
+    assert ended.stdout.count("thread python") == 2
+    assert "gloo" not in ended.stdout  # the names of its threads begin with it
     assert history_of(tmp_path)["train_losses"] == pytest.approx(history_of(alone)["train_losses"][:1], rel=1e-5)
