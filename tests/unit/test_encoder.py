@@ -121,6 +121,10 @@ def test_packed_weights_give_the_same_states_also_where_an_encoder_uses_them_its
     for packed in (network, pickle.loads(pickle.dumps(network))):
         after = hidden_states(packed, ids, torch.ones_like(ids))[None]
         torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
+    linear, x = torch.nn.Linear(4, 3).requires_grad_(False), torch.randn(2, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):  # of a caller, which other layers follow
+        got = PackedLinear(linear.weight, linear.bias)(x)
+    torch.testing.assert_close(got, linear(x.float()))
 
 
 def states_of(folder, query):
