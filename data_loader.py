@@ -1,7 +1,7 @@
 """Battles between models and score tables, loaded from files in the public layouts and split by query."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ def load_battles(
     seed: int = 42,
     query_column: str | None = None,
     split_column: str | None = None,
+    group_column: str | None = None,
 ) -> tuple[Battles, dict]:
     """Load the battles at `path`, and count the rows that were dropped by reason.
 
@@ -56,12 +57,14 @@ def load_battles(
     limit: keep the battles of this many queries, drawn with `seed`; by default all.
     query_column: the column of the query; by default the first with one of the known names.
     split_column: the column that says on which side of the split a row is, if any.
+    group_column: the column of a row's group, such as its task; by default one with a usual name, if any.
 
     Returns the battles and the counts for the history. Raises `UserError` where a file cannot be read or has no known
     layout, or no battle is left.
     """
     (files, skipped), rows = data_files(path), Rows()
-    layouts = find_layouts([open_table(file) for file in files], score_columns, query_column, split_column)
+    tables = [open_table(file) for file in files]
+    layouts = find_layouts(tables, score_columns, query_column, split_column, group_column)
     for table, layout in layouts.items():
         for chunk in table.read(layout.columns):
             rows.add(chunk, layout)
@@ -109,6 +112,8 @@ def _as_battles(rows: Rows, limit: int | None, seed: int, has_sides: bool) -> tu
         outcome=single[:, 3].astype(np.float32),  # (N,)
         table=None if table is None else ScoreTable(*table).select(slice(None), order),
         side=single[:, 4].astype(np.int8) if has_sides else None,  # (N,)
+        group=single[:, 5].astype(np.int64),  # (N,)
+        group_names=tuple(rows.groups),
     )
     outside_limit = max(0, len(battles.unique_queries) - limit) if limit else 0
     if outside_limit:
@@ -124,20 +129,24 @@ def split_battles(
     ties: str = "drop",
     hold_out: str | None = None,
     equal_rows: bool = False,
+    test_groups: list[str] | None = None,
+    shuffle: bool = False,
 ) -> tuple[Split, dict]:
     """Split battles 80/10/10 into training, validation and test.
 
     seed: alone decides which queries (or battles) are on which side, and the battles of `val_pairs`.
     by: "query" keeps all battles of a query on one side; "battle" draws single battles, as published code does, and
-        rows of a score table.
+        rows of a score table; "task" keeps groups together, and tests on some that training never saw.
     ties: "drop" leaves ties out of training, "half" keeps them; validation and test never have any.
     hold_out: the name of a model to leave out, with all its battles.
     equal_rows: whether training and validation keep all rows of a score table, also those that hold no battle.
+    test_groups: the groups to test on with "task"; by default drawn, until they have a tenth of the queries.
+    shuffle: permutes the outcomes of training and validation among queries, so that these say nothing of them.
 
     Returns the split and its counts. Raises `UserError` where a side is empty or no model is named `hold_out`.
     """
     # 1. The side of each single battle, and of each row of a score table.
-    side, row_side = _sides(battles, by, seed)  # (N,), (R,)
+    side, row_side = _sides(battles, by, seed, test_groups)  # (N,), (R,)
     sides = {name: battles.select(side == name, row_side == name) for name in ("train", "val", "test")}
 
     # 2. Training battles: ties dropped, a model held out, each if requested.
@@ -162,10 +171,13 @@ def split_battles(
     # 4. Only the queries and models in use, renumbered; these models are `trained`.
     used = np.unique(np.concatenate([part.unique_queries for part in parts.values()]))  # (Q,)
     parts = {name: part.renumbered(used, trained) for name, part in parts.items()}
+    if shuffle:
+        parts |= {name: shuffled(parts[name], seed) for name in ("train", "val")}
     split = Split(**parts, val_pairs=parts["val"].sample(VAL_BATTLES, seed))
 
     ties_in_train = sides["train"].num_ties if ties == "half" or equal_rows else 0
     return split, _counts(split, battles, trained) | {
+        "groups": _group_counts(battles, side, row_side) if by == "task" else None,
         "ties_left_out": battles.num_ties - ties_in_train,
         "training_battles_held_out": len(candidates) - len(train),
         "unseen_model_battles": num_decisive - len(val) - len(test),
@@ -187,11 +199,13 @@ def _counts(split: Split, battles: Battles, trained: np.ndarray) -> dict:
     }
 
 
-def _sides(battles: Battles, by: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sides (N,) of single battles and (R,) of table rows: the official ones, or drawn by query or by battle."""
+def _sides(battles: Battles, by: str, seed: int, test_groups: list[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The sides (N,) of single battles and (R,) of table rows: official ones, or drawn by query, battle or group."""
     of_battle, of_row = battles.query_columns()  # (N,), (R,)
     if battles.side is not None:
         return _official_sides(battles, seed)
+    if by == "task":
+        return _sides_of_groups(battles, seed, test_groups)
     if by == "battle":
         return np.split(_draw_sides(len(of_battle) + len(of_row), seed), [len(of_battle)])
     side_of_query = _draw_sides(len(battles.unique_queries), seed)  # (Qd,)
@@ -213,14 +227,76 @@ def _official_sides(battles: Battles, seed: int) -> tuple[np.ndarray, np.ndarray
     Where they state no validation, a ninth of the training queries is drawn for it.
     """
     row_side = np.empty(0, np.int8) if battles.table is None else battles.table.side  # (R,)
-    sides, queries = [SIDES[battles.side], SIDES[row_side]], battles.query_columns()  # (N,), (R,) each
+    sides = SIDES[battles.side], SIDES[row_side]  # (N,), (R,)
     if not any("val" in side for side in sides):
-        train_queries = np.unique(np.concatenate([q[side == "train"] for q, side in zip(queries, sides, strict=True)]))
-        count = max(1, round(len(train_queries) / 9))
-        drawn = np.random.default_rng(seed).permutation(train_queries)[:count]  # (Qv,)
-        for side, query_idx in zip(sides, queries, strict=True):
-            side[(side == "train") & np.isin(query_idx, drawn)] = "val"
-    return tuple(sides)
+        _draw_validation(sides, battles.query_columns(), seed)
+    return sides
+
+
+def _draw_validation(sides: tuple[np.ndarray, ...], queries: tuple[np.ndarray, ...], seed: int) -> None:
+    """Move a ninth of the training queries to validation, in the sides of single battles (N,) and table rows (R,)."""
+    train_queries = np.unique(np.concatenate([q[side == "train"] for q, side in zip(queries, sides, strict=True)]))
+    count = max(1, round(len(train_queries) / 9))
+    drawn = np.random.default_rng(seed).permutation(train_queries)[:count]  # (Qv,)
+    for side, query_idx in zip(sides, queries, strict=True):
+        side[(side == "train") & np.isin(query_idx, drawn)] = "val"
+
+
+def _groups(battles: Battles) -> tuple[np.ndarray, np.ndarray]:
+    """The groups of single battles (N,) and of the table's rows (R,), -1 for none."""
+    return battles.group, np.empty(0, np.int64) if battles.table is None else battles.table.group
+
+
+def _sides_of_groups(battles: Battles, seed: int, test_groups: list[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The sides (N,) of single battles and (R,) of table rows by group; validation is drawn by query from the others.
+
+    A query of a test group that is in another group, too, is left out there, as is what has no group: "none".
+    """
+    groups, queries, names = _groups(battles), battles.query_columns(), battles.group_names  # (N,), (R,) each
+    pairs = np.unique(np.stack([np.concatenate(groups), np.concatenate(queries)]), axis=1)  # (2, P), group and query
+    sizes = np.bincount(pairs[0][pairs[0] >= 0], minlength=len(names))  # (G,) queries
+    if (sizes > 0).sum() < 2:
+        found = f"{listed(map(one_line, names))}"
+        raise UserError(f"--split_by task needs two groups of queries or more, found {found}; name --group_column")
+    if test_groups is None:
+        order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes))  # (G,)
+        count = 1 + int(np.searchsorted(sizes[order].cumsum(), sizes.sum() / 10))
+        test = order[: min(count, len(order) - 1)]
+    elif unknown := [name for name in test_groups if name not in names]:
+        raise UserError(f"--test_groups: no group is named {listed(unknown)}; found {listed(map(one_line, names))}")
+    else:
+        test = np.array([names.index(name) for name in test_groups])
+    sides = tuple(np.where(np.isin(group, test), "test", np.where(group < 0, "none", "train")) for group in groups)
+    tested = np.concatenate([query[side == "test"] for query, side in zip(queries, sides, strict=True)])
+    for side, query in zip(sides, queries, strict=True):
+        side[(side == "train") & np.isin(query, tested)] = "none"
+    _draw_validation(sides, queries, seed)
+    return sides
+
+
+def _group_counts(battles: Battles, side: np.ndarray, row_side: np.ndarray) -> dict:
+    """The groups on each side, and the battles or rows that are on none, from their sides (N,) and (R,)."""
+    sides, group = np.concatenate([side, row_side]), np.concatenate(_groups(battles))  # (N + R,) each
+    test, train = (sorted({battles.group_names[i] for i in set(group[sides == name])}) for name in ("test", "train"))
+    return {"test": test, "train": train, "left_out": int((sides == "none").sum())}
+
+
+def shuffled(battles: Battles, seed: int) -> Battles:
+    """The battles with outcomes permuted within each pair of models, and the table with its rows permuted.
+
+    A control: each pair of models keeps its wins, so a ranking learns the same, and the query says nothing.
+    """
+    rng, low = np.random.default_rng(seed), np.minimum(battles.model_a_idx, battles.model_b_idx)  # (N,)
+    pair = low * len(battles.model_names) + np.maximum(battles.model_a_idx, battles.model_b_idx)  # (N,)
+    is_low = battles.model_a_idx == low  # (N,)
+    outcome_of_low = np.where(is_low, battles.outcome, 1 - battles.outcome)  # (N,)
+    permuted = np.empty_like(outcome_of_low)  # (N,)
+    permuted[np.argsort(pair, kind="stable")] = outcome_of_low[np.lexsort((rng.random(len(pair)), pair))]
+    table = battles.table
+    if table is not None:
+        order = rng.permutation(len(table))  # (R,)
+        table = replace(table, scores=table.scores[order], costs=None if table.costs is None else table.costs[order])
+    return replace(battles, outcome=np.where(is_low, permuted, 1 - permuted), table=table)
 
 
 def query_ids(queries: list[str]) -> np.ndarray:

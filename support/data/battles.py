@@ -29,6 +29,7 @@ class ScoreTable:
     scores: np.ndarray  # (R, M) float64, higher is better, NaN where missing
     costs: np.ndarray | None = None  # (R, M) float64, NaN where missing; None where the files have none
     side: np.ndarray | None = None  # (R,) as of Battles
+    group: np.ndarray | None = None  # (R,) as of Battles
 
     def __len__(self) -> int:
         return len(self.query_idx)
@@ -36,8 +37,8 @@ class ScoreTable:
     def select(self, rows: np.ndarray, models: np.ndarray | slice = slice(None)) -> "ScoreTable":
         """The rows of a mask or indices (r,), with the models of indices (m,)."""
         costs = None if self.costs is None else self.costs[rows][:, models]
-        side = None if self.side is None else self.side[rows]
-        return ScoreTable(self.query_idx[rows], self.scores[rows][:, models], costs, side)
+        side, group = (None if each is None else each[rows] for each in (self.side, self.group))
+        return ScoreTable(self.query_idx[rows], self.scores[rows][:, models], costs, side, group)
 
     def differs(self) -> np.ndarray:
         """Which rows have scores that differ, (R,): the others hold no decisive battle."""
@@ -123,6 +124,8 @@ class Battles:
     table: ScoreTable | None = None
     ties: bool = True  # whether equal scores of the table are battles, too
     side: np.ndarray | None = None  # (N,) int8, of an official split: 0 training, 1 validation, 2 test
+    group: np.ndarray | None = None  # (N,) int64 into group_names, -1 for none
+    group_names: tuple[str, ...] = ()  # of tasks, or of other groups of queries
 
     def query_columns(self) -> tuple[np.ndarray, np.ndarray]:
         """The queries of single battles (N,), and those of the table's rows (R,), none without a table."""
@@ -211,10 +214,11 @@ class Battles:
 
     def select(self, keep: np.ndarray, rows: np.ndarray | slice | None) -> "Battles":
         """The single battles of a mask or indices, and the table's rows of another; None for no table."""
-        side = None if self.side is None else self.side[keep]
+        side, group = (None if each is None else each[keep] for each in (self.side, self.group))
         table = None if self.table is None or rows is None else self.table.select(rows)
         table = None if table is None or not len(table) else table
-        return replace(self, side=side, table=table, **{name: getattr(self, name)[keep] for name in COLUMNS})
+        columns = {name: getattr(self, name)[keep] for name in COLUMNS}
+        return replace(self, side=side, group=group, table=table, **columns)
 
     def usable(self, ties: bool = False, equal_rows: bool = False) -> "Battles":
         """These battles with or without ties, and of the table the rows that then hold battles.
@@ -251,9 +255,10 @@ class Battles:
             model_b_idx=np.searchsorted(models, self.model_b_idx),
             table=table,
             side=None,
+            group=None,
         )
 
     def concatenate(self, other: "Battles") -> "Battles":
         """These battles followed by the single ones of `other`, a selection from the same queries and models."""
         columns = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in COLUMNS}
-        return replace(self, side=None, **columns)
+        return replace(self, side=None, group=None, **columns)

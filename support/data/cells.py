@@ -15,6 +15,7 @@ SCORES = (
     *("score", "performance", "effect", "correct", "is_correct", "acc", "accuracy", "evaluation_result"),
     *("overall_score", "reward", "rating", "quality", "label"),
 )
+GROUPS = ("task", "task_name", "eval_name", "category", "dataset", "dataset_name", "benchmark")  # a row's task
 COSTS = ("cost", "total_cost", "inference_cost", "price", "usd")
 NO_NUMBER = ("", "NA", "N/A", "None", "null")  # what tables write where a number is missing
 NO_NAME = (*NO_NUMBER, "nan", "NaN", "#N/A")

@@ -12,6 +12,7 @@ from itertools import islice
 from support.data.cells import (
     CONVERSATIONS,
     COSTS,
+    GROUPS,
     MODELS,
     QUERIES,
     SCORES,
@@ -53,6 +54,8 @@ class Layout:
     costs: the cost column of each model of a wide table, None where it has none; that of a long table, if any.
     model: that of the whole file, where no column names it; then `others` of "long" lacks it.
     split: the column that says on which side of the split a row is, if any.
+    group: the column of the row's group, such as its task, if any.
+    group_name: the group of the whole file, where no column has it.
     left_out: the columns that are not read.
     """
 
@@ -63,11 +66,13 @@ class Layout:
     costs: tuple[str | None, ...] = ()
     model: str | None = None
     split: str | None = None
+    group: str | None = None
+    group_name: str | None = None
     left_out: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
-        return list(dict.fromkeys([self.query, *self.others, *filter(None, (*self.costs, self.split))]))
+        return list(dict.fromkeys([self.query, *self.others, *filter(None, (*self.costs, self.split, self.group))]))
 
     @property
     def is_conversation(self) -> bool:
@@ -78,6 +83,7 @@ class Layout:
         """What was taken for what, for the screen and the history."""
         named = {"models" if self.models else "of": self.others, "costs": filter(None, self.costs)}
         named |= {"model, by the file's name,": filter(None, [self.model]), "split": filter(None, [self.split])}
+        named |= {"groups": filter(None, [self.group]), "group, by the file's name,": filter(None, [self.group_name])}
         shown = {what: ", ".join(names) for what, names in named.items()} | {"not read:": listed(self.left_out, "")}
         parts = [f"{what} {names}" for what, names in shown.items() if names]
         return f"{self.kind}: " + "; ".join([f"query {self.query}", *parts])
@@ -89,24 +95,34 @@ class Layout:
 
 
 def find_layouts(
-    tables: list[Table], score_columns: list[str] | None, query_column: str | None, split_column: str | None
+    tables: list[Table],
+    score_columns: list[str] | None,
+    query_column: str | None,
+    split_column: str | None,
+    group_column: str | None,
 ) -> dict[Table, Layout]:
     """The layout of each table; tables with the same columns have the same one, or a model each.
 
     score_columns: the models of a wide score table; by default every numeric column that can be one.
     query_column: the column of the query; by default the first of `QUERIES`.
     split_column: the column that says on which side of the split a row is, if any.
+    group_column: the column of a row's group, such as its task; by default the first of `GROUPS`, or the file where
+        several files have different columns.
 
     Raises `UserError` where a table has no known layout, or could have two, or the tables do not fit together.
     """
-    layouts = {}
-    for columns in dict.fromkeys(tuple(sorted(table.columns)) for table in tables):
+    layouts, named = {}, (score_columns, query_column, split_column, group_column)
+    kinds = dict.fromkeys(tuple(sorted(table.columns)) for table in tables)
+    for columns in kinds:
         group = [table for table in tables if tuple(sorted(table.columns)) == columns]
-        layout = _find_layout(group, score_columns, query_column, split_column, num_files=len(tables))
+        layout = _find_layout(group, *named, num_files=len(tables))
         layouts |= dict.fromkeys(group, layout)
     of_one_model = [table for table, layout in layouts.items() if layout.model]
     for table, model in zip(of_one_model, models_by_file(of_one_model), strict=True):
         layouts[table] = replace(layouts[table], model=model)
+    for table, layout in layouts.items():
+        if len(kinds) > 1 and not of_one_model and layout.group is None:
+            layouts[table] = replace(layout, group_name=stem(table.file))
     first = next(iter(layouts.values()))
     for table, layout in layouts.items():
         if layout.kind == first.kind == "long" and (layout.query, layout.others) != (first.query, first.others):
@@ -120,19 +136,22 @@ def _find_layout(
     score_columns: list[str] | None,
     query_column: str | None,
     split_column: str | None,
+    group_column: str | None,
     num_files: int,
 ) -> Layout:
     """The layout of tables with the same columns, of `num_files`; the others as of `find_layouts`."""
     table = tables[0]
-    if missing := {*(score_columns or ()), query_column, split_column} - {*table.columns, None}:
+    if missing := {*(score_columns or ()), query_column, split_column, group_column} - {*table.columns, None}:
         raise UserError(f"{table.file} has no column {listed(missing)}; found {listed(table.columns)}")
     query = query_column or _query_column(table)
+    group = group_column or table.first(*GROUPS)
+    group = None if group in (query, split_column, *(score_columns or ())) else group
     if score_columns:
         layout = Layout("wide", query, tuple(score_columns), costs=_costs_of_models(table, score_columns))
     else:
         layout = _battles(tables, query) or _long(tables, query) or _nested(table, query)
-        layout = layout or _wide(tables, query, num_files)
-    layout = replace(layout, split=split_column)
+        layout = layout or _wide(tables, query, group, num_files)
+    layout = replace(layout, split=split_column, group=None if group in layout.columns else group)
     return replace(layout, left_out=tuple(name for name in table.columns if name not in layout.columns))
 
 
@@ -232,10 +251,10 @@ def _refuse_answers(table: Table, scores: str | None = None) -> None:
         raise _unknown(table, f"`{answers[0]}`, an answer, and no column that names its model ({', '.join(MODELS)})")
 
 
-def _wide(tables: list[Table], query: str, num_files: int) -> Layout:
+def _wide(tables: list[Table], query: str, group: str | None, num_files: int) -> Layout:
     """A table with a column per model, or with the scores of one model, which the file's name then tells."""
     table = tables[0]
-    columns = read_columns(tables, [name for name in table.columns if name != query])
+    columns = read_columns(tables, [name for name in table.columns if name not in (query, group)])
     named = {name: column for name, column in columns.items() if is_model_column(name)}
     models = [name for name, column in named.items() if column.is_score]
     score, costs = _score_and_costs(tables, query)

@@ -32,10 +32,11 @@ class Rows:
         self.queries = {}  # query with white space folded -> index, first spelling
         self.model_idx = {}  # name -> index
         self.names = {}  # cell -> name
-        self.battles = []  # (query, model a, model b, outcome, side)
+        self.groups = {}  # name of a task or another group -> index
+        self.battles = []  # (query, model a, model b, outcome, side, group)
         # The cells of score tables, one after the other: table row, model, score, and cost or NaN.
         self.cells = array("q"), array("q"), array("d"), array("d")
-        self.table_rows = array("q"), array("b")  # query and side of each table row
+        self.table_rows = array("q"), array("b"), array("q")  # query, side and group of each table row, -1 for none
         self.row_of_prompt = {}  # a prompt of a long table -> its table row
 
     def add(self, chunk: Chunk, layout: Layout) -> None:
@@ -43,32 +44,34 @@ class Rows:
         num_rows, is_conversation = len(chunk[layout.query]), layout.is_conversation
         others = [chunk[name] for name in layout.others]
         costs = [chunk[name] if name else [None] * num_rows for name in layout.costs]
+        groups = [layout.group_name] * num_rows if layout.group is None else chunk[layout.group]
         for i, query in enumerate(chunk[layout.query]):
             text = self.clean(as_text(query, is_conversation)).strip()
             self.parsed += not is_conversation and bool(text) and text != str(query).strip()
             side = -1 if layout.split is None else SIDES.get(fold(str(chunk[layout.split][i])))
+            place = side, self.group(groups[i])
             cells, row_costs = [column[i] for column in others], [column[i] for column in costs]
             if not text:
                 reason = "without query text"
             elif side is None:
                 reason = "on an unknown side of the split"
             elif layout.outcome:
-                reason = self.add_battle(text, side, layout, *cells)
+                reason = self.add_battle(text, place, layout, *cells)
             elif layout.kind == "long":
                 named = cells if layout.model is None else [layout.model, *cells]
-                reason = self.add_score(text, side, *named, costs=row_costs)
+                reason = self.add_score(text, place, *named, costs=row_costs)
             else:
                 nested = layout.kind == "nested"
                 pairs = as_scores(cells[0]) if nested else list(zip(layout.models, cells, strict=True))
-                reason = self.add_scores(text, side, pairs, row_costs or [cost_in(cell) for _, cell in pairs])
+                reason = self.add_scores(text, place, pairs, row_costs or [cost_in(cell) for _, cell in pairs])
             if reason:
                 self.dropped[reason] += 1
             self.num_read += 1
 
     def add_battle(
-        self, text: str, side: int, layout: Layout, model_a: object, model_b: object, *winner: object
+        self, text: str, place: tuple, layout: Layout, model_a: object, model_b: object, *winner: object
     ) -> str | None:
-        """Add a battle; returns the reason if it is dropped."""
+        """Add a battle with its side and group; returns the reason if it is dropped."""
         a, b = self.name(model_a), self.name(model_b)
         if not a or not b:
             return "without a model name"
@@ -78,11 +81,11 @@ class Rows:
         if outcome is None:
             self._count(self.unknown_winners, ", ".join(map(str, winner)))
             return "with an unknown winner"
-        self.battles.append((self.query(text), self.model(a), self.model(b), outcome, side))
+        self.battles.append((self.query(text), self.model(a), self.model(b), outcome, *place))
         return None
 
     def add_score(
-        self, text: str, side: int, model: object, score: object, prompt_id: object = None, *, costs: Sequence = ()
+        self, text: str, place: tuple, model: object, score: object, prompt_id: object = None, *, costs: Sequence = ()
     ) -> str | None:
         """Add a row of a long table; returns the reason if it is dropped."""
         name, value = self.name(model), as_score(score)
@@ -93,15 +96,15 @@ class Rows:
             return "without a score"
         query = self.query(text)
         # By the id alone, prompts would mix where each shard counts from 0, or where the id is empty.
-        prompt = str(prompt_id), query, side
+        prompt = str(prompt_id), query, place
         if prompt not in self.row_of_prompt:
-            self.row_of_prompt[prompt] = self._start_table_row(query, side)
+            self.row_of_prompt[prompt] = self._start_table_row(query, place)
         cost = self._cost(costs[0] if costs else cost_in(score))
         self._keep(self.row_of_prompt[prompt], self.model(name), value, cost)
         return None
 
     def add_scores(
-        self, text: str, side: int, scores: Sequence[tuple[str, object]], costs: Sequence[object]
+        self, text: str, place: tuple, scores: Sequence[tuple[str, object]], costs: Sequence[object]
     ) -> str | None:
         """Add a row of a wide or nested table; returns the reason if it is dropped."""
         pairs = zip(scores, costs, strict=True)
@@ -112,13 +115,13 @@ class Rows:
         if len({name for name, *_ in valid}) < 2:
             return "with fewer than two scores"
         self.scores_missing += len(read) - len(valid)
-        table_row = self._start_table_row(self.query(text), side)
+        table_row = self._start_table_row(self.query(text), place)
         for name, score, cost in valid:
             self._keep(table_row, self.model(name), score, cost)
         return None
 
-    def _start_table_row(self, query: int, side: int) -> int:
-        for column, value in zip(self.table_rows, (query, side), strict=True):
+    def _start_table_row(self, query: int, place: tuple) -> int:
+        for column, value in zip(self.table_rows, (query, *place), strict=True):
             column.append(value)
         return len(self.table_rows[0]) - 1
 
@@ -178,18 +181,22 @@ class Rows:
     def model(self, name: str) -> int:
         return self.model_idx.setdefault(name, len(self.model_idx))
 
-    def battles_read(self) -> np.ndarray:
-        """The single battles, float (N, 5): query, model a, model b, outcome, side."""
-        return np.array(self.battles, np.float64).reshape(-1, 5)  # (N, 5)
+    def group(self, cell: object) -> int:
+        name = self.name(cell)
+        return self.groups.setdefault(name, len(self.groups)) if name else -1
 
-    def table_read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray] | None:
-        """The score tables: query (R,), scores (R, M), costs (R, M) or None, and side (R,); None where there are none.
+    def battles_read(self) -> np.ndarray:
+        """The single battles, float (N, 6): query, model a, model b, outcome, side, group."""
+        return np.array(self.battles, np.float64).reshape(-1, 6)  # (N, 6)
+
+    def table_read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray] | None:
+        """The score tables: query (R,), scores (R, M), costs (R, M) or None, side (R,), group (R,); None without any.
 
         Missing scores and costs are NaN. Several scores of a model in a row are averaged, and counted. Rows with a
         single score make no battle: they are dropped, and counted.
         """
         row, model, score, cost = (np.frombuffer(column, column.typecode) for column in self.cells)  # (S,) each
-        query, side = (np.frombuffer(column, column.typecode) for column in self.table_rows)  # (R,) each
+        query, side, group = (np.frombuffer(column, column.typecode) for column in self.table_rows)  # (R,) each
         if not len(row):
             return None
         num_models = len(self.model_idx)
@@ -201,7 +208,8 @@ class Rows:
         if alone := int((known == 1).sum()):
             self.dropped["alone with their query"] = alone
         kept = known > 1  # (R,)
-        return (query[kept], scores[kept], None if costs is None else costs[kept], side[kept]) if kept.any() else None
+        costs = None if costs is None else costs[kept]
+        return (query[kept], scores[kept], costs, side[kept], group[kept]) if kept.any() else None
 
 
 def _as_matrix(row: np.ndarray, column: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

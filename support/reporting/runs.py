@@ -13,6 +13,8 @@ NO_HISTORY = (ValueError, TypeError, AttributeError, LookupError, ArithmeticErro
 TEST_SET = (
     "split_by",
     "split_column",
+    "group_column",
+    "test_groups",
     "limit",
     "score_columns",
     "query_column",

@@ -55,11 +55,13 @@ def load_data(args: argparse.Namespace) -> Data:
     Raises `UserError` where a file cannot be read or does not fit the flags.
     """
     columns = {"query_column": args.query_column, "split_column": args.split_column}
+    columns["group_column"] = args.group_column
     battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed, **columns)
     is_pointwise = args.loss_type == "pointwise"
     if is_pointwise and (battles.table is None or len(battles.outcome)):
         raise UserError(f"--loss_type pointwise learns from the scores of a score table; {args.data_path} has battles")
     options = {"by": args.split_by, "ties": args.ties, "equal_rows": is_pointwise}
+    options |= {"test_groups": args.test_groups, "shuffle": args.shuffle_outcomes}
     try:
         split, split_counts = split_battles(battles, args.split_seed, **options, hold_out=args.hold_out_model)
     except UserError as error:

@@ -91,6 +91,10 @@ def _check(parser: OneLineParser, args: argparse.Namespace) -> None:
         parser.error(f"--finetune_layers {args.finetune_layers}: of --layers only {max(args.layers)} are computed")
     if args.cache_layers is not None and args.no_cache:
         parser.error("--cache_layers and --no_cache exclude each other")
+    if args.split_by == "task" and args.split_column is not None:
+        parser.error("--split_by task and --split_column exclude each other")
+    if args.test_groups is not None and args.split_by != "task":
+        parser.error("--test_groups needs --split_by task")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     profiled = args.capability_file is not None or args.capability_init == "win_rate"
@@ -125,8 +129,16 @@ def _parser() -> OneLineParser:
     official = "the column of an official split into train, val (drawn from train where it lacks) and test"
     add("--split_column", metavar="NAME", help=official)
     add("--ties", choices=["drop", "half"], default="drop", help="in training: left out, or half a win for each model")
-    split = "what is split 80/10/10; battle: battles or rows, whose queries may then be in training and in test"
-    add("--split_by", choices=["query", "battle"], default="query", help=split)
+    split = "what is split 80/10/10; battle: battles or rows, whose queries may then be in training and in test; task: "
+    split += "groups of queries, so that the tasks of the test are unseen"
+    add("--split_by", choices=["query", "battle", "task"], default="query", help=split)
+    group = "the column of a row's group, for --split_by task and for means over groups; default: a usual name, such "
+    group += "as task or eval_name, or the file where several files have different columns"
+    add("--group_column", metavar="NAME", help=group)
+    tested = "test on these groups; default with --split_by task: drawn, until they have a tenth of the queries"
+    add("--test_groups", metavar="A,B,...", type=comma_separated, help=tested)
+    permuted = "a control: train on outcomes permuted among queries, within pairs of models or by rows of a table"
+    add("--shuffle_outcomes", **switch, help=permuted)
     add("--limit", metavar="N", type=count, help="only N queries: a quick look")
     add("--demo", **switch, help="synthetic battles, tiny Qwen2; paths that are given are used")
     add("--demo_dir", metavar="DIR", help="folder of the demo; default: the user's cache folder")
