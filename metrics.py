@@ -4,6 +4,7 @@ Throughout, `d` (N,) is score of a - score of b, `outcome` (N,) is 1 where a won
 d = 0 counts one half. Metrics are floats, or None where they are undefined (N = 0).
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 SAMPLES_AT_ONCE = 128  # bootstrap samples whose weights are there as float64
 SUMS = ("battles", "correct", "log_loss", "log_loss_calibrated")  # of `Totals`, by query
 CLASS_SUMS = ("hits", "wins", "chosen")  # by query and model; a hit is a battle whose model was chosen and won
+GAP_SHARES = (0.2, 0.5, 0.8)  # of CPT
+CERTAIN = 1000.0  # log-odds of a confidence of 1: beyond all that scores reach, and finite, so that prices still count
 LEAD_BINS = 4096  # bins of the winner's lead on each side of 0, for the AUC of bootstrap samples
 
 Metric = float | None
@@ -236,6 +239,89 @@ class Reliability:
         return {"expected_calibration_error": float(error), "bins": bins}
 
 
+def choices(scores: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """Each model's share in the choice of the highest score of a row, (R, M): 1, or equal shares where several have it.
+
+    `scores` (R, M), or (1, M) for all rows; `available` (R, M) says which models can be chosen.
+    """
+    scores = np.where(available, scores, -np.inf)  # (R, M)
+    chosen = scores == scores.max(1, keepdims=True)  # (R, M)
+    return chosen / chosen.sum(1, keepdims=True)
+
+
+def guarded(scores: np.ndarray, fallback_idx: int, confidence: float, temperature: float) -> np.ndarray:
+    """Scores (Q, M) with that of a fallback model raised by the lead that another model needs in order to be chosen.
+
+    Another model then has a higher one where P(it beats the fallback) = sigmoid(d / temperature) > `confidence`, which
+    is 0.5 to 1; at 1 none has.
+    """
+    log_odds = CERTAIN if confidence == 1 else math.log(confidence / (1 - confidence))
+    raised = np.array(scores, np.float64)  # (Q, M)
+    raised[:, fallback_idx] += temperature * log_odds
+    return raised
+
+
+def hull(cost: np.ndarray, quality: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Corners (h,) of the non-decreasing convex hull over points (P,), by cost: random mixing reaches all of it.
+
+    Source: Hu et al., "RouterBench", 2024, evaluation/AIQ.py.
+    """
+    corners = []
+    for x, y in sorted(zip(cost, quality, strict=True), key=lambda point: (point[0], -point[1])):
+        if corners and y <= corners[-1][1]:
+            continue  # no better, and no cheaper
+        while len(corners) > 1:
+            (x0, y0), (x1, y1) = corners[-2:]
+            if (y1 - y0) * (x - x0) > (y - y0) * (x1 - x0):
+                break
+            corners.pop()  # it lies below the line between its neighbors
+        corners.append((x, y))
+    return tuple(np.array(corners).T)
+
+
+def aiq(cost: np.ndarray, quality: np.ndarray, low: float, high: float) -> float:
+    """Mean height of the `hull` of points (P,) between two costs, flat beyond its ends; NaN where these are equal.
+
+    RouterBench's AIQ of the same name is the area divided by the largest cost, with nothing left of the first point.
+    """
+    if not low < high:
+        return math.nan
+    x, y = hull(cost, quality)  # (h,) each
+    at = np.concatenate([[low], x[(x > low) & (x < high)], [high]])
+    return float(np.trapezoid(np.interp(at, x, y), at) / (high - low))
+
+
+def strong_calls(lead: np.ndarray, gain: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """APGR and CPT of routing between a strong and a weak model, in S weighted samples of R rows: (S,) each.
+
+    With k rows sent to the strong model, those of the highest leads, the performance gap recovered is PGR = (score of
+    the router - of always weak) / (of always strong - of always weak). `apgr` is its mean over shares of strong calls
+    from 0 to 1, `cpt_50` the least share with PGR >= 50 %. Rows of equal lead are sent in random order. NaN where the
+    strong model is not better than the weak one.
+
+    Args:
+        lead: (R,), the router's score of the strong model - of the weak one.
+        gain: (R,), what the strong model scored - the weak one.
+        weights: (S, R).
+
+    Source: Ong et al., "RouteLLM", 2024, routellm/evals/evaluate.py.
+    """
+    order = np.argsort(-lead, kind="stable")  # (R,)
+    start = np.flatnonzero(np.diff(lead[order], prepend=np.inf))  # (U,), the first of each group of equal leads
+    results = {name: [] for name in ("apgr", *(f"cpt_{round(100 * share)}" for share in GAP_SHARES))}
+    for some in np.array_split(weights, -(-len(weights) // SAMPLES_AT_ONCE)):  # (s, R) each
+        some = some[:, order].astype(np.float64)  # (s, R)
+        x, y = (np.add.reduceat(each, start, axis=1).cumsum(1) for each in (some, some * gain[order]))  # (s, U) each
+        y[y[:, -1] <= 0] = np.nan
+        x, y = (np.pad(each / each[:, -1:], ((0, 0), (1, 0))) for each in (x, y))  # (s, 1 + U) each
+        results["apgr"].append(np.trapezoid(y, x, axis=1))  # (s,)
+        for name, share in zip(list(results)[1:], GAP_SHARES, strict=True):
+            end = np.maximum((y >= share).argmax(1), 1)  # (s,), 1 where it is NaN
+            (x0, x1), (y0, y1) = ([each[np.arange(len(each)), i] for i in (end - 1, end)] for each in (x, y))
+            results[name].append(x0 + (x1 - x0) * (share - y0) / (y1 - y0))  # (s,)
+    return {name: np.concatenate(values) for name, values in results.items()}
+
+
 def route(scores: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Routes each row of a score table to the model with the highest router score.
 
@@ -243,11 +329,9 @@ def route(scores: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray
     Returns the table's score of the chosen model and whether it is a best one of the row, 1 or 0: (R,) each. Where
     several models have the highest router score, both are means over them.
     """
-    available = np.where(np.isnan(table), -np.inf, scores)  # (R, M)
-    chosen = available == available.max(1, keepdims=True)  # (R, M)
+    share = choices(scores, ~np.isnan(table))  # (R, M)
     is_best = table == np.nanmax(table, 1, keepdims=True)  # (R, M)
-    num_chosen = chosen.sum(1)  # (R,)
-    return np.where(chosen, table, 0).sum(1) / num_chosen, (chosen & is_best).sum(1) / num_chosen
+    return (share * np.nan_to_num(table)).sum(1), (share * is_best).sum(1)
 
 
 def gap_closed(score: np.ndarray, single: np.ndarray, oracle: np.ndarray) -> np.ndarray:

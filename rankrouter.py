@@ -59,6 +59,7 @@ class Metadata:
     step: int | None = None  # within that epoch; None: at its end
     val_metrics: dict = field(default_factory=dict)
     temperature: float = 1.0  # at which differences of scores are log-odds
+    confidence: float | None = None  # of the guard: P(beats the best single model) from which another one is chosen
     trained: dict | None = None  # a finetuned encoder's layers, lora_rank and weights
     added_models: list = field(default_factory=list)
     label_range: list[float] | None = None  # of a pointwise loss: the scores whose labels are 0 and 1
@@ -353,7 +354,7 @@ class RankRouter(nn.Module):
     def _from_checkpoint(cls, checkpoint: dict) -> tuple["RankRouter", dict[str, torch.dtype]]:
         """The router, and the dtypes that its weights should have."""
         config = RouterConfig(**checkpoint["config"])
-        checkpoint = {"label_range": None, "label_temperature": None} | checkpoint  # earlier versions had neither
+        checkpoint = dict.fromkeys(("label_range", "label_temperature", "confidence")) | checkpoint  # of later versions
         metadata = Metadata(**{each.name: checkpoint[each.name] for each in fields(Metadata)})
         with torch.device("meta"):  # takes no memory, whatever widths the file claims
             router = cls(checkpoint["model_names"], metadata.encoder["width"], config)

@@ -24,6 +24,8 @@ from support.encoding.encoder import QueryEncoder
 from support.evaluation import baselines
 from support.evaluation.cold_start import cold_start, held_out_battles
 from support.evaluation.comparison import TestEvaluation, compare_with_truth, describe_clusters
+from support.evaluation.cost import find_prices
+from support.evaluation.guard import GuardedRows, judging_table
 from support.reporting import console
 from support.system import device, distributed, signals
 from support.system.errors import UserError
@@ -45,6 +47,7 @@ class Run:
     encoder: QueryEncoder
     history: History
     checkpoint: Checkpoint
+    prices: dict[str, float] | None  # of each model per query
     tower_threads: int  # of frozen training and baselines; the encoder's are torch's
 
 
@@ -72,6 +75,7 @@ def train(args: argparse.Namespace) -> None:
     with timing("load"):
         data = load_data(args)
     console.print_data(data.counts)
+    prices = None if args.prices is None else find_prices(args.prices, args.tokens_per_query, data.full_split)
     if data.profiles is not None:
         console.print_profiles(data.profiles, data.full_split.train.model_names)
     if args.hold_out_model is not None:
@@ -99,7 +103,7 @@ def train(args: argparse.Namespace) -> None:
     device.tune_cpu()
     tower_threads = device.tower_threads(args.threads)
     with history.recorded(), device.threads(args.threads or torch.get_num_threads()):
-        run_method(Run(args, data, encoder, history, checkpoint, tower_threads), demo)
+        run_method(Run(args, data, encoder, history, checkpoint, prices, tower_threads), demo)
     if distributed.rank() == 0:
         console.print_test(history.as_dict())
 
@@ -331,6 +335,9 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
         val_metrics = distributed.broadcast_from_rank0(val_metrics)
         is_best = curves.add(state.epoch, step, loss, val_metrics)
         if is_best:
+            temperature = metrics.fit_temperature(d, val.outcome)
+            fallback_idx = router.model_names.index(router.metadata.best_single_model)
+            guard = GuardedRows(split.val, judging_table(split, split.val), scores, fallback_idx, temperature)
             label_temperature, label_range = None, router.metadata.label_range
             if label_range is not None:  # with a pointwise loss scores are logits of the table's
                 labels = split.val.table.labels(label_range)  # (R, M)
@@ -340,7 +347,8 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
                 epoch=state.epoch,
                 step=step,
                 val_metrics=val_metrics,
-                temperature=metrics.fit_temperature(d, val.outcome),
+                temperature=temperature,
+                confidence=guard.choose_confidence(),
                 label_temperature=label_temperature,
                 trained=state.batches.finetuned_weights(args.finetune_layers, args.lora_rank),
             )
@@ -374,8 +382,18 @@ def test(run: Run, router: RankRouter, inputs: tuple, pretrained: tuple) -> None
     args, split, history = run.args, run.data.split, run.history
     with history.timing("evaluate"):
         scores = router.score(*(column[split.test.unique_queries] for column in inputs))  # (Q, M)
-        margin = link_margin(args.loss_type, args.margin)
-        evaluation = TestEvaluation(split, scores, margin, router.temperature, args.seed)
+        val_scores = router.score(*(column[split.val.unique_queries] for column in inputs))  # (Qv, M)
+        evaluation = TestEvaluation(
+            split,
+            scores,
+            val_scores,
+            margin=link_margin(args.loss_type, args.margin),
+            temperature=router.temperature,
+            confidence=router.metadata.confidence,
+            single_model=router.metadata.best_single_model,
+            seed=args.seed,
+            prices=run.prices,
+        )
         history.results |= evaluation.results()
         if args.num_clusters:
             history.results["clusters"] = describe_clusters(router, *inputs, split.train)

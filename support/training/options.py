@@ -17,7 +17,7 @@ from support.system.command_line import (
 NO_EXPERIMENT = {
     *("output_dir", "data_path", "model_path", "demo", "demo_dir", "cache_dir", "no_cache", "seed", "split_seed"),
     *("device", "dtype", "encode_tokens", "baselines", "deterministic", "accumulate", "gradient_checkpointing"),
-    *("resume", "overwrite"),
+    *("resume", "overwrite", "prices", "tokens_per_query"),
     *("threads", "cache_layers"),
     *("checkpoint_minutes", "pairs_per_query"),  # of histories of earlier versions
 }
@@ -95,6 +95,8 @@ def _check(parser: OneLineParser, args: argparse.Namespace) -> None:
         parser.error("--split_by task and --split_column exclude each other")
     if args.test_groups is not None and args.split_by != "task":
         parser.error("--test_groups needs --split_by task")
+    if args.tokens_per_query is not None and args.prices is None:
+        parser.error("--tokens_per_query needs --prices")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     profiled = args.capability_file is not None or args.capability_init == "win_rate"
@@ -237,6 +239,11 @@ def _parser() -> OneLineParser:
     add("--overwrite", **switch, help="replace an unfinished run in --output_dir")
     compared = "methods compared on the test set; all: also a linear head and a factorization, which take longer"
     add("--baselines", choices=["all", "fast", "none"], default="fast", help=compared)
+    costs = "table of `model` and `price_per_query` or `price_per_million_tokens`: the test on a score table then "
+    costs += "evaluates cost, too; default: the table's own columns of costs, if any"
+    add("--prices", metavar="FILE", type=some_path, help=costs)
+    tokens = "of query and answer, for prices per million tokens"
+    add("--tokens_per_query", metavar="N", type=positive, help=tokens)
     held = "train without this model's battles, then evaluate adding it from a few of them"
     add("--hold_out_model", metavar="NAME", help=held)
     return parser

@@ -1,0 +1,96 @@
+"""The guard: a fixed model is left only where another one beats it with enough confidence, chosen on validation."""
+
+import numpy as np
+
+import metrics
+
+CONFIDENCES = (*(np.arange(50, 100, 5) / 100).tolist(), 0.99)  # 1, the fallback itself, is a candidate, too
+
+
+def judging_table(split, side):
+    """The score table of a side of a split on which guards are judged; None where they are judged by battles."""
+    tables = [each.table for each in (split.train, split.val, split.test)]
+    return side.table if None not in tables and tables[0].differs().any() else None
+
+
+class GuardedRows:
+    """Rows on which a guard with a fallback model is judged: what the guarded choice gains over the fallback.
+
+    They are the rows of a score table that the fallback has a score on, or without a table the battles that contain it,
+    each as a row of two models, of which the winner scores 1.
+
+    Args:
+        battles: of one side of a split.
+        table: its score table, or None to judge by battles.
+        scores: a router's, (Q, M) of the distinct queries, or (1, M) for all.
+        fallback_idx: the fallback.
+        temperature: at which differences of scores are log-odds.
+    """
+
+    def __init__(self, battles, table, scores: np.ndarray, fallback_idx: int, temperature: float):
+        self.fallback_idx, self.temperature = fallback_idx, temperature
+        scores = np.broadcast_to(scores, (len(battles.unique_queries), scores.shape[1]))  # (Q, M)
+        if table is not None:
+            kept = ~np.isnan(table.scores[:, fallback_idx])  # (R,)
+            self.row, self.outcomes = battles.table_query_rows[kept], table.scores[kept]  # (R,), (R, M)
+            self.scores = scores[self.row]  # (R, M)
+            return
+        rows, outcomes, router_scores = [np.empty(0, np.int64)], [np.empty((0, 2))], [np.empty((0, 2))]
+        for pairs in battles.chunks():
+            is_a = pairs.model_a_idx == fallback_idx  # (N,)
+            kept = is_a | (pairs.model_b_idx == fallback_idx)  # (N,)
+            other = np.where(is_a, pairs.model_b_idx, pairs.model_a_idx)[kept]  # (n,)
+            won = np.where(is_a, pairs.outcome, 1 - pairs.outcome)[kept]  # (n,)
+            rows.append(pairs.row[kept])
+            outcomes.append(np.column_stack([won, 1 - won]))
+            router_scores.append(np.column_stack([scores[rows[-1], fallback_idx], scores[rows[-1], other]]))
+        self.fallback_idx, self.row = 0, np.concatenate(rows)  # (n,)
+        self.outcomes, self.scores = np.concatenate(outcomes), np.concatenate(router_scores)  # (n, 2) each
+
+    def at(self, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+        """What the choice at a confidence scores beyond the fallback, and whether it is another model: (R,) each."""
+        scores = metrics.guarded(self.scores, self.fallback_idx, confidence, self.temperature)  # (R, M)
+        score, _ = metrics.route(scores, self.outcomes)  # (R,)
+        stays = metrics.choices(scores, ~np.isnan(self.outcomes))[:, self.fallback_idx]  # (R,)
+        return score - self.outcomes[:, self.fallback_idx], 1 - stays
+
+    def choose_confidence(self) -> float:
+        """The confidence with the highest mean score, the highest of equals, to be chosen on validation.
+
+        It is 1, which never leaves the fallback, unless the gain's 95 % interval over queries lies above 0.
+        """
+        if not len(self.row):
+            return 1.0
+        gains = {confidence: self.at(confidence)[0] for confidence in CONFIDENCES}  # (R,) each
+        best = max(CONFIDENCES, key=lambda confidence: (gains[confidence].mean(), confidence))
+        mean = gains[best].mean()
+        by_query = np.bincount(self.row, gains[best] - mean)  # (Q,); rows of one query are not independent
+        error = np.sqrt((by_query**2).sum()) / len(self.row)
+        return best if mean > 1.96 * error else 1.0
+
+    def evaluate(self, confidence: float, weights: np.ndarray) -> dict:
+        """The guarded router against its fallback and against itself without a guard, for the history.
+
+        `weights` (S, Q) are those of the distinct queries in bootstrap samples.
+        """
+        if not len(self.row):
+            return {"confidence": confidence, "rows": 0}
+        counts = np.bincount(self.row, minlength=weights.shape[1])  # (Q,)
+        size = weights @ counts  # (S,)
+
+        def mean(values: np.ndarray) -> tuple[float, np.ndarray]:
+            sums = np.bincount(self.row, values, len(counts))  # (Q,)
+            return float(values.mean()), np.divide(weights @ sums, size, out=np.full(len(size), np.nan), where=size > 0)
+
+        (gain, leaves), (unguarded, _) = self.at(confidence), self.at(0.5)  # (R,) each
+        fallback = self.outcomes[:, self.fallback_idx]  # (R,)
+        columns = {
+            "score": fallback + gain,
+            "fallback_score": fallback,
+            "routed_away": leaves,
+            "difference": gain,
+            "unguarded_difference": unguarded,
+        }
+        means = {name: mean(values) for name, values in columns.items()}
+        results = {"confidence": confidence, "rows": len(self.row), **{name: means[name][0] for name in means}}
+        return results | {"intervals": {name: metrics.interval(samples) for name, (_, samples) in means.items()}}
