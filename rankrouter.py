@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import metrics
 from model_profiling import ModelTower
 from query_representation import ROWS_AT_ONCE, SURFACE_FEATURES, QueryTower, query_features
 from support.encoding.encoder import QueryEncoder
@@ -255,24 +256,48 @@ class RankRouter(nn.Module):
         expected[:, self.indices([added["model"] for added in metadata.added_models])] = np.nan
         return expected
 
+    def guarded(self, scores: np.ndarray, fallback: str, confidence: float | None = None) -> np.ndarray:
+        """Scores (Q, M) by which a model ranks above the fallback only where it beats it with this probability.
+
+        "best" is the best single model of training, whose `confidence` (0.5 to 1) is by default the one that training
+        chose on validation. Raises `UserError` on an unknown model, or where there is no such default.
+        """
+        metadata = self._trained()
+        is_best = fallback == metadata.best_single_model or (fallback == "best" and "best" not in self.model_names)
+        fallback = metadata.best_single_model if is_best else fallback
+        (fallback_idx,) = self.indices([fallback])
+        if confidence is None:
+            confidence = metadata.confidence if is_best else None
+        if confidence is None:
+            chosen = f"training chose none for {one_line(fallback)}"
+            raise UserError(f"{chosen}; expected a confidence from 0.5 to 1 with this fallback")
+        if not 0.5 <= confidence <= 1:
+            raise UserError(f"confidence is {confidence}, expected 0.5 to 1")
+        return metrics.guarded(scores, fallback_idx, confidence, metadata.temperature)
+
     def rank(
-        self, queries: list[str], top_k: int | None = None, models: list[str] | None = None
+        self,
+        queries: list[str],
+        top_k: int | None = None,
+        models: list[str] | None = None,
+        fallback: str | None = None,
+        confidence: float | None = None,
     ) -> list[list[tuple[str, float]]]:
         """The best models for each query, the best first, with their scores: lists of (model name, score).
 
-        `top_k` of them, all by default; `models` restricts to some. Scores of one query compare with each other, not
-        with those of another query. Raises `UserError` on an unknown model, an empty query, or a missing encoder.
+        `top_k` of them, all by default; `models` restricts to some. With a `fallback`, other models rank above it only
+        as `guarded` has it. Scores of one query compare with each other, not with those of another query. Raises
+        `UserError` on an unknown model, an empty query, or a missing encoder.
         """
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}, expected at least 1")
         if isinstance(models, str):
             raise UserError("models is one text, expected a list of names")
         model_idx = self.indices(self.model_names if models is None else list(dict.fromkeys(models)))  # (m,)
-        scores = self.scores_of(queries)[:, model_idx]  # (Q, m)
-        return [
-            [(self.model_names[model_idx[i]], float(row[i])) for i in order]
-            for row, order in zip(scores, best_first(scores, top_k), strict=True)
-        ]
+        scores = self.scores_of(queries)  # (Q, M)
+        ranked = scores if fallback is None else self.guarded(scores, fallback, confidence)  # (Q, M)
+        order = model_idx[best_first(ranked[:, model_idx], top_k)]  # (Q, k)
+        return [[(self.model_names[i], float(row[i])) for i in best] for row, best in zip(scores, order, strict=True)]
 
     def indices(self, names: list[str]) -> np.ndarray:
         """Indices (m,) of models by name. Raises `UserError` on one that is not routed."""
@@ -395,6 +420,8 @@ class RankRouter(nn.Module):
             low, high = metadata.label_range
             yield "the label range", type(low) is type(high) is float and -np.inf < low < high < np.inf
             yield "the label temperature", 0 < metadata.label_temperature < np.inf
+        if metadata.confidence is not None:
+            yield "the confidence", type(metadata.confidence) is float and 0.5 <= metadata.confidence <= 1
         seen = metadata.seen_queries
         yield "the list of seen queries", is_plain(seen) and seen.dtype == torch.int64 and seen.ndim == 1
         yield "the finetuned encoder", (trained is not None) == args["finetune_encoder"]

@@ -90,18 +90,25 @@ def rank(args: argparse.Namespace, router: RankRouter) -> bool:
     if args.output is None and sys.stdout is None:
         raise UserError("standard output is closed; give --output")
     names, prices = candidates(args, router)  # (m,) each
+    guarded(args, router, np.empty((0, len(router.model_names))))  # raises where it has no confidence
     malformed = []
     scored = ((queries, router.scores_of(queries)) for queries in read(args, malformed))  # (Q,), (Q, M)
     weight = args.cost_weight or 0.0
     if args.budget is not None:  # of all queries together
         scored = list(scored)
-        parts = [scores[:, router.indices(names)] for queries, scores in scored if queries]  # (Q, m) each
+        columns = router.indices(names)  # (m,)
+        parts = [guarded(args, router, scores)[:, columns] for queries, scores in scored if queries]  # (Q, m) each
         weight = weight_for_budget(np.concatenate(parts), prices, args.budget) if parts else 0.0
     spent, count = write_rankings(args, router, scored, names, prices, weight)
     if args.prices is not None and count:
         of_budget = "" if args.budget is None else f" of at most {args.budget:.6g}"
         print(f"prices   mean {spent / count:.6g}{of_budget} per query, at cost weight {weight:.6g}", file=sys.stderr)
     return not malformed
+
+
+def guarded(args: argparse.Namespace, router: RankRouter, scores: np.ndarray) -> np.ndarray:
+    """The scores (Q, M) to rank by: with --fallback those of `RankRouter.guarded`."""
+    return scores if args.fallback is None else router.guarded(scores, args.fallback, args.confidence)
 
 
 def write_rankings(
@@ -115,7 +122,7 @@ def write_rankings(
     spent, count, as_text = 0.0, 0, args.input is None and args.output is None
     with nullcontext(sys.stdout.buffer) if args.output is None else atomic_file(args.output) as file:
         for queries, scores in scored:
-            order = best_first(scores[:, columns] - weight * prices)  # (Q, m)
+            order = best_first(guarded(args, router, scores)[:, columns] - weight * prices)  # (Q, m)
             spent, count = spent + prices[order[:, 0]].sum(), count + len(queries)
             for query, row, best in zip(queries, scores, order, strict=True):  # (M,), (m,)
                 if as_text:

@@ -25,7 +25,7 @@ from support.evaluation import baselines
 from support.evaluation.cold_start import cold_start, held_out_battles
 from support.evaluation.comparison import TestEvaluation, compare_with_truth, describe_clusters
 from support.evaluation.cost import find_prices
-from support.evaluation.guard import GuardedRows, judging_table
+from support.evaluation.guard import GuardedRows
 from support.reporting import console
 from support.system import device, distributed, signals
 from support.system.errors import UserError
@@ -47,8 +47,8 @@ class Run:
     encoder: QueryEncoder
     history: History
     checkpoint: Checkpoint
-    prices: dict[str, float] | None  # of each model per query
     tower_threads: int  # of frozen training and baselines; the encoder's are torch's
+    prices: dict[str, float] | None = None  # of each model per query
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,7 +103,7 @@ def train(args: argparse.Namespace) -> None:
     device.tune_cpu()
     tower_threads = device.tower_threads(args.threads)
     with history.recorded(), device.threads(args.threads or torch.get_num_threads()):
-        run_method(Run(args, data, encoder, history, checkpoint, prices, tower_threads), demo)
+        run_method(Run(args, data, encoder, history, checkpoint, tower_threads, prices), demo)
     if distributed.rank() == 0:
         console.print_test(history.as_dict())
 
@@ -337,7 +337,7 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
         if is_best:
             temperature = metrics.fit_temperature(d, val.outcome)
             fallback_idx = router.model_names.index(router.metadata.best_single_model)
-            guard = GuardedRows(split.val, judging_table(split, split.val), scores, fallback_idx, temperature)
+            guard = GuardedRows(split.val, scores, fallback_idx, temperature)
             label_temperature, label_range = None, router.metadata.label_range
             if label_range is not None:  # with a pointwise loss scores are logits of the table's
                 labels = split.val.table.labels(label_range)  # (R, M)

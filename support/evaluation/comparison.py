@@ -5,7 +5,7 @@ import numpy as np
 import metrics
 from support.evaluation.baselines import ranking_by_mean
 from support.evaluation.cost import cost_evaluations
-from support.evaluation.guard import GuardedRows, judging_table
+from support.evaluation.guard import GuardedRows
 
 BIN_SAMPLE = 2**18  # test battles from which the bins of leads are computed
 CENTRAL_QUERIES, QUERY_LENGTH = 3, 200  # shown of each cluster, and the characters shown of each query
@@ -85,7 +85,8 @@ class TestEvaluation:
             row["gap_closed"] = None if np.isnan(gap) else float(gap)
             bounds = self.row_shares @ self.single, self.row_shares @ self.oracle  # (S,) each
             samples["gap_closed"] = metrics.gap_closed(samples["mean_score"], *bounds)  # (S,)
-            details["choice_shares"] = self.choice_shares(self.of_rows(scores), ~np.isnan(self.table.scores))
+            chosen = metrics.choices(self.of_rows(scores), ~np.isnan(self.table.scores))  # (rows, M)
+            details["choice_shares"] = self.choice_shares(chosen, self.row_shares)
         if self.costs is not None:
             numbers, details["costs"] = self.evaluate_costs(scores, val_scores)
             row |= {name: None if np.isnan(values[0]) else float(values[0]) for name, values in numbers.items()}
@@ -121,10 +122,9 @@ class TestEvaluation:
             samples["macro_score"] = np.nanmean(by_sample, axis=0)  # (S,)
         return means, samples, groups
 
-    def choice_shares(self, scores: np.ndarray, available: np.ndarray) -> dict:
-        """The share of the table's rows that each model is chosen for by scores (rows, M), or (1, M), with interval."""
-        chosen = metrics.choices(scores, available)  # (rows, M)
-        shares = zip(self.battles.model_names, chosen.mean(0).tolist(), (self.row_shares @ chosen).T, strict=True)
+    def choice_shares(self, chosen: np.ndarray, row_shares: np.ndarray) -> dict:
+        """The share of rows that each model is chosen for, by `metrics.choices` (r, M), with intervals over samples."""
+        shares = zip(self.battles.model_names, chosen.mean(0).tolist(), (row_shares @ chosen).T, strict=True)
         return {name: {"share": share, "interval": metrics.interval(samples)} for name, share, samples in shares}
 
     def evaluate_costs(self, scores: np.ndarray, val_scores: np.ndarray) -> tuple[dict, dict]:
@@ -137,11 +137,9 @@ class TestEvaluation:
     ) -> dict:
         """The guard of a method with these scores (Q, M), or (1, M), and the best single model as its fallback."""
         fallback_idx = self.battles.model_names.index(self.single_model)
-        val, test = self.split.val, self.battles
         if confidence is None:
-            rows = GuardedRows(val, judging_table(self.split, val), val_scores, fallback_idx, temperature)
-            confidence = rows.choose_confidence()
-        rows = GuardedRows(test, judging_table(self.split, test), scores, fallback_idx, temperature)
+            confidence = GuardedRows(self.split.val, val_scores, fallback_idx, temperature).choose_confidence()
+        rows = GuardedRows(self.battles, scores, fallback_idx, temperature)
         results = rows.evaluate(confidence, self.weights)
         if self.costs is not None:
             both = (metrics.guarded(each, fallback_idx, confidence, temperature) for each in (scores, val_scores))
@@ -161,33 +159,29 @@ class TestEvaluation:
                 reliability.add(battles.margins(self.scores), battles.outcome)
         calibration = {"temperature": self.temperature, **calibrated.as_dict(), "uncalibrated": uncalibrated.as_dict()}
         row, samples, details = self.router
-        guard = details.pop("guard")
         results = {
             "test_metrics": row,
             "test_intervals": metrics.intervals(samples),
             "calibration": calibration,
-            "guard": {
-                "fallback": self.single_model,
-                "rows_are_battles": judging_table(self.split, self.battles) is None,
-            }
-            | guard,
+            "guard": {"fallback": self.single_model, "on": "battles" if self.battles.table is None else "rows"}
+            | details["guard"],
         }
         if self.costs is not None:
-            results["costs"] = details.pop("costs") | self._priced_models()
+            results["costs"] = details["costs"] | self._priced_models()
         if self.table is not None:
-            best = self.table.scores == self.oracle[:, None]  # (rows, M)
-            chosen = np.zeros((1, len(self.battles.model_names))) if self.costs is None else -self.costs[1].prices[None]
-            oracle = {"choice_shares": self.choice_shares(chosen, best)}
-            bounds = {
+            shown = {name: details[name] for name in ("groups", "choice_shares")}
+            results["score_table"] = {"rows": len(self.table.scores)} | shown
+            for name, values in {
                 "best_single": (self.single, self.single_is_best),
                 "oracle": (self.oracle, np.ones_like(self.oracle)),
-            }
-            results["score_table"] = {"rows": len(self.table.scores), **details}
-            for name, values in bounds.items():
+            }.items():
                 means, samples, groups = self.means(*values)
                 results["score_table"][name] = means | {"groups": groups, "intervals": metrics.intervals(samples)}
-            results["score_table"]["best_single"] |= {"model": self.single_model}
-            results["score_table"]["oracle"] |= oracle
+            results["score_table"]["best_single"]["model"] = self.single_model
+            # Of several best models the oracle chooses the cheapest, where costs are known.
+            best = metrics.choices(np.zeros((1, 1)), self.table.scores == self.oracle[:, None])  # (rows, M)
+            chosen = (best, self.row_shares) if self.costs is None else self.costs[1].optimal_choices()
+            results["score_table"]["oracle"]["choice_shares"] = self.choice_shares(*chosen)
         return results
 
     def _priced_models(self) -> dict:

@@ -23,7 +23,7 @@ class Settings:
 
 
 def find_prices(path: str, tokens_per_query: float | None, split) -> dict[str, float]:
-    """`read_prices` for the models of a split. Raises `UserError` where one has none, or there is no table to test on."""
+    """`read_prices` for the models of a split; raises `UserError` where one has none, or the test is on battles."""
     if split.test.table is None:
         raise UserError(f"--prices {path}: the data are battles; costs are evaluated on score tables, or by route.py")
     prices, names = read_prices(path, tokens_per_query), split.train.model_names
@@ -93,6 +93,10 @@ class CostEvaluation:
     def means(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean score and mean cost (S,) of choices (R, M), as `metrics.choices` returns them."""
         return tuple(self.shares @ (chosen * cells).sum(1) for cells in (self.scores, self.costs))
+
+    def optimal_choices(self) -> tuple[np.ndarray, np.ndarray]:
+        """The cheapest of the best models of each row (R, M), and the weights of the rows in the samples (S - 1, R)."""
+        return self.optimal, self.shares[1:]
 
     def aiq(self, scores: np.ndarray, costs: np.ndarray) -> np.ndarray:
         """`metrics.aiq` (S,) of points (S, P), between the mean costs of the cheapest and the most expensive model."""

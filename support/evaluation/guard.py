@@ -7,12 +7,6 @@ import metrics
 CONFIDENCES = (*(np.arange(50, 100, 5) / 100).tolist(), 0.99)  # 1, the fallback itself, is a candidate, too
 
 
-def judging_table(split, side):
-    """The score table of a side of a split on which guards are judged; None where they are judged by battles."""
-    tables = [each.table for each in (split.train, split.val, split.test)]
-    return side.table if None not in tables and tables[0].differs().any() else None
-
-
 class GuardedRows:
     """Rows on which a guard with a fallback model is judged: what the guarded choice gains over the fallback.
 
@@ -21,16 +15,15 @@ class GuardedRows:
 
     Args:
         battles: of one side of a split.
-        table: its score table, or None to judge by battles.
         scores: a router's, (Q, M) of the distinct queries, or (1, M) for all.
         fallback_idx: the fallback.
         temperature: at which differences of scores are log-odds.
     """
 
-    def __init__(self, battles, table, scores: np.ndarray, fallback_idx: int, temperature: float):
+    def __init__(self, battles, scores: np.ndarray, fallback_idx: int, temperature: float):
         self.fallback_idx, self.temperature = fallback_idx, temperature
         scores = np.broadcast_to(scores, (len(battles.unique_queries), scores.shape[1]))  # (Q, M)
-        if table is not None:
+        if (table := battles.table) is not None:
             kept = ~np.isnan(table.scores[:, fallback_idx])  # (R,)
             self.row, self.outcomes = battles.table_query_rows[kept], table.scores[kept]  # (R,), (R, M)
             self.scores = scores[self.row]  # (R, M)
@@ -57,7 +50,8 @@ class GuardedRows:
     def choose_confidence(self) -> float:
         """The confidence with the highest mean score, the highest of equals, to be chosen on validation.
 
-        It is 1, which never leaves the fallback, unless the gain's 95 % interval over queries lies above 0.
+        It is 1, which never leaves the fallback, unless the gain is more than its standard error over queries.
+        Source of the rule: Breiman et al., "Classification and Regression Trees", 1984.
         """
         if not len(self.row):
             return 1.0
@@ -66,7 +60,7 @@ class GuardedRows:
         mean = gains[best].mean()
         by_query = np.bincount(self.row, gains[best] - mean)  # (Q,); rows of one query are not independent
         error = np.sqrt((by_query**2).sum()) / len(self.row)
-        return best if mean > 1.96 * error else 1.0
+        return best if mean > error else 1.0
 
     def evaluate(self, confidence: float, weights: np.ndarray) -> dict:
         """The guarded router against its fallback and against itself without a guard, for the history.

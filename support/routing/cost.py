@@ -75,7 +75,7 @@ def mean_price(scores: np.ndarray, prices: np.ndarray, cost_weight: float) -> fl
 
 def cheapest(scores: np.ndarray, prices: np.ndarray) -> float:
     """The mean price of the cheapest available models; a score of -inf marks a model as unavailable."""
-    return float(np.where(np.isfinite(scores), prices, np.inf).min(1).mean())
+    return float(np.where(scores > -np.inf, prices, np.inf).min(1).mean())
 
 
 def weight_for_budget(scores: np.ndarray, prices: np.ndarray, budget: float) -> float:

@@ -15,9 +15,10 @@ from support.system.errors import valid_unicode
 
 CHECKPOINT = "./outputs/best_model.pt"
 PRICE_FLAGS = {"tokens_per_query", "cost_weight", "budget"}
+GUARD = {"fallback", "confidence"}
 FLAGS_OF_TASK = {
-    "queries": {"top_k", "models", "output", "prices", *PRICE_FLAGS},
-    "input": {"top_k", "models", "output", "strict", "query_column", "prices", *PRICE_FLAGS},
+    "queries": {"top_k", "models", "output", "prices", *PRICE_FLAGS, *GUARD},
+    "input": {"top_k", "models", "output", "strict", "query_column", "prices", *PRICE_FLAGS, *GUARD},
     "curve": {"models", "output", "prices", "tokens_per_query", "query_column"},
     "add_model": {"battles", "profile", "save", "query_column"},
 }
@@ -43,6 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--cost_weight, --budget, --tokens_per_query and --curve need --prices")
     if args.cost_weight is not None and args.budget is not None:
         parser.error("--cost_weight and --budget exclude each other")
+    if args.confidence is not None and args.fallback is None:
+        parser.error("--confidence needs --fallback")
     inputs = [args.checkpoint, args.input, args.prices, args.curve, args.battles, args.profile]
     for flag, output in (("--output", args.output), ("--save", args.save)):
         if output is not None and os.path.realpath(output) in [os.path.realpath(path) for path in inputs if path]:
@@ -79,6 +82,12 @@ def _parser() -> OneLineParser:
     add("--budget", metavar="PRICE", type=not_negative, help="mean price per query, met by the best W")
     curve = "quality by cost, on battles or a score table, without queries that the router was trained on"
     add("--curve", metavar="DATA", type=some_path, help=curve)
+
+    add = parser.add_argument_group("a guard").add_argument
+    fixed = "rank others above this model only where they beat it with --confidence; best: the best single one"
+    add("--fallback", metavar="MODEL", type=some_text, help=fixed)
+    sure = "probability from 0.5, no guard, to 1, never; default with the best single model: training chose it"
+    add("--confidence", metavar="P", type=real_number("from 0.5 to 1", lambda x: 0.5 <= x <= 1), help=sure)
 
     add = parser.add_argument_group("a new model").add_argument
     added = "write a checkpoint with this model, without retraining"

@@ -236,12 +236,18 @@ def test_hyperparameters_are_chosen_on_validation_and_not_on_test():
     assert chosen_auc == max(all_aucs)
 
 
+def evaluate(split, scores, margin=0.0, temperature=1.0, **options):
+    val_scores = np.zeros((1, scores.shape[1]))
+    options = {"confidence": 0.5, "single_model": baselines.best_single_model(split), "seed": 0} | options
+    return TestEvaluation(split, scores, val_scores, margin=margin, temperature=temperature, **options)
+
+
 def test_differences_are_paired():
     split = split_of(np.tile(np.linspace(-1, 1, 5), (300, 1)))
     fitted = baselines.fit(split, np.random.default_rng(1).normal(size=(300, 4)), np.zeros(300, int), 0, False, 0)
     _, val_scores, scores = fitted["bradley_terry"]
     temperature = metrics.fit_temperature(margins(split.val, val_scores), split.val.outcome)
-    evaluation = TestEvaluation(split, scores, 0.0, temperature, seed=0)
+    evaluation = evaluate(split, scores, temperature=temperature)
     rows, router = evaluation.compare(fitted), evaluation.results()["test_metrics"]
     # A router with Bradley-Terry's scores differs from it nowhere, though both intervals are wide.
     assert rows["bradley_terry"]["difference_intervals"] == {name: [0.0, 0.0] for name in router}
@@ -289,7 +295,7 @@ def test_the_best_single_model_is_chosen_on_training(table_split):
     chosen, val_scores, test_scores = fitted["best_single"]
     assert chosen == {"model": "m1"}
     assert val_scores.argmax() == test_scores.argmax() == 1
-    results = TestEvaluation(table_split, test_scores, 0.0, 1.0, seed=0).results()["score_table"]
+    results = evaluate(table_split, test_scores).results()["score_table"]
     assert results["best_single"]["model"] == "m1"
     scores, order = table_split.test.table.scores, np.argsort(-np.nanmean(table_split.train.table.scores, 0))
     single = [next(row[model] for model in order if not np.isnan(row[model])) for row in scores]
@@ -300,8 +306,8 @@ def test_the_best_single_model_is_chosen_on_training(table_split):
 def test_rows_of_a_query_are_drawn_together_and_weighted_equally(table_split):
     table, queries = table_split.test.table, table_split.test.unique_queries
     mine = np.random.default_rng(2).normal(size=(len(queries), 5))
-    evaluation = TestEvaluation(table_split, mine, 0.0, 1.0, seed=7)
-    row, samples = evaluation.evaluate(mine, 0.0, 1.0)
+    evaluation = evaluate(table_split, mine, seed=7)
+    row, samples, _ = evaluation.evaluate(mine, mine[:1], 0.0, 1.0)
     values, hits, oracle = [], [], np.nanmax(table.scores, 1)
     for query, scores in zip(table.query_idx, table.scores, strict=True):
         there = np.flatnonzero(~np.isnan(scores))
@@ -331,7 +337,7 @@ def test_a_score_table_is_evaluated_as_its_pairs_written_out(monkeypatch):
     pairs = as_split(*map(written_out, (table.train, table.val, table.test)))
     rng, cluster = np.random.default_rng(0), np.arange(15) % 3
     x, scores = rng.normal(size=(15, 4)), rng.normal(size=(len(table.test.unique_queries), 7))
-    results = [TestEvaluation(split, scores, 1.0, 2.0, seed=0).results() for split in (table, pairs)]
+    results = [evaluate(split, scores, 1.0, 2.0).results() for split in (table, pairs)]
     of_table, of_pairs = (each["test_metrics"] for each in results)
     assert of_table.keys() - of_pairs.keys() == {"mean_score", "top1_accuracy", "gap_closed"}
     assert {name: of_table[name] for name in of_pairs} == pytest.approx(of_pairs, abs=1e-12)

@@ -81,7 +81,7 @@ def test_the_kept_weights_are_the_average_over_all_steps_until_the_best_validati
         generator.manual_seed(seed)
         seen.clear()
         router = RankRouter(battles.model_names, 4, RouterConfig(num_clusters=0, embedding_dim=8, zero_init=False))
-        router.metadata = Metadata({}, {}, "", torch.zeros(0), {}, "x")
+        router.metadata = Metadata({}, {}, "", torch.zeros(0), {}, battles.model_names[0])
         batches = BattleBatches(x, zeros, BattleItems(battles, x.device), batch_size=8)
         split = SimpleNamespace(val=battles, val_pairs=battles.sample(120, seed=0))
         run = train.Run(args, None, None, history, nothing, tower_threads=1)

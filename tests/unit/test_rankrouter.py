@@ -292,7 +292,8 @@ def test_a_router_is_built_in_one_line_scores_ranks_saves_and_loads(demo, tmp_pa
 
 NOT_PRESENT = object()
 DAMAGED = [  # places in a checkpoint, and the value that is put there
-    *(((each.name,), NOT_PRESENT) for each in fields(Metadata) if not each.name.startswith("label_")),
+    *(((each.name,), NOT_PRESENT) for each in fields(Metadata) if not each.name.startswith(("label_", "confidence"))),
+    *((("confidence",), value) for value in (0.4, 1.1, float("nan"), 1, "0.5")),
     *((("label_range",), value) for value in ([1.0, 1.0], [0.0], [0, 1], [0.0, float("inf")], [0.0, 1.0])),
     (("config",), NOT_PRESENT),
     (("model_state_dict", "query_tower.centroids"), NOT_PRESENT),
