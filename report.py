@@ -17,7 +17,14 @@ from support.system.files import make_folder
 
 # numpy, pandas and matplotlib are imported where they are needed, so that --help and a typo are answered at once.
 
-SHOWN = {"auc": "AUC", "accuracy": "accuracy", "log_loss": "log loss", "mean_score": "mean score"}
+SHOWN = {
+    "auc": "AUC",
+    "accuracy": "accuracy",
+    "log_loss": "log loss",
+    "mean_score": "mean score",
+    "macro_score": "macro",
+    "aiq": "AIQ",
+}
 ONE_RUN = "[ ] is a 95 % interval: of one run over the drawing of the test queries, not the training"
 SEEDS = "± is the standard deviation over seeds, and [ ] then the Nadeau-Bengio interval of a mean difference"
 FIXED = "Where all seeds share one split, that covers the training, and not the drawing of the data"

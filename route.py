@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from data_loader import load_battles, query_ids
-from metrics import log_win_probability
+from metrics import bootstrap_weights, log_win_probability
 from rankrouter import RankRouter, best_first
 from support.data.benchmarks import read_profiles, standardize
 from support.data.layouts import listed
 from support.data.queries import read_queries
+from support.evaluation.cost import CostEvaluation
 from support.reporting import console
-from support.routing.cost import cheapest_first, curve, options, read_prices, weight_for_budget
+from support.routing.cost import cheapest_first, curve, mean_costs, options, read_prices, weight_for_budget
 from support.routing.new_model import battles_of, in_view_of, vector_from_battles
 from support.system import device
 from support.system.errors import UserError, one_line
@@ -53,10 +54,15 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def candidates(args: argparse.Namespace, router: RankRouter) -> tuple[list[str], np.ndarray]:
-    """The names of the models to choose from, and their prices (m,), 0 where there are none."""
+def candidates(
+    args: argparse.Namespace, router: RankRouter, costs: dict[str, float] | None = None
+) -> tuple[list[str], np.ndarray]:
+    """The names of the models to choose from, and their prices (m,): of --prices, the `costs`, or 0 without either."""
     names = router.model_names if args.models is None else args.models
     router.indices(names)  # raises on an unknown model, before its price is missed
+    if costs is not None:
+        costs = {name: cost for name, cost in costs.items() if name in router.model_names}
+        return cheapest_first(names, router.model_names, costs, args.curve)
     if args.prices is None:
         return names, np.zeros(len(names))
     prices = read_prices(args.prices, args.tokens_per_query)
@@ -163,24 +169,52 @@ def print_ranking(
 
 def draw_curve(args: argparse.Namespace, router: RankRouter) -> None:
     """Print, or write as JSON lines, quality by cost on known outcomes that the router was not trained on."""
-    names, prices = candidates(args, router)  # (m,) each
     battles, counts = load_battles(args.curve, query_column=args.query_column)
     console.print_rows(counts)
+    own_costs = args.prices is None
+    costs = mean_costs(battles, args.curve) if own_costs else None
+    names, prices = candidates(args, router, costs)  # (m,) each
     if battles.table is not None and {"conversations", "prompts"}.intersection(counts["layouts"]):
         raise UserError(f"{args.curve} holds both battles and score tables; a curve needs one kind")
-    (query_idx, *choices), left_out = options(battles, names, prices, router)  # (n,), (n, m) each
+    choices, left_out = options(battles, names, prices, router, own_costs)
+    query_idx, scores, choice_prices, reward, costs = choices  # (n,), (n, m) each
     print("left out " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
-    points = curve(*choices, query_idx, router.metadata.args["seed"])
+    points = curve(scores, choice_prices, reward, query_idx, router.metadata.args["seed"], costs=costs)
     unit = "battles, won" if battles.table is None else "rows of a score table, mean score"
     print(f"curve    on {len(query_idx)} {unit} by the model chosen; a random mix is of the ends of the curve\n")
     if args.output is not None:
         with atomic_file(args.output) as file:
             file.writelines(json.dumps(point).encode() + b"\n" for point in points)
-        return
-    print(f"{'cost weight':>12}{'mean price':>13}{'worth':>10}{'95 %':>20}{'random mix':>14}")
-    for point in points:
-        line = f"{point['cost_weight']:>12.6g} {point['mean_price']:>12.6g}{point['worth']:>10.4f}"
-        print(f"{line}{console.bounds(point['interval']):>20}{point['random_mix']:>14.4f}")
+    else:
+        print(f"{'cost weight':>12}{'mean price':>13}{'worth':>10}{'95 %':>20}{'random mix':>14}")
+        for point in points:
+            line = f"{point['cost_weight']:>12.6g} {point['mean_price']:>12.6g}{point['worth']:>10.4f}"
+            print(f"{line}{console.bounds(point['interval']):>20}{point['random_mix']:>14.4f}")
+    if battles.table is not None and router.metadata.best_single_model in names:
+        table = np.where(scores > -np.inf, reward, np.nan)  # (n, m)
+        summarize_curve(router, names, prices, query_idx, scores, table, costs)
+
+
+def summarize_curve(
+    router: RankRouter,
+    names: list[str],
+    prices: np.ndarray,
+    query_idx: np.ndarray,
+    scores: np.ndarray,
+    table: np.ndarray,
+    costs: np.ndarray,
+) -> None:
+    """Print the summary numbers of the router's curve on rows of a score table.
+
+    `prices` are those of the models `names` (m,), `query_idx` (n,) the rows' queries; `scores` are the router's,
+    `table` and `costs` what the models scored and cost, (n, m) each.
+    """
+    queries, row = np.unique(query_idx, return_inverse=True)  # (Q,), (n,)
+    weights = bootstrap_weights(len(queries), router.metadata.args["seed"])[:, row]  # (S, n)
+    weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + S, n)
+    ranks = np.array([[float(name == router.metadata.best_single_model) for name in names]])  # (1, m)
+    evaluation = CostEvaluation(table, costs, np.arange(len(row)), prices, ranks, weights)
+    console.print_curve_summary(evaluation, names, *evaluation.evaluate(scores, None))
 
 
 def add_model(args: argparse.Namespace, router: RankRouter) -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+from metrics import interval
 from support.system import distributed
 from support.system.command_line import above_progress_bars, progress_bar
 from support.system.errors import one_line
 
+MOST_SHOWN = 4  # models of choice shares
 MIN_QUERIES = 30  # below, a bootstrap interval gives no verdict
 
 LABELS = {
@@ -50,6 +52,10 @@ def print_data(data: dict) -> None:
     print(f"battles  {data['battles']} on {data['queries']} queries, {data['models']} models; {ties}")
     sides = ", ".join(f"{name} {size['battles']} ({size['queries']} queries)" for name, size in data["split"].items())
     print(f"split    {sides}; test queries also in training: {data['test_queries_in_train']}")
+    if data["groups"]:
+        test, train = (", ".join(map(one_line, data["groups"][name])) for name in ("test", "train"))
+        left_out = f"{data['groups']['left_out']} battles or rows are on neither side"
+        print(f"groups   test on {test}; training and validation on {train}; {left_out}")
     if data["table_rows"]:
         rows = ", ".join(f"{name} {data['table_rows'][name]}" for name in ("train", "val", "test"))
         equal = data["table_rows"]["without_a_difference"]
@@ -182,6 +188,9 @@ def print_test(history: dict) -> None:
     print(f"Expected calibration error {before:.4f}, and {after:.4f} {chosen}.")
     if "score_table" in history:
         _print_score_table(history, compared)
+    if "costs" in history:
+        _print_costs(history, compared)
+    _print_guard(history["guard"])
     if "cold_start" in history:
         _print_cold_start(history["cold_start"])
     if demo is not None and demo["gap_closed"] is not None:
@@ -219,6 +228,68 @@ def _print_score_table(history: dict, compared: dict) -> None:
             low, high = row["intervals"]["gap_closed"]
             line += f"{row['gap_closed']:>7.0%} [{f'{low:.0%}, {high:.0%}]':<13}"
         print(line.rstrip() + _difference(row, "mean_score", label, table["rows"]))
+    if "macro_score" in router:
+        rows = {"RankRouter": router} | single | compared | {"oracle": table["oracle"]}
+        means = ", ".join(f"{label} {row['macro_score']:.4f}" for label, row in rows.items())
+        print(f"\nmacro    mean over {len(table['groups'])} groups: {means}")
+    shares, oracle = table["choice_shares"], table["oracle"]["choice_shares"]
+    chosen = sorted(shares, key=lambda name: -shares[name]["share"])[:MOST_SHOWN]
+    named = (f"{one_line(name)} {shares[name]['share']:.0%} (oracle {oracle[name]['share']:.0%})" for name in chosen)
+    print(f"chosen   {', '.join(named)}")
+
+
+def _print_costs(history: dict, compared: dict) -> None:
+    costs, guard = history["costs"], history["guard"]["costs"]
+    left_out = f"; {costs['rows_left_out']} rows without a cost left out" if costs["rows_left_out"] else ""
+    print(
+        f"\ncost     on {costs['rows']} test rows{left_out}; strong {one_line(costs['strong'])}, the best single model,"
+    )
+    print(f"         weak {one_line(costs['weak'])}, the cheapest\n")
+    heads = f"{'AIQ, 95 %':>24}{'beyond single models':>27}"
+    heads += f"{'APGR':>8}{'CPT(50%)':>10}{'PerfGain':>10}{'CostSave':>9}{'at':>8}"
+    print(f"{'':<20}{heads}{'':>1}")
+    router = history["test_metrics"] | {"intervals": history["test_intervals"]}
+    rows = {"RankRouter": router, "RankRouter, guarded": guard} | compared
+    models = {"aiq": costs["aiq_of_models"], "intervals": {"aiq": costs["aiq_of_models_interval"]}}
+    forms = {"apgr": "8.4f", "cpt_50": "10.0%", "perf_gain": "+10.4f", "cost_save": "9.0%", "cost_save_gain": "+9.4f"}
+    for label, row in (rows | {"single models": models}).items():
+        line = f"{label:<20}"
+        for name, width, sign in (("aiq", 7, ""), ("aiq_beyond_models", 9, "+")):
+            if row.get(name) is not None:
+                line += f"{row[name]:{sign}{width}.4f} {bounds(row['intervals'][name], sign)}"
+        known = ((name, form) for name, form in forms.items() if name in row)
+        print(line + "".join("       -" if row[name] is None else f"{row[name]:{form}}" for name, form in known))
+    print(
+        "\nAIQ is the mean height of the hull over the curve, between the costs of the cheapest and the most expensive"
+    )
+    print(
+        "model; RouterBench's divides by the largest cost, with nothing left of the first point. PerfGain and CostSave"
+    )
+    print("are to the best single model, at settings chosen on validation; `at` is CostSave's gain in score.")
+
+
+def print_curve_summary(evaluation, names: list[str], numbers: dict, details: dict) -> None:
+    """The summary numbers of a router's curve, from a `CostEvaluation` of models with these names."""
+    print(f"\nstrong   {one_line(names[evaluation.strong])}, the best single model of training")
+    print(f"weak     {one_line(names[evaluation.weak])}, the cheapest\n")
+    for name, values in (numbers | {"aiq_of_models": evaluation.zero_router}).items():
+        if values[0] == values[0]:
+            print(f"{name:<18}{values[0]:>9.4f} {bounds(interval(values[1:]))}")
+    for name, value in details["test_chosen"].items():
+        print(f"{name:<18}{value:>9.4f} at a setting chosen on these rows")
+
+
+def _print_guard(guard: dict) -> None:
+    fallback, rows = one_line(guard["fallback"]), f"{guard['rows']} {guard['on']}"
+    if not guard["rows"]:
+        print(f"\nguard    not evaluated: no test battle of {fallback}")
+        return
+    unless = f"unless another model beats it with P > {guard['confidence']:g}"
+    print(f"\nguard    stays with {fallback} {'always' if guard['confidence'] == 1 else unless}, chosen on validation:")
+    gain, unguarded = (
+        f"{guard[name]:+.4f} {bounds(guard['intervals'][name], '+')}" for name in ("difference", "unguarded_difference")
+    )
+    print(f"         leaves it on {guard['routed_away']:.0%} of {rows}, gain {gain}; without a guard {unguarded}")
 
 
 def _difference(row: dict, metric: str, label: str, num_queries: int) -> str:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import leaves_list, linkage
 
+from metrics import hull
 from support.reporting.console import LABELS, bounds
 from support.reporting.runs import Run
 from support.system.files import atomic_write
@@ -45,11 +46,15 @@ def draw(groups: list[list[Run]], rows: list[dict], folder: Path) -> list[Path]:
             figures["scores"] = baselines(groups, rows, "mean_score")
         for members, row in zip(groups, rows, strict=True):
             best = max(members, key=lambda run: run.val_auc)
-            name = "clusters-" + re.sub(r"[^\w.-]+", "-", row["run"])[-80:].strip("-")
-            while name in figures:
+            name = re.sub(r"[^\w.-]+", "-", row["run"])[-80:].strip("-")
+            while f"clusters-{name}" in figures:
                 name += "-"
             if best.clusters:
-                figures[name] = cluster_map(best)
+                figures[f"clusters-{name}"] = cluster_map(best)
+            if best.choice_shares:
+                figures[f"choices-{name}"] = choice_shares(best)
+            if best.curves:
+                figures[f"cost-{name}"] = cost_curve(best)
         paths = []
         for name, figure in figures.items():
             png = io.BytesIO()
@@ -190,6 +195,66 @@ def cluster_map(run: Run) -> Figure:
     )
     shrink = min(0.8, 5 / figure.get_figwidth())  # a bar of 5 inches at most
     figure.colorbar(image, ax=axes, location="top", shrink=shrink, aspect=40, pad=0.01, extend="both")
+    return figure
+
+
+def cost_curve(run: Run) -> Figure:
+    """Mean score over mean cost: RankRouter's curve with its intervals, the hulls of all methods, and single models."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    models = np.array([[model["mean_cost"], model["mean_score"]] for model in run.priced_models.values()])  # (M, 2)
+    corners = [hull(*models.T)]
+    curves = {name: points for name, points in run.curves.items() if name != "random"}  # one point, far below
+    for number, (name, points) in enumerate(curves.items()):
+        cost, score = (np.array([point[key] for point in points]) for key in ("mean_cost", "mean_score"))  # (L,) each
+        corners.append(hull(cost, score))
+        style = {"color": COLORS[number % len(COLORS)], "linewidth": 1.0 if number else 2.0, "zorder": 3 - number / 100}
+        axes.plot(*corners[-1], label=LABELS.get(name, name), **style)
+        if not number:
+            order = np.argsort(cost)  # (L,)
+            low, high = np.array([points[i]["interval"] for i in order]).T  # (L,) each
+            axes.fill_between(cost[order], low, high, color=COLORS[0], alpha=0.15, linewidth=0)
+            axes.plot(cost, score, ".", color=COLORS[0], markersize=4)
+    least, most = models[:, 0].min(), models[:, 0].max()
+    axes.plot(*corners[0], "k--", linewidth=1, label="single models")
+    axes.plot(*models.T, "k.", markersize=6)
+    for name, (cost, score) in zip(run.priced_models, models, strict=True):
+        if score >= np.median(models[:, 1]):
+            is_left = 2 * cost < least + most
+            at = {"xytext": (4 if is_left else -4, -9), "ha": "left" if is_left else "right"}
+            axes.annotate(shorten_start(name, NAME_WIDTH), (cost, score), textcoords="offset points", fontsize=7, **at)
+    if least > 0 and most > 30 * least:
+        axes.set_xscale("log")
+    lowest = min(score.min() for _, score in corners)
+    axes.set(xlabel="mean cost of a query", ylabel="mean score of the chosen model")
+    axes.set_ylim(bottom=lowest - 0.1 * (max(score.max() for _, score in corners) - lowest))
+    title = "lines are hulls, dots RankRouter's settings and single models; the band is a 95 % interval over queries"
+    axes.set_title(f"{shorten_start(run.name, 90)}\n{title}", fontsize=9, loc="left")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    tidy(axes)
+    return figure
+
+
+def choice_shares(run: Run) -> Figure:
+    """The share of the test's rows that each model is chosen for, by RankRouter and by the oracle, with intervals."""
+    router, oracle = run.choice_shares["RankRouter"], run.choice_shares["oracle"]
+    names = sorted(router, key=lambda name: -max(router[name]["share"], oracle[name]["share"]))[:MOST_CLUSTERS]
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for offset, label, shares, color in ((-0.18, "RankRouter", router, COLORS[0]), (0.18, "oracle", oracle, "0.6")):
+        share = np.array([shares[name]["share"] for name in names])  # (m,)
+        ends = np.array([shares[name]["interval"] for name in names]).T  # (2, m)
+        place = np.arange(len(names)) + offset  # (m,)
+        axes.barh(place, share, 0.34, color=color, label=label, xerr=np.abs(ends - share), ecolor="0.2")
+    axes.set_yticks(range(len(names)), [shorten_start(name, NAME_WIDTH) for name in names])
+    axes.set(xlabel="share of the test rows; 95 % intervals over queries", ylim=(len(names) - 0.5, -0.5))
+    axes.set_title(
+        f"{shorten_start(run.name, 90)}\nwho is chosen, prices aside; the oracle takes the cheapest of the best",
+        fontsize=9,
+        loc="left",
+    )
+    axes.legend(frameon=False, loc="lower right")
+    tidy(axes)
     return figure
 
 

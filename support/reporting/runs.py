@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,9 @@ class Run:
     baselines: dict[str, dict]
     score_table: dict[str, float]  # mean score of "best_single" and "oracle"; empty without a score table
     clusters: list[dict]  # the nonempty ones: size, central_queries, log_odds by model
+    choice_shares: dict[str, dict]  # of RankRouter, baselines and the oracle: share and interval by model
+    curves: dict[str, list[dict]]  # of RankRouter and baselines: points with mean_cost, mean_score, interval
+    priced_models: dict[str, dict]  # mean_cost and mean_score of each model; empty without costs, as are curves
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -117,15 +121,21 @@ def parse(name: str, history: dict) -> Run:
         digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
         flags["surface_features"] = f"{len(names)} [{digest[:4]}]"
     # The shapes of what is read; without a gap between the best single model and the oracle, no method closes any.
-    metrics, intervals = (dict.fromkeys([*test, *REQUIRED], check) for check in (_number, _interval))
-    if "gap_closed" in test and test["gap_closed"] is None:
-        metrics["gap_closed"] = intervals["gap_closed"] = None
+    metrics, intervals = (
+        {name: check if name in REQUIRED else _optional(check) for name in [*test, *REQUIRED]}
+        for check in (_number, _interval)
+    )
     differences = {"intervals": intervals, "difference": metrics, "difference_intervals": intervals}
     part = dict.fromkeys(("low", "high", "probability", "won"), _number) | {"battles": _positive}
     calibration = {"expected_calibration_error": _number, "bins": [part]}
     ends = ("best_single", "oracle") if "score_table" in history or "mean_score" in test else ()
     clusters = [cluster for cluster in history.get("clusters", []) if cluster["log_odds"]]
     log_odds = dict.fromkeys(clusters[0]["log_odds"] if clusters else (), _number)
+    methods = {"RankRouter": history} | history["baselines"]
+    shares = {name: row.get("score_table", row) for name, row in methods.items()}
+    shares |= {"oracle": history["score_table"]["oracle"]} if "score_table" in history else {}
+    model_share = {"share": _number, "interval": _interval}
+    point = {"mean_cost": _number, "mean_score": _number}
     cluster = {"size": _positive, "central_queries": [str], "log_odds": log_odds}
     return Run(
         name=name,
@@ -152,6 +162,17 @@ def parse(name: str, history: dict) -> Run:
         },
         score_table={end: _number(history["score_table"][end]["mean_score"]) for end in ends},
         clusters=[_read(row, cluster) for row in clusters],
+        choice_shares={
+            name: {model: _read(value, model_share) for model, value in row["choice_shares"].items()}
+            for name, row in shares.items()
+            if "choice_shares" in row
+        },
+        curves={
+            name: _read(row["costs"]["curve"], [point | {"interval": _interval}])
+            for name, row in methods.items()
+            if "costs" in row
+        },
+        priced_models={name: _read(row, point) for name, row in history.get("costs", {}).get("models", {}).items()},
     )
 
 
@@ -164,6 +185,10 @@ def _read(value: object, shape: object) -> object:
             raise ValueError("a list is empty")
         return [_read(part, shape[0]) for part in value]
     return None if shape is None else shape(value)
+
+
+def _optional(check: Callable) -> Callable:
+    return lambda value: None if value is None else check(value)
 
 
 def _number(value: object) -> float:

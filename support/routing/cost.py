@@ -101,8 +101,21 @@ def weight_for_budget(scores: np.ndarray, prices: np.ndarray, budget: float) -> 
     return high
 
 
-def options(battles, names: list[str], prices: np.ndarray, router) -> tuple[tuple[np.ndarray, ...], dict]:
-    """The choices that `curve` evaluates: query (n,), and score, price and reward (n, m) of each candidate model.
+def mean_costs(battles, path: str) -> dict[str, float]:
+    """The mean cost of each model that has costs in a score table from `path`. Raises `UserError` without any."""
+    costs = None if battles.table is None else battles.table.costs  # (R, M)
+    if costs is None:
+        raise UserError(f"{path} has no costs; give --prices, or a score table with columns of costs")
+    known = ~np.isnan(costs).all(0)  # (M,)
+    return {name: float(np.nanmean(costs[:, i])) for i, name in enumerate(battles.model_names) if known[i]}
+
+
+def options(
+    battles, names: list[str], prices: np.ndarray, router, own_costs: bool = False
+) -> tuple[tuple[np.ndarray, ...], dict]:
+    """The choices that `curve` evaluates: query (n,); score, price, reward and cost (n, m) of each candidate model.
+
+    Costs are the prices, or with `own_costs` those of the table's rows.
 
     From a score table these are its rows, with the models `names`; from battles, the decisive ones between two of these
     models. Queries on which the router was trained or chosen are left out. Returns also what was left out, counted by
@@ -111,6 +124,10 @@ def options(battles, names: list[str], prices: np.ndarray, router) -> tuple[tupl
     columns = router.indices(names)  # (m,)
     outcomes = _table_rewards(battles, names) if battles.table is not None else _battle_rewards(battles, names)
     query_idx, which, reward, usable, left_out = outcomes
+    costs = _columns(battles.table.costs, battles, names) if own_costs else prices[which]  # (N, m)
+    without = usable & (np.isnan(costs) & ~np.isnan(reward)).any(1)  # (N,)
+    if without.any():
+        left_out["rows without a cost"], usable = int(without.sum()), usable & ~without
     seen = np.isin(query_ids(battles.queries), router.metadata.seen_queries.numpy())[query_idx]  # (N,)
     left_out["on queries that the router was trained on"] = int((usable & seen).sum())
     usable = usable & ~seen  # (N,)
@@ -118,22 +135,36 @@ def options(battles, names: list[str], prices: np.ndarray, router) -> tuple[tupl
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         expected = "others, between models with a price"
         raise UserError(f"no outcome is left to draw a curve on: {counts}; expected {expected}")
-    query_idx, which, reward = query_idx[usable], which[usable], reward[usable]  # (n,), (n, m) each
+    query_idx, which, reward, costs = (each[usable] for each in (query_idx, which, reward, costs))  # (n,), (n, m) each
     queries, row = np.unique(query_idx, return_inverse=True)  # (Q,), (n,)
     scores = router.scores_of([battles.queries[i] for i in queries])[:, columns]  # (Q, m)
     scores = np.take_along_axis(scores[row], which, axis=1)  # (n, m)
-    choices = query_idx, np.where(np.isnan(reward), -np.inf, scores), prices[which], np.nan_to_num(reward)
-    return choices, left_out
+    scores = np.where(np.isnan(reward), -np.inf, scores)  # (n, m)
+    return (query_idx, scores, prices[which], np.nan_to_num(reward), np.nan_to_num(costs)), left_out
+
+
+def _columns(cells: np.ndarray, battles, names: list[str]) -> np.ndarray:
+    """The columns of these models (R, m) from cells of a score table (R, M), NaN for models that are not in it."""
+    number = {name: i for i, name in enumerate(battles.model_names)}
+    return np.pad(cells, ((0, 0), (0, 1)), constant_values=np.nan)[:, [number.get(name, -1) for name in names]]
 
 
 def _table_rewards(battles, names: list[str]) -> tuple:
     """The rows of a score table as query (R,), candidates (R, m) into `names`, reward (R, m), usable (R,), left out."""
-    number = {name: i for i, name in enumerate(battles.model_names)}
-    scores = np.pad(battles.table.scores, ((0, 0), (0, 1)), constant_values=np.nan)  # (R, M + 1)
-    reward = scores[:, [number.get(name, -1) for name in names]]  # (R, m), NaN where a model is unavailable
-    usable = (~np.isnan(reward)).sum(1) > 1  # (R,)
+    reward = _columns(battles.table.scores, battles, names)  # (R, m), NaN where a model is unavailable
+    of_two = (~np.isnan(reward)).sum(1) > 1  # (R,)
+    usable = np.fmax.reduce(reward, axis=1) > np.fmin.reduce(reward, axis=1)  # (R,)
     which = np.broadcast_to(np.arange(len(names)), reward.shape)  # (R, m)
-    return battles.table.query_idx, which, reward, usable, {"rows without two of these models": int((~usable).sum())}
+    return (
+        battles.table.query_idx,
+        which,
+        reward,
+        usable,
+        {
+            "rows without two of these models": int((~of_two).sum()),
+            "rows whose scores do not differ": int((of_two & ~usable).sum()),
+        },
+    )
 
 
 def _battle_rewards(battles, names: list[str]) -> tuple:
@@ -147,7 +178,13 @@ def _battle_rewards(battles, names: list[str]) -> tuple:
 
 
 def curve(
-    scores: np.ndarray, prices: np.ndarray, reward: np.ndarray, query_idx: np.ndarray, seed: int, steps: int = 10
+    scores: np.ndarray,
+    prices: np.ndarray,
+    reward: np.ndarray,
+    query_idx: np.ndarray,
+    seed: int,
+    steps: int = 10,
+    costs: np.ndarray | None = None,
 ) -> list[dict]:
     """The mean reward of the chosen models, at mean prices from that of the router without prices to the least.
 
@@ -156,6 +193,7 @@ def curve(
         prices: (n, m), of the same models.
         reward: (n, m), 1 for the winner of a battle and 0 for its loser, or a table's scores.
         query_idx: int (n,); the bootstrap, with `seed`, draws queries.
+        costs: (n, m), what the choices cost in the end; by default the prices.
         steps: between the two ends, evenly spaced in mean price.
 
     Each point has `cost_weight`, `mean_price`, the mean reward as `worth`, its 95 % `interval`, and `random_mix`: the
@@ -165,15 +203,17 @@ def curve(
     weights = metrics.bootstrap_weights(len(queries), seed)[:, row]  # (R, n)
     shares = weights / weights.sum(1, keepdims=True)  # (R, n)
     order = np.argsort(prices, axis=1, kind="stable")  # (n, m), so that argmax takes the cheapest of equals
-    scores, prices, reward = (np.take_along_axis(array, order, axis=1) for array in (scores, prices, reward))  # (n, m)
+    columns = scores, prices, reward, prices if costs is None else costs
+    scores, prices, reward, costs = (np.take_along_axis(column, order, axis=1) for column in columns)  # (n, m) each
     most_expensive, least, points = mean_price(scores, prices, 0.0), cheapest(scores, prices), []
     for budget in np.linspace(most_expensive, least, steps + 1 if most_expensive > least else 1):
         weight = weight_for_budget(scores, prices, float(budget))
-        got = reward[np.arange(len(reward)), choose(scores, prices, weight)]  # (n,)
-        point = {"cost_weight": weight, "mean_price": mean_price(scores, prices, weight), "worth": float(got.mean())}
+        chosen = np.arange(len(reward)), choose(scores, prices, weight)  # (n,), (n,)
+        got, spent = reward[chosen], costs[chosen]  # (n,) each
+        point = {"cost_weight": weight, "mean_price": float(spent.mean()), "worth": float(got.mean())}
         points.append(point | {"interval": metrics.interval(shares @ got)})
     first, last = points[0], points[-1]
     for point in points:
-        share = (point["mean_price"] - last["mean_price"]) / max(most_expensive - last["mean_price"], 1e-300)
+        share = (point["mean_price"] - last["mean_price"]) / max(first["mean_price"] - last["mean_price"], 1e-300)
         point["random_mix"] = last["worth"] + share * (first["worth"] - last["worth"])
     return points

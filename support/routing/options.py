@@ -40,8 +40,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{', '.join(map(_shown, sorted(besides)))}: no effect with {_shown(task)}")
     if task == "add_model" and ((args.battles is None) == (args.profile is None) or args.save is None):
         parser.error("--add_model needs --save, and one of --battles and --profile")
-    if args.prices is None and (task == "curve" or given.intersection(PRICE_FLAGS)):
-        parser.error("--cost_weight, --budget, --tokens_per_query and --curve need --prices")
+    if args.prices is None and given.intersection(PRICE_FLAGS):
+        parser.error("--cost_weight, --budget and --tokens_per_query need --prices")
     if args.cost_weight is not None and args.budget is not None:
         parser.error("--cost_weight and --budget exclude each other")
     if args.confidence is not None and args.fallback is None:
@@ -80,7 +80,7 @@ def _parser() -> OneLineParser:
     add("--tokens_per_query", metavar="N", type=positive, help=tokens)
     add("--cost_weight", metavar="W", type=weight, help="rank by score - W * price per query")
     add("--budget", metavar="PRICE", type=not_negative, help="mean price per query, met by the best W")
-    curve = "quality by cost, on battles or a score table, without queries that the router was trained on"
+    curve = "quality by cost on battles or a score table, by --prices or the table's costs, without queries of training"
     add("--curve", metavar="DATA", type=some_path, help=curve)
 
     add = parser.add_argument_group("a guard").add_argument

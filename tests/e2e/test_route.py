@@ -456,7 +456,7 @@ def test_bad_flags_end_in_one_line(checkpoint, refused):
         (("q", "--models", "a\nb"), "expected names separated by commas"),
         (("q", "--cost_weight", "1"), "need --prices"),
         (("q", "--budget", "0"), "need --prices"),
-        (("--curve", "x"), "need --prices"),
+        (("--budget", "1", "q"), "need --prices"),
         (("q", "--prices", "p", "--cost_weight", "1", "--budget", "1"), "exclude each other"),
         (("q", "--prices", "p", "--cost_weight", "1e300"), "expected a number from 0 to 1e15"),
         (("q", "--prices", "/nowhere"), "cannot read /nowhere"),
