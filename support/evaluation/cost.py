@@ -122,9 +122,14 @@ class CostEvaluation:
         budgets = np.linspace(mean_price(scores, prices, 0.0), cheapest(scores, prices), STEPS + 1)
         return np.unique([0.0, *(weight_for_budget(scores, prices, budget) for budget in budgets.tolist()), last])
 
+    def choose(self, scores: np.ndarray, cost_weight: float) -> np.ndarray:
+        """Choices (R, M) of the highest score - cost_weight * price, if prices count, the cheapest of equals."""
+        chosen = metrics.choices(scores - cost_weight * self.prices, self.available)  # (R, M)
+        return chosen if cost_weight == 0 else metrics.choices(-self.prices[None], chosen > 0)  # (R, M)
+
     def curve(self, scores: np.ndarray, cost_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean score and mean cost (S, L) of a router with scores (R, M), or (1, M), at cost weights (L,)."""
-        means = [self.means(metrics.choices(scores - w * self.prices, self.available)) for w in cost_weights]
+        means = [self.means(self.choose(scores, weight)) for weight in cost_weights]
         return tuple(np.stack(each, axis=1) for each in zip(*means, strict=True))  # (S, L) each
 
     def evaluate(self, scores: np.ndarray, settings: Settings | None) -> tuple[dict[str, np.ndarray], dict]:
@@ -162,8 +167,7 @@ class CostEvaluation:
     ) -> dict[str, np.ndarray]:
         """What a router with a curve (S, L) reaches at the two settings of validation, (S,) each."""
         accurate, saving = settings.accurate, settings.saving
-        weight = settings.cost_weights[accurate]
-        chosen = metrics.choices(scores - weight * self.prices, self.available)  # (R, M)
+        chosen = self.choose(scores, settings.cost_weights[accurate])  # (R, M)
         optimal_cost = self.means(self.optimal)[1]  # (S,)
         numbers = {"perf_gain": score[:, accurate] - self.single_score}
         # Where no setting reaches the best single model on validation, that model is used.
