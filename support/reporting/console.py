@@ -228,10 +228,11 @@ def _print_score_table(history: dict, compared: dict) -> None:
             low, high = row["intervals"]["gap_closed"]
             line += f"{row['gap_closed']:>7.0%} [{f'{low:.0%}, {high:.0%}]':<13}"
         print(line.rstrip() + _difference(row, "mean_score", label, table["rows"]))
+    print()
     if "macro_score" in router:
         rows = {"RankRouter": router} | single | compared | {"oracle": table["oracle"]}
         means = ", ".join(f"{label} {row['macro_score']:.4f}" for label, row in rows.items())
-        print(f"\nmacro    mean over {len(table['groups'])} groups: {means}")
+        print(f"macro    mean over {len(table['groups'])} groups: {means}")
     shares, oracle = table["choice_shares"], table["oracle"]["choice_shares"]
     chosen = sorted(shares, key=lambda name: -shares[name]["share"])[:MOST_SHOWN]
     named = (f"{one_line(name)} {shares[name]['share']:.0%} (oracle {oracle[name]['share']:.0%})" for name in chosen)

@@ -333,6 +333,87 @@ def test_the_curve_leaves_out_what_the_router_was_trained_on(checkpoint, demo, s
     assert f"on {len(unseen)} battles" in routed(*flags, str(tmp_path / "other.parquet"))
 
 
+def test_a_fallback_is_left_only_with_confidence(checkpoint, demo, routed, refused, tmp_path):
+    router = RankRouter.load(checkpoint)
+    single, queries = router.metadata.best_single_model, load_battles(str(demo / "battles.parquet"))[0].queries[:60]
+    Path(tmp_path / "queries.txt").write_text("\n".join(queries))
+    flags = ("--checkpoint", checkpoint, "--no_cache", "--input", str(tmp_path / "queries.txt"))
+    scores = router.scores_of(queries)
+    i = int(np.argsort(scores.mean(0))[-3])
+    fallback = router.model_names[i]
+    p = 1 / (1 + np.exp(-(scores.max(1) - scores[:, i]) / router.temperature))
+    left = []
+    for confidence in (0.5, float(np.median(p)), 1.0):
+        guard = ("--fallback", fallback, "--confidence", repr(confidence))
+        lines, expected = jsonl(routed(*flags, *guard)), []
+        for row, sure in zip(scores, p, strict=True):
+            expected.append(router.model_names[row.argmax()] if sure > confidence else fallback)
+        assert [line["ranking"][0] for line in lines] == expected
+        ranked = router.rank(queries, fallback=fallback, confidence=confidence)
+        assert [ranking[0][0] for ranking in ranked] == expected
+        assert lines[0]["scores"] == pytest.approx([score for _, score in ranked[0]], abs=1e-6)  # not raised
+        left.append(sum(name != fallback for name in expected))
+    assert left[0] > left[1] > left[2] == 0
+    # By default training's confidence for the best single model, and for no other one.
+    chosen = routed(*flags, "--fallback", single)
+    assert chosen == routed(*flags, "--fallback", "best", "--confidence", str(router.metadata.confidence))
+    other = next(name for name in router.model_names if name != single)
+    assert "expected a confidence from 0.5 to 1" in refused(*flags, "--fallback", other)
+    assert "not among the models" in refused(*flags, "--fallback", "stranger", "--confidence", "0.7")
+    assert "--confidence needs --fallback" in refused(*flags, "--confidence", "0.7")
+    assert "from 0.5 to 1" in refused(*flags, "--fallback", "best", "--confidence", "0.4")
+
+
+def test_a_cheap_fallback_is_left_where_that_pays(checkpoint, demo, routed, prices, tmp_path):
+    path, by_name = prices
+    router, cheap = RankRouter.load(checkpoint), min(by_name, key=by_name.get)
+    queries = load_battles(str(demo / "battles.parquet"))[0].queries[:60]
+    Path(tmp_path / "queries.txt").write_text("\n".join(queries))
+    flags = ("--checkpoint", checkpoint, "--no_cache", "--input", str(tmp_path / "queries.txt"), "--prices", path)
+    guard, scores = ("--fallback", cheap, "--confidence", "0.55"), router.scores_of(queries)
+    scores[:, router.model_names.index(cheap)] += router.temperature * np.log(0.55 / 0.45)
+    all_prices = np.array([by_name[name] for name in router.model_names])
+    lead = scores - scores[:, [router.model_names.index(cheap)]]
+    ratios = np.divide(lead, all_prices - by_name[cheap], out=np.zeros_like(lead), where=all_prices > by_name[cheap])
+    weight = float(np.median(ratios.max(1)))  # half of the queries leave the cheap model
+    scores -= weight * all_prices
+    lines = jsonl(routed(*flags, *guard, "--cost_weight", str(weight)))
+    assert [line["ranking"][0] for line in lines] == [router.model_names[i] for i in scores.argmax(1)]
+    assert 0 < sum(line["ranking"][0] == cheap for line in lines) < 60
+    budget = np.mean(sorted(by_name.values())[:2])
+    lines = jsonl(routed(*flags, *guard, "--budget", str(budget)))
+    assert np.mean([line["prices"][0] for line in lines]) <= budget * (1 + 1e-9)
+
+
+def test_the_curve_by_the_costs_of_a_table(checkpoint, routed, refused, tmp_path):
+    single, rng = RankRouter.load(checkpoint).metadata.best_single_model, np.random.default_rng(0)
+    names = [*sorted({"demo-model-a", "demo-model-b", "demo-model-c"} - {single})[:2], single]
+    table = pd.DataFrame({"prompt": [f"prompt {i}" for i in range(50)]} | {name: rng.random(50) for name in names})
+    for i, name in enumerate(names):
+        table[f"{name}_cost"] = rng.random(50) + 3 * i
+    table.loc[0, f"{names[1]}_cost"] = np.nan
+    table[single] += 0.5
+    table.loc[1, names] = 0.5
+    table.to_parquet(tmp_path / "table.parquet")
+    flags = (
+        "--checkpoint",
+        checkpoint,
+        "--no_cache",
+        "--models",
+        ",".join(names),
+        "--curve",
+        str(tmp_path / "table.parquet"),
+    )
+    printed = routed(*flags)
+    assert "left out 0 rows without two of these models, 1 rows whose scores do not differ, 1 rows without" in printed
+    assert f"{table[f'{names[0]}_cost'][2:].mean():.6g}" in printed.split("random mix\n")[1]  # at the cheap end
+    for number in ("aiq_beyond_models", "apgr", "cpt_50", "perf_gain", "cost_save"):
+        assert f"\n{number} " in printed
+    battles = pd.DataFrame([{"prompt": "q", "model_a": names[0], "model_b": names[1], "winner": "model_a"}])
+    battles.to_csv(tmp_path / "battles.csv")
+    assert "has no costs; give --prices" in refused(*flags[:-1], str(tmp_path / "battles.csv"))
+
+
 def test_the_curve_on_a_score_table_shows_the_chosen_models_scores(checkpoint, routed, prices, tmp_path):
     names = ["demo-model-a", "demo-model-b", "demo-model-c", "stranger"]
     rng = np.random.default_rng(0)

@@ -91,12 +91,82 @@ def test_baselines_on_a_score_table_are_paired_with_the_router(table_run):
     )
 
 
-def test_shuffled_rows_of_a_score_table_close_no_gap(run_demo, table_run, tmp_path):
+@pytest.fixture
+def priced_table(table_run, tmp_path):
+    """The table of `table_run` with its kinds of prompts as tasks, and the costs of m1 and m2, of which m2's vary."""
     table = pd.read_parquet(table_run[2])
-    table[["m1", "m2", "m3"]] = table[["m1", "m2", "m3"]].sample(frac=1, random_state=0).to_numpy()
-    table.to_parquet(tmp_path / "shuffled.parquet")
-    flags = ("--num_clusters", "3", "--epochs", "3", "--embedding_dim", "64")
-    history, _ = run_demo("--data_path", str(tmp_path / "shuffled.parquet"), *flags)
+    table["task"] = table["prompt"].str.split().str[0]
+    table["m1_cost"], table["m2_cost"], table["m3_cost"] = 3.0, np.linspace(1, 2, len(table)), 6.0
+    table.to_parquet(tmp_path / "priced.parquet")
+    return table, str(tmp_path / "priced.parquet")
+
+
+FAST = ("--num_clusters", "3", "--epochs", "6", "--lr", "1e-3", "--embedding_dim", "64")
+
+
+def test_costs_groups_and_the_guard_are_in_the_history_and_on_the_screen(priced_table, run_demo, capsys):
+    _, path = priced_table
+    history, output = run_demo("--data_path", path, *FAST)
+    router, printed = RankRouter.load(output / "best_model.pt"), capsys.readouterr().out
+    split, _ = split_battles(load_battles(path)[0], 42)
+    costs, rows = history["costs"], split.test.table
+    assert costs["models"]["m2"]["price"] == pytest.approx(split.train.table.costs[:, 1].mean())
+    assert costs["models"]["m2"]["mean_cost"] == pytest.approx(rows.costs[:, 1].mean())
+    assert (costs["rows"], costs["weak"]) == (len(rows), "m2")
+    first = costs["curve"][0]
+    assert (first["cost_weight"], first["mean_score"]) == (0, pytest.approx(history["test_metrics"]["mean_score"]))
+    assert costs["curve"][-1]["mean_score"] == pytest.approx(np.nanmean(rows.scores[:, 1]))
+    for row in (history["test_metrics"], *history["baselines"].values()):
+        assert {"aiq", "apgr", "cpt_20", "cpt_50", "cpt_80", "perf_gain", "cost_save", "optimal_cost"} <= row.keys()
+    assert history["baselines"]["random"]["difference_intervals"]["aiq"][0] > 0
+    # The kind of prompt says which model is best: the router finds it, and leaves the best single model for it.
+    shares, oracle = (each["choice_shares"] for each in (history["score_table"], history["score_table"]["oracle"]))
+    assert sum(share["share"] for share in shares.values()) == pytest.approx(1)
+    assert all(abs(shares[name]["share"] - oracle[name]["share"]) < 0.25 for name in shares)
+    guard = history["guard"]
+    assert (guard["fallback"], guard["confidence"]) == (router.metadata.best_single_model, router.metadata.confidence)
+    assert guard["intervals"]["difference"][0] > 0.05
+    groups = history["score_table"]["groups"]
+    assert groups.keys() == {"solve", "write", "sing"}
+    assert history["test_metrics"]["macro_score"] == pytest.approx(np.mean(list(groups.values())))
+    for line in (
+        "macro    mean over 3 groups",
+        "chosen   m",
+        "cost     on ",
+        f"guard    stays with {guard['fallback']}",
+    ):
+        assert line in printed
+    (run,), *_ = read_runs([str(output)])
+    assert run.curves["RankRouter"][0]["mean_cost"] == first["mean_cost"]
+
+
+def test_prices_of_a_file_and_tasks_that_training_never_saw(priced_table, run_demo, fails, demo_dir, tmp_path):
+    _, path = priced_table
+    prices = tmp_path / "prices.csv"
+    prices.write_text("model,price_per_million_tokens\nm1,1\nm2,2\nm3,4\nanother,1\n")
+    flags = ("--prices", str(prices), "--tokens_per_query", "500", "--split_by", "task", "--test_groups", "sing")
+    history, _ = run_demo("--data_path", path, *FAST, *flags)
+    assert history["data"]["groups"] == {"test": ["sing"], "train": ["solve", "write"], "left_out": 0}
+    assert history["score_table"]["groups"].keys() == {"sing"}
+    assert {name: model["mean_cost"] for name, model in history["costs"]["models"].items()} == pytest.approx(
+        {"m1": 0.0005, "m2": 0.001, "m3": 0.002}
+    )
+    assert "macro_score" not in history["test_metrics"]
+    same = ("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path / "out"), "--data_path", path)
+    assert "needs --tokens_per_query" in fails(*same, "--prices", str(prices))
+    prices.write_text("model,price_per_query\nm1,1\nm3,4\n")
+    assert "has no price of m2; expected one of each of m1, m2, m3" in fails(*same, "--prices", str(prices))
+    battles = ("--demo", "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path / "out"))
+    assert "the data are battles" in fails(*battles, "--prices", str(prices))
+    assert "--test_groups needs --split_by task" in fails(*same, "--test_groups", "sing")
+    assert "no group is named dance; found sing, solve, write" in fails(
+        *same, "--split_by", "task", "--test_groups", "dance"
+    )
+
+
+def test_shuffled_rows_of_a_score_table_close_no_gap(run_demo, table_run):
+    flags = ("--num_clusters", "3", "--epochs", "3", "--embedding_dim", "64", "--shuffle_outcomes")
+    history, _ = run_demo("--data_path", str(table_run[2]), *flags)
     assert history["test_intervals"]["gap_closed"][0] < 0.05
     for name in ("best_single", "bradley_terry"):
         low, high = history["baselines"][name]["difference_intervals"]["mean_score"]

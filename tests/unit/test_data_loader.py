@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import mixed_battles
 
-from data_loader import load_battles, query_ids, split_battles
+from data_loader import load_battles, query_ids, shuffled, split_battles
 from support.data.layouts import Layout
 from support.data.rows import Rows
 from support.system.errors import UserError
@@ -889,6 +889,105 @@ def test_rows_without_a_difference_are_kept_for_a_pointwise_loss_alone():
         assert (~split.val.table.differs()).any() == equal_rows
         assert split.test.table.differs().all()  # the same test set with every loss
         assert counts["table_rows"]["without_a_difference"] == 50
+
+
+def tasks(tmp_path):
+    """A score table of three tasks, of which 40, 90 and 180 queries; one query is of two tasks, one of none."""
+    names, rng = ["math"] * 40 + ["law"] * 90 + ["code"] * 180, np.random.default_rng(0)
+    rows = [
+        {"prompt": f"q{i}", "eval_name": name, "m1": rng.random(), "m2": rng.random()} for i, name in enumerate(names)
+    ]
+    rows += [
+        {"prompt": "q0", "eval_name": "law", "m1": 1, "m2": 0},
+        {"prompt": "new", "eval_name": "", "m1": 1, "m2": 0},
+    ]
+    return load_battles(write(tmp_path / "t.csv", rows))
+
+
+def test_whole_tasks_are_tested_that_training_never_saw(tmp_path):
+    battles, counts = tasks(tmp_path)
+    assert counts["columns"] == ["wide: query prompt; models m1, m2; groups eval_name"]
+    split, counts = split_battles(battles, 1, by="task", test_groups=["math"])
+    names = np.array([*battles.group_names, "none"])
+    groups = {side: set(names[getattr(split, side).table.group]) for side in ("train", "val", "test")}
+    assert groups == {"train": {"law", "code"}, "val": {"law", "code"}, "test": {"math"}}
+    # q0 is tested as a query of math, and left out of law; validation has a ninth of the queries of the others.
+    assert counts["groups"] == {"test": ["math"], "train": ["code", "law"], "left_out": 2}
+    train, val, test = query_sets(split).values()
+    assert [len(train), len(val), len(test)] == [240, 30, 40]
+    assert not test & (train | val)
+    # Drawn tasks have a tenth of the queries, and at least one task is left to train on; the seed draws.
+    drawn = [tuple(split_battles(battles, seed, by="task")[1]["groups"]["test"]) for seed in range(20)]
+    assert set(drawn) == {("math",), ("law",), ("code",)}
+    sizes = {
+        name: len(split_battles(battles, 0, by="task", test_groups=[name])[0].test.unique_queries) for name in names[:3]
+    }
+    assert sizes == {"math": 40, "law": 91, "code": 180}
+    with pytest.raises(UserError, match=r"no group is named art; found code, law, math"):
+        split_battles(battles, 1, by="task", test_groups=["art"])
+    with pytest.raises(UserError, match="needs two groups of queries or more"):
+        split_battles(many_battles(tmp_path), 1, by="task")
+
+
+def test_battles_are_split_by_task_too(tmp_path):
+    rows = [
+        {"prompt": f"q{i}", "model_a": "a", "model_b": "b", "winner": "model_a", "kind": "xyz"[i % 3]}
+        for i in range(60)
+    ]
+    path = write(tmp_path / "b.csv", rows)
+    assert load_battles(path)[0].group_names == ()
+    battles, _ = load_battles(path, group_column="kind")
+    split, counts = split_battles(battles, 0, by="task", test_groups=["y", "z"])
+    assert query_sets(split)["test"] == {f"q{i}" for i in range(60) if i % 3}
+    assert counts["groups"]["train"] == ["x"]
+
+
+def test_tables_with_different_models_are_one_training_set_of_groups(tmp_path):
+    for name, models in (("arc", "m1 m2 m3"), ("mmlu", "m2 m3 m4"), ("other", "m5 m1")):
+        rows = [
+            {"prompt": f"{name} {i}"} | {model: (i + j) % 3 for j, model in enumerate(models.split())}
+            for i in range(30)
+        ]
+        write(tmp_path / "all" / f"{name}.csv", rows)
+    battles, counts = load_battles(str(tmp_path / "all"))
+    assert (battles.model_names, battles.group_names) == (["m1", "m2", "m3", "m4", "m5"], ("arc", "mmlu", "other"))
+    of = {
+        battles.queries[query]: group for query, group in zip(battles.table.query_idx, battles.table.group, strict=True)
+    }
+    assert of == {f"{name} {i}": group for group, name in enumerate(battles.group_names) for i in range(30)}
+    assert np.isnan(battles.table.scores).sum(0).tolist() == [30, 30, 30, 60, 60]
+    assert "group, by the file's name, mmlu" in counts["columns"][1]
+    write(tmp_path / "shards" / "part-1.csv", rows)
+    write(tmp_path / "shards" / "part-2.csv", rows)
+    assert load_battles(str(tmp_path / "shards"))[0].group_names == ()
+
+
+def test_shuffled_outcomes_keep_the_wins_of_each_pair_and_forget_the_queries():
+    battles = mixed_battles(rows=200, single=3000, queries=100)
+    # The outcome says the query: odd ones are won by the model of the lower index.
+    odd, is_low = battles.query_idx % 2 == 1, battles.model_a_idx < battles.model_b_idx
+    battles = replace(battles, outcome=np.where(odd == is_low, 1.0, 0.0))
+    after = shuffled(battles, seed=3)
+    for name in ("query_idx", "model_a_idx", "model_b_idx"):
+        assert np.array_equal(getattr(after, name), getattr(battles, name))
+    wins = []
+    for each in (battles, after):
+        _, a, b, won, lost = each.win_counts()
+        wins.append(np.zeros((7, 7)))
+        np.add.at(wins[-1], (a, b), won)
+        np.add.at(wins[-1], (b, a), lost)
+    np.testing.assert_allclose(*wins)
+    assert abs(np.mean(after.outcome == battles.outcome) - 0.5) < 0.05
+    assert sorted(map(str, after.table.scores)) == sorted(map(str, battles.table.scores))
+    rows = zip(after.table.scores, battles.table.scores, strict=True)
+    assert np.mean([np.array_equal(one, other, equal_nan=True) for one, other in rows]) < 0.1
+    # In a split, training and validation are shuffled, and the test is not.
+    real, fake = (split_battles(battles, 0, shuffle=shuffle)[0] for shuffle in (False, True))
+    assert np.array_equal(real.test.outcome, fake.test.outcome)
+    assert np.array_equal(real.test.table.scores, fake.test.table.scores, equal_nan=True)
+    for side in ("train", "val"):
+        assert not np.array_equal(getattr(real, side).outcome, getattr(fake, side).outcome)
+        assert not np.array_equal(getattr(real, side).table.scores, getattr(fake, side).table.scores, equal_nan=True)
 
 
 def test_a_held_out_model_leaves_no_trace_in_the_rows_of_a_table():
