@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data_loader import load_battles, query_ids
-from metrics import bootstrap_weights, log_win_probability
+from metrics import bootstrap_weights, interval, log_win_probability
 from rankrouter import RankRouter, best_first
 from support.data.benchmarks import read_profiles, standardize
 from support.data.layouts import listed
@@ -214,7 +214,16 @@ def summarize_curve(
     weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + S, n)
     ranks = np.array([[float(name == router.metadata.best_single_model) for name in names]])  # (1, m)
     evaluation = CostEvaluation(table, costs, np.arange(len(row)), prices, ranks, weights)
-    console.print_curve_summary(evaluation, names, *evaluation.evaluate(scores, None))
+    numbers, details = evaluation.evaluate(scores, None)
+    numbers = {name: values for name, values in numbers.items() if not np.isnan(values[0])}  # (1 + S,) each
+    numbers["aiq_of_models"] = evaluation.zero_router
+    console.print_curve_summary(
+        names[evaluation.strong],
+        names[evaluation.weak],
+        {name: values[0] for name, values in numbers.items()},
+        {name: interval(values[1:]) for name, values in numbers.items()},
+        details["test_chosen"],
+    )
 
 
 def add_model(args: argparse.Namespace, router: RankRouter) -> None:

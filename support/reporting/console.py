@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from metrics import interval
 from support.system import distributed
 from support.system.command_line import above_progress_bars, progress_bar
 from support.system.errors import one_line
@@ -194,6 +193,7 @@ def print_test(history: dict) -> None:
     if "cold_start" in history:
         _print_cold_start(history["cold_start"])
     if demo is not None and demo["gap_closed"] is not None:
+        print()
         between = "the best query-independent ranking and the true margins"
         print(f"RankRouter closes {demo['gap_closed']:.0%} of the gap in AUC between {between}.")
     print(f"\nsaved    {one_line(history['args']['output_dir'])}: best_model.pt, training_history.json")
@@ -269,14 +269,13 @@ def _print_costs(history: dict, compared: dict) -> None:
     print("are to the best single model, at settings chosen on validation; `at` is CostSave's gain in score.")
 
 
-def print_curve_summary(evaluation, names: list[str], numbers: dict, details: dict) -> None:
-    """The summary numbers of a router's curve, from a `CostEvaluation` of models with these names."""
-    print(f"\nstrong   {one_line(names[evaluation.strong])}, the best single model of training")
-    print(f"weak     {one_line(names[evaluation.weak])}, the cheapest\n")
-    for name, values in (numbers | {"aiq_of_models": evaluation.zero_router}).items():
-        if values[0] == values[0]:
-            print(f"{name:<18}{values[0]:>9.4f} {bounds(interval(values[1:]))}")
-    for name, value in details["test_chosen"].items():
+def print_curve_summary(strong: str, weak: str, numbers: dict, intervals: dict, chosen_here: dict) -> None:
+    """The summary numbers of a router's curve with their intervals, and those at settings chosen on the same rows."""
+    print(f"\nstrong   {one_line(strong)}, the best single model of training")
+    print(f"weak     {one_line(weak)}, the cheapest\n")
+    for name, value in numbers.items():
+        print(f"{name:<18}{value:>9.4f} {bounds(intervals[name])}")
+    for name, value in chosen_here.items():
         print(f"{name:<18}{value:>9.4f} at a setting chosen on these rows")
 
 

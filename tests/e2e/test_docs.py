@@ -8,6 +8,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -61,10 +62,14 @@ def project(demo, tiny_run, tmp_path_factory):
     )
     pd.concat([table[:40].assign(model_a="new-model"), table[40:60]]).to_parquet(here / "new_battles.parquet")
     scores = {f"model-{i}": (prompts.str.len() * i % 7 / 7) for i in (1, 2, 3)}
-    pd.DataFrame({"prompt": prompts, "latency": 1.0, **scores}).to_csv(here / "scores.csv", index=False)
+    tasks = [("math", "law", "code")[i % 3] for i in range(len(own))]
+    pd.DataFrame({"prompt": prompts, "task": tasks, "latency": 1.0, **scores}).to_csv(here / "scores.csv", index=False)
     benchmarks = {"model": own["model_a"].unique(), "mmlu": range(own["model_a"].nunique())}
     pd.DataFrame(benchmarks).to_csv(here / "benchmarks.csv", index=False)
-    prices = {"model": RankRouter.load(tiny_run[1] / "best_model.pt").model_names}
+    prices = {"model": (names := RankRouter.load(tiny_run[1] / "best_model.pt").model_names)}
+    rng = np.random.default_rng(0)
+    own_costs = {name: rng.random(len(own)) for name in names} | {f"{name}_cost": 1 for name in names}
+    pd.DataFrame({"prompt": "New: " + prompts, **own_costs}).to_csv(here / "scores_with_costs.csv", index=False)
     pd.DataFrame(prices).assign(price_per_query=lambda t: 0.001 * (1 + t.index)).to_csv(
         here / "prices.csv", index=False
     )
@@ -165,6 +170,7 @@ def shape(text):
     """The words of an output without its numbers, verdicts and marks of the best validation."""
     text = re.sub(r" {2}best$| at step \d+", "", text, flags=re.MULTILINE)
     text = re.sub(r"(better|worse) than [\w -]+$|no (difference|verdict) .*$", "verdict", text, flags=re.MULTILINE)
+    text = re.sub(r"stays with (\S+) (always|unless .* P > [\d.]+),", r"stays with \1,", text)
     return re.sub(r"[+-]?\d+(\.\d+)?", "0", text).split()
 
 

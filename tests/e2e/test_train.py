@@ -175,7 +175,7 @@ def test_the_history_is_complete_and_consistent(demo, default):
     assert set(history) == {
         *("status", "args", "train_losses", "val_metrics", "best_epoch", "test_metrics", "data", "clusters"),
         *("calibration", "environment", "timing", "demo", "test_intervals", "baselines", "encoder"),
-        *("validations", "best_step"),
+        *("validations", "best_step", "guard"),
     }
     counts = ("queries_encoded", "queries_from_cache")
     assert set(history["timing"]) == {"load", "encode", "cluster", "train", "evaluate", "baselines", *counts}
