@@ -374,6 +374,16 @@ def bootstrap_weights(num_queries: int, seed: int, resamples: int = 1000) -> np.
     return np.concatenate(parts)  # (S, Q)
 
 
+def weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Means of values (R,) or (R, m) in S weighted samples of the rows, weights (S, R): (S,) or (S, m).
+
+    NaN in a sample without any weight.
+    """
+    sums, size = weights @ values, weights.sum(1)  # (S,) or (S, m), (S,)
+    size = size.reshape(-1, *[1] * (sums.ndim - 1)).astype(np.float64)
+    return np.divide(sums, size, out=np.full(sums.shape, np.nan), where=size > 0)
+
+
 def interval(values: np.ndarray) -> list[float] | None:
     """The 95 % percentile interval [low, high] of a metric's values (R,) on bootstrap samples, without NaN."""
     values = values[~np.isnan(values)]

@@ -9,7 +9,7 @@ import metrics
 from support.data.battles import WinCounts
 from support.data.benchmarks import standardize
 from support.evaluation.baselines import best, bradley_terry, rankings
-from support.evaluation.comparison import evaluate_samples
+from support.evaluation.comparison import all_and_samples, evaluate_samples
 from support.routing.new_model import battles_of, in_view_of, vector_from_battles
 from support.system.errors import UserError, one_line
 
@@ -38,14 +38,14 @@ class ColdStartEvaluation:
 
     def __init__(self, test, seed: int):
         self.test = test
-        self.weights = metrics.bootstrap_weights(len(test.unique_queries), seed)  # (S, q)
+        self.weights = all_and_samples(len(test.unique_queries), seed)  # (1 + S, q)
 
     def of_scores(self, scores: np.ndarray, temperature: float) -> np.ndarray:
         """Evaluates scores (q, M) of the distinct test queries, or (1, M) for all of them."""
         (battles,) = self.test.chunks()
         bins = metrics.lead_bins(battles.margins(scores))
-        row, samples = evaluate_samples(self.test, scores, self.weights, bins, margin=0.0, temperature=temperature)
-        return np.array([[row[metric], *samples[metric]] for metric in METRICS])  # (3, 1 + S)
+        numbers = evaluate_samples(self.test, scores, self.weights, bins, margin=0.0, temperature=temperature)
+        return np.array([numbers[metric] for metric in METRICS])  # (3, 1 + S)
 
     def of_router(self, router, x: torch.Tensor, cluster_idx: torch.Tensor) -> np.ndarray:
         """Evaluates a router that knows all models of the test battles."""

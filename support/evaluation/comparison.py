@@ -46,20 +46,19 @@ class TestEvaluation:
         prices: dict[str, float] | None = None,
     ):
         self.split, self.battles, self.table = split, split.test, split.test.table
-        self.single_model, self.costs = single_model, None
+        self.fallback, self.costs = single_model, None
         self.scores, self.margin, self.temperature = scores, margin, temperature
         self.sample = self.battles.sample(BIN_SAMPLE, seed)
-        self.weights = metrics.bootstrap_weights(len(self.battles.unique_queries), seed)  # (S, Q)
+        self.weights = all_and_samples(len(self.battles.unique_queries), seed)  # (1 + S, Q)
         if split.train.table is None or not split.train.table.differs().any():  # no best single model can be chosen
             self.table = None
         if self.table is not None:
             queries, row = np.unique(self.table.query_idx, return_inverse=True)  # (q,), (rows,)
-            shares = metrics.bootstrap_weights(len(queries), seed)[:, row]  # (S, rows)
-            self.row_shares = shares / shares.sum(1, keepdims=True)  # (S, rows)
+            self.row_weights = all_and_samples(len(queries), seed)[:, row]  # (1 + S, rows)
             ranks = ranking_by_mean(split.train.table)  # (1, M)
-            self.single, self.single_is_best = self.route(ranks)  # (rows,) each
+            self.single, self.single_is_best = metrics.route(ranks, self.table.scores)  # (rows,) each
             self.oracle = np.nanmax(self.table.scores, 1)  # (rows,)
-            self.costs = cost_evaluations(split, prices, ranks, shares)
+            self.costs = cost_evaluations(split, prices, ranks, self.row_weights)
         self.router = self.evaluate(scores, val_scores, margin, temperature, confidence)
 
     def evaluate(
@@ -69,178 +68,150 @@ class TestEvaluation:
         margin: float,
         temperature: float,
         confidence: float | None = None,
-    ) -> tuple[dict, dict, dict]:
+    ) -> tuple[dict[str, np.ndarray], dict]:
         """Evaluates a method's scores (Q, M), or (1, M) for all queries, of the test and of the validation queries.
 
         `margin`, `temperature` and `confidence` are those of the method, as for the class; without a confidence it is
-        chosen here. Returns all metrics on the test set, those on its samples (S,), and what else the history keeps.
+        chosen here. Returns all metrics on the test set and its samples (1 + S,), and what else the history keeps.
         """
         bins = metrics.lead_bins(self.sample.margins(scores))
-        row, samples = evaluate_samples(self.battles, scores, self.weights, bins, margin, temperature)
-        details = {}
+        numbers, details = evaluate_samples(self.battles, scores, self.weights, bins, margin, temperature), {}
         if self.table is not None:
-            means, mean_samples, details["groups"] = self.means(*self.route(scores))
-            row, samples = row | means, samples | mean_samples
-            gap = metrics.gap_closed(row["mean_score"], self.single.mean(), self.oracle.mean())
-            row["gap_closed"] = None if np.isnan(gap) else float(gap)
-            bounds = self.row_shares @ self.single, self.row_shares @ self.oracle  # (S,) each
-            samples["gap_closed"] = metrics.gap_closed(samples["mean_score"], *bounds)  # (S,)
-            chosen = metrics.choices(self.of_rows(scores), ~np.isnan(self.table.scores))  # (rows, M)
-            details["choice_shares"] = self.choice_shares(chosen, self.row_shares)
+            of_rows = scores if len(scores) == 1 else scores[self.battles.table_query_rows]  # (rows, M) or (1, M)
+            means, details["groups"] = self.means(*metrics.route(of_rows, self.table.scores))
+            bounds = (metrics.weighted_means(end, self.row_weights) for end in (self.single, self.oracle))  # (1 + S,)
+            numbers |= means | {"gap_closed": metrics.gap_closed(means["mean_score"], *bounds)}
+            chosen = metrics.choices(of_rows, ~np.isnan(self.table.scores))  # (rows, M)
+            details["choice_shares"] = self.choice_shares(chosen, self.row_weights)
         if self.costs is not None:
-            numbers, details["costs"] = self.evaluate_costs(scores, val_scores)
-            row |= {name: None if np.isnan(values[0]) else float(values[0]) for name, values in numbers.items()}
-            samples |= {name: values[1:] for name, values in numbers.items()}
+            val, test = self.costs
+            cost_numbers, details["costs"] = test.evaluate(scores, val.choose_settings(val_scores))
+            numbers |= cost_numbers
         details["guard"] = self.evaluate_guard(scores, val_scores, temperature, confidence)
-        return row, samples, details
+        return numbers, details
 
-    def of_rows(self, scores: np.ndarray) -> np.ndarray:
-        """Scores by row of the table, (rows, M), from those of the distinct queries (Q, M), or (1, M) for all."""
-        return scores if len(scores) == 1 else scores[self.battles.table_query_rows]
+    def means(self, score: np.ndarray, is_best: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Means (1 + S,) of the scores (rows,) of chosen models and of whether they are best (rows,).
 
-    def route(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`metrics.route` of scores (Q, M), or (1, M) for all queries, on the rows of the table: (rows,) each."""
-        return metrics.route(self.of_rows(scores), self.table.scores)
-
-    def means(self, score: np.ndarray, is_best: np.ndarray) -> tuple[dict, dict, dict]:
-        """Means of the scores (rows,) of chosen models and of whether they are best (rows,), and their samples (S,).
-
-        Where the rows are of several groups, also the mean over groups of their mean scores; returns these last.
+        Where the rows are of several groups, also the mean over groups of their mean scores; returns these, too.
         """
-        columns = {"mean_score": score, "top1_accuracy": is_best}
-        means = {name: float(values.mean()) for name, values in columns.items()}
-        samples = {name: self.row_shares @ values for name, values in columns.items()}  # (S,) each
-        names, groups, by_sample = self.battles.group_names, {}, []
-        for group in np.unique(self.table.group[self.table.group >= 0] if names else []):
-            rows = self.table.group == group  # (rows,)
-            groups[names[group]] = float(score[rows].mean())
-            size = self.row_shares[:, rows].sum(1)  # (S,)
-            total = self.row_shares[:, rows] @ score[rows]  # (S,)
-            by_sample.append(np.divide(total, size, out=np.full(len(size), np.nan), where=size > 0))
-        if len(groups) > 1:
-            means["macro_score"] = float(np.mean(list(groups.values())))
-            samples["macro_score"] = np.nanmean(by_sample, axis=0)  # (S,)
-        return means, samples, groups
+        columns, by_group = {"mean_score": score, "top1_accuracy": is_best}, {}
+        means = {name: metrics.weighted_means(values, self.row_weights) for name, values in columns.items()}
+        for group in np.unique(self.table.group[self.table.group >= 0] if self.battles.group_names else []):
+            rows, name = self.table.group == group, self.battles.group_names[group]  # (rows,)
+            by_group[name] = metrics.weighted_means(score[rows], self.row_weights[:, rows])  # (1 + S,)
+        if len(by_group) > 1:
+            means["macro_score"] = np.nanmean(list(by_group.values()), axis=0)  # (1 + S,)
+        return means, {name: float(values[0]) for name, values in by_group.items()}
 
-    def choice_shares(self, chosen: np.ndarray, row_shares: np.ndarray) -> dict:
+    def choice_shares(self, chosen: np.ndarray, weights: np.ndarray) -> dict:
         """The share of rows that each model is chosen for, by `metrics.choices` (r, M), with intervals over samples."""
-        shares = zip(self.battles.model_names, chosen.mean(0).tolist(), (row_shares @ chosen).T, strict=True)
-        return {name: {"share": share, "interval": metrics.interval(samples)} for name, share, samples in shares}
-
-    def evaluate_costs(self, scores: np.ndarray, val_scores: np.ndarray) -> tuple[dict, dict]:
-        """`CostEvaluation.evaluate` on the test, at settings chosen on validation."""
-        val, test = self.costs
-        return test.evaluate(scores, val.choose_settings(val_scores))
+        shares = metrics.weighted_means(chosen, weights)  # (1 + S, M)
+        shares, intervals = summarize(dict(zip(self.battles.model_names, shares.T, strict=True)))
+        return {name: {"share": shares[name], "interval": intervals[name]} for name in shares}
 
     def evaluate_guard(
         self, scores: np.ndarray, val_scores: np.ndarray, temperature: float, confidence: float | None
     ) -> dict:
         """The guard of a method with these scores (Q, M), or (1, M), and the best single model as its fallback."""
-        fallback_idx = self.battles.model_names.index(self.single_model)
+        fallback_idx = self.battles.model_names.index(self.fallback)
         if confidence is None:
             confidence = GuardedRows(self.split.val, val_scores, fallback_idx, temperature).choose_confidence()
         rows = GuardedRows(self.battles, scores, fallback_idx, temperature)
-        results = rows.evaluate(confidence, self.weights)
+        results = {"confidence": confidence, "rows": len(rows.row)}
+        if len(rows.row):
+            means, intervals = summarize(rows.evaluate(confidence, self.weights))
+            results |= means | {"intervals": intervals}
         if self.costs is not None:
-            both = (metrics.guarded(each, fallback_idx, confidence, temperature) for each in (scores, val_scores))
-            numbers, _ = self.evaluate_costs(*both)
-            samples = {name: metrics.interval(values[1:]) for name, values in numbers.items()}
-            results["costs"] = {
-                name: None if np.isnan(values[0]) else float(values[0]) for name, values in numbers.items()
-            }
-            results["costs"]["intervals"] = samples
+            val, test = self.costs
+            both = (metrics.guarded(each, fallback_idx, confidence, temperature) for each in (val_scores, scores))
+            settings = val.choose_settings(next(both))
+            means, intervals = summarize(test.evaluate(next(both), settings)[0])
+            results["costs"] = means | {"intervals": intervals}
         return results
 
     def results(self) -> dict:
-        """RankRouter's results for the history: metrics, intervals, calibration, and the bounds of a score table."""
+        """RankRouter's results for the history: metrics, intervals, calibration, guard, costs, score table."""
         calibrated, uncalibrated = metrics.Reliability(temperature=self.temperature), metrics.Reliability(self.margin)
         for battles in self.battles.chunks():
             for reliability in (calibrated, uncalibrated):
                 reliability.add(battles.margins(self.scores), battles.outcome)
         calibration = {"temperature": self.temperature, **calibrated.as_dict(), "uncalibrated": uncalibrated.as_dict()}
-        row, samples, details = self.router
-        results = {
-            "test_metrics": row,
-            "test_intervals": metrics.intervals(samples),
-            "calibration": calibration,
-            "guard": {"fallback": self.single_model, "on": "battles" if self.battles.table is None else "rows"}
-            | details["guard"],
-        }
+        numbers, details = self.router
+        row, intervals = summarize(numbers)
+        guard = {"fallback": self.fallback, "on": "battles" if self.battles.table is None else "rows"}
+        results = {"test_metrics": row, "test_intervals": intervals, "calibration": calibration}
+        results["guard"] = guard | details["guard"]
         if self.costs is not None:
-            results["costs"] = details["costs"] | self._priced_models()
+            results["costs"] = details["costs"] | self.costs[1].describe(self.battles.model_names)
         if self.table is not None:
-            shown = {name: details[name] for name in ("groups", "choice_shares")}
-            results["score_table"] = {"rows": len(self.table.scores)} | shown
-            for name, values in {
-                "best_single": (self.single, self.single_is_best),
-                "oracle": (self.oracle, np.ones_like(self.oracle)),
-            }.items():
-                means, samples, groups = self.means(*values)
-                results["score_table"][name] = means | {"groups": groups, "intervals": metrics.intervals(samples)}
-            results["score_table"]["best_single"]["model"] = self.single_model
-            # Of several best models the oracle chooses the cheapest, where costs are known.
-            best = metrics.choices(np.zeros((1, 1)), self.table.scores == self.oracle[:, None])  # (rows, M)
-            chosen = (best, self.row_shares) if self.costs is None else self.costs[1].optimal_choices()
-            results["score_table"]["oracle"]["choice_shares"] = self.choice_shares(*chosen)
+            results["score_table"] = self._score_table(details)
         return results
 
-    def _priced_models(self) -> dict:
-        """Expected price, mean cost and mean score of each model, and the hull of these points as a router."""
-        test, names = self.costs[1], self.battles.model_names
-        columns = {"price": test.prices, "mean_cost": test.model_costs[0], "mean_score": test.model_scores[0]}
-        models = {
-            name: {column: float(values[i]) for column, values in columns.items()} for i, name in enumerate(names)
-        }
-        aiq = test.zero_router  # (1 + S,)
-        return {
-            "rows": len(test.query_rows),
-            "rows_left_out": test.num_left_out,
-            "strong": names[test.strong],
-            "weak": names[test.weak],
-            "models": models,
-            "aiq_of_models": None if np.isnan(aiq[0]) else float(aiq[0]),
-            "aiq_of_models_interval": metrics.interval(aiq[1:]),
-        }
+    def _score_table(self, details: dict) -> dict:
+        table = {"rows": len(self.table), "groups": details["groups"], "choice_shares": details["choice_shares"]}
+        ends = {"best_single": (self.single, self.single_is_best), "oracle": (self.oracle, np.ones_like(self.oracle))}
+        for name, columns in ends.items():
+            means, groups = self.means(*columns)
+            means, intervals = summarize(means)
+            table[name] = means | {"groups": groups, "intervals": intervals}
+        table["best_single"]["model"] = self.fallback
+        # Of several best models the oracle chooses the cheapest, where costs are known.
+        chosen = metrics.choices(np.zeros((1, 1)), self.table.scores == self.oracle[:, None]), self.row_weights
+        if self.costs is not None:
+            chosen = self.costs[1].optimal, self.costs[1].weights
+        table["oracle"]["choice_shares"] = self.choice_shares(*chosen)
+        return table
 
     def compare(self, fitted: dict[str, tuple]) -> dict:
         """For each baseline of `baselines.fit`: metrics, intervals, and RankRouter's paired differences from it."""
-        rows = {}
+        rows, (router, _) = {}, self.router
         for name, (chosen, val_scores, test_scores) in fitted.items():
             val = self.split.val_pairs
             temperature = metrics.fit_temperature(val.margins(val_scores), val.outcome)
-            row, samples, details = self.evaluate(test_scores, val_scores, 0.0, temperature)
-            router, router_samples, _ = self.router
-            differences = {key: router_samples[key] - samples[key] for key in samples}
+            numbers, details = self.evaluate(test_scores, val_scores, 0.0, temperature)
+            row, intervals = summarize(numbers)
+            difference, difference_intervals = summarize({key: router[key] - numbers[key] for key in numbers})
             rows[name] = (
                 row
                 | details
                 | {
                     "chosen": chosen,
-                    "intervals": metrics.intervals(samples),
-                    "difference": {key: None if value is None else router[key] - value for key, value in row.items()},
-                    "difference_intervals": metrics.intervals(differences),
+                    "intervals": intervals,
+                    "difference": difference,
+                    "difference_intervals": difference_intervals,
                 }
             )
         return rows
 
 
+def all_and_samples(num_queries: int, seed: int) -> np.ndarray:
+    """Weights of queries: once each, and then as in bootstrap samples, int (1 + S, Q)."""
+    weights = metrics.bootstrap_weights(num_queries, seed)  # (S, Q)
+    return np.concatenate([np.ones_like(weights[:1]), weights])
+
+
+def summarize(numbers: dict[str, np.ndarray]) -> tuple[dict, dict]:
+    """The values on all queries, which come first, and the 95 % intervals over samples, from numbers (1 + S,)."""
+    values = {name: None if np.isnan(values[0]) else float(values[0]) for name, values in numbers.items()}
+    return values, {name: metrics.interval(values[1:]) for name, values in numbers.items()}
+
+
 def evaluate_samples(
     battles, scores: np.ndarray, weights: np.ndarray, bins: np.ndarray, margin: float, temperature: float
-) -> tuple[dict, dict]:
-    """The metrics of scores (Q, M), or (1, M) for all queries: on all battles, and on the samples (S,) of `weights`.
+) -> dict[str, np.ndarray]:
+    """The metrics (1 + S,) of scores (Q, M), or (1, M) for all queries, in samples of `all_and_samples` (1 + S, Q).
 
     The AUC on all battles is exact, that on samples as `metrics.Totals` has it with `bins`.
     """
-    weights, leads = np.concatenate([np.ones_like(weights[:1]), weights]), []  # (1 + S, Q), all battles first
-    totals = metrics.Totals(weights, scores.shape[1], margin, temperature, bins)
+    totals, leads = metrics.Totals(weights, scores.shape[1], margin, temperature, bins), []
     for listed in battles.chunks():
         d = listed.margins(scores)  # (N,)
         totals.add(*listed, d)
         leads.append(np.where(listed.outcome == 1, d, -d))
-    results = totals.metrics()  # (1 + S,) each
-    row = {name: None if np.isnan(values[0]) else float(values[0]) for name, values in results.items()}
-    row["auc"] = metrics.auc_of_leads(np.concatenate(leads))
-    return row, {name: values[1:] for name, values in results.items()}
+    numbers = totals.metrics()  # (1 + S,) each
+    numbers["auc"][0] = metrics.auc_of_leads(np.concatenate(leads))
+    return numbers
 
 
 def compare_with_truth(battles, skills: np.ndarray, fixed_skills: np.ndarray, auc: float) -> dict:

@@ -74,16 +74,19 @@ class CostEvaluation:
         kept = (np.isnan(scores) | ~np.isnan(costs)).all(1)  # (R,)
         self.num_left_out = len(kept) - int(kept.sum())
         scores, costs, self.query_rows, weights = scores[kept], costs[kept], query_rows[kept], weights[:, kept]
-        self.prices, self.available, self.shares = prices, ~np.isnan(scores), weights / weights.sum(1, keepdims=True)
+        self.prices, self.available, self.weights = prices, ~np.isnan(scores), weights
         self.scores, self.costs = (np.where(self.available, cells, 0) for cells in (scores, costs))  # (R, M) each
         best = self.available & (scores == np.nanmax(scores, 1, keepdims=True))  # (R, M)
         self.optimal = metrics.choices(-costs, best)  # (R, M), the cheapest of the best
         self.single_score, self.single_cost = self.means(metrics.choices(ranks, self.available))  # (S,) each
-        self.strong, self.weak = int(ranks.argmax()), int(np.lexsort((-ranks[0], prices))[0])
-        known = np.maximum(self.shares @ self.available, 1e-300)  # (S, M)
-        self.model_scores, self.model_costs = (self.shares @ cells / known for cells in (self.scores, self.costs))
-        ends = int(prices.argmin()), int(prices.argmax())
-        self.low, self.high = (self.model_costs[:, model] for model in ends)  # (S,) each
+        by_price = np.lexsort((-ranks[0], prices))  # (M,), of equal prices the best first
+        by_price = by_price[self.available.any(0)[by_price]]  # (m,), those that have a row
+        self.strong, self.weak = int(ranks.argmax()), int(by_price[0])
+        share = metrics.weighted_means(self.available, weights)  # (S, M), of the rows that a model has
+        share = np.where(share > 0, share, np.nan)  # (S, M)
+        cells = self.scores, self.costs
+        self.model_scores, self.model_costs = (metrics.weighted_means(each, weights) / share for each in cells)
+        self.low, self.high = (self.model_costs[:, by_price[end]] for end in (0, -1))  # (S,) each
         self.zero_router = self.aiq(self.model_scores, self.model_costs)  # (S,)
 
     def of_rows(self, scores: np.ndarray) -> np.ndarray:
@@ -92,16 +95,13 @@ class CostEvaluation:
 
     def means(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean score and mean cost (S,) of choices (R, M), as `metrics.choices` returns them."""
-        return tuple(self.shares @ (chosen * cells).sum(1) for cells in (self.scores, self.costs))
-
-    def optimal_choices(self) -> tuple[np.ndarray, np.ndarray]:
-        """The cheapest of the best models of each row (R, M), and the weights of the rows in the samples (S - 1, R)."""
-        return self.optimal, self.shares[1:]
+        columns = ((chosen * cells).sum(1) for cells in (self.scores, self.costs))  # (R,) each
+        return tuple(metrics.weighted_means(column, self.weights) for column in columns)
 
     def aiq(self, scores: np.ndarray, costs: np.ndarray) -> np.ndarray:
         """`metrics.aiq` (S,) of points (S, P), between the mean costs of the cheapest and the most expensive model."""
-        points = zip(costs, scores, self.low, self.high, strict=True)
-        return np.array([metrics.aiq(*point) for point in points])
+        points = zip(costs, scores, ~np.isnan(scores), self.low, self.high, strict=True)
+        return np.array([metrics.aiq(cost[known], score[known], *ends) for cost, score, known, *ends in points])
 
     def choose_settings(self, scores: np.ndarray) -> Settings:
         """The settings of a router with scores (Q, M), or (1, M), to be chosen on validation."""
@@ -147,7 +147,7 @@ class CostEvaluation:
         lead = np.broadcast_to(scores[:, self.strong] - scores[:, self.weak], len(pair))  # (R,)
         gain = self.scores[:, self.strong] - self.scores[:, self.weak]  # (R,)
         if pair.any():
-            numbers |= metrics.strong_calls(lead[pair], gain[pair], self.shares[:, pair])
+            numbers |= metrics.strong_calls(lead[pair], gain[pair], self.weights[:, pair])
         if settings is not None:
             numbers |= self._at_settings(scores, settings, score, cost)
         reached = score[0] >= self.single_score[0]  # (L,)
@@ -162,6 +162,23 @@ class CostEvaluation:
         }
         return numbers, {"curve": points, "test_chosen": test_chosen}
 
+    def describe(self, model_names: list[str]) -> dict:
+        """For the history: the rows, the strong and the weak model, and each model with its point and their hull."""
+        aiq, columns = self.zero_router, {"price": self.prices, "mean_cost": self.model_costs[0]}
+        columns["mean_score"] = self.model_scores[0]
+        points = zip(*(values.tolist() for values in columns.values()), strict=True)
+        return {
+            "rows": len(self.query_rows),
+            "rows_left_out": self.num_left_out,
+            "strong": model_names[self.strong],
+            "weak": model_names[self.weak],
+            "models": {
+                name: dict(zip(columns, point, strict=True)) for name, point in zip(model_names, points, strict=True)
+            },
+            "aiq_of_models": None if np.isnan(aiq[0]) else float(aiq[0]),
+            "aiq_of_models_interval": metrics.interval(aiq[1:]),
+        }
+
     def _at_settings(
         self, scores: np.ndarray, settings: Settings, score: np.ndarray, cost: np.ndarray
     ) -> dict[str, np.ndarray]:
@@ -174,22 +191,20 @@ class CostEvaluation:
         nothing = np.zeros_like(self.single_score)  # (S,)
         numbers["cost_save"] = nothing if saving is None else 1 - cost[:, saving] / self.single_cost
         numbers["cost_save_gain"] = nothing if saving is None else score[:, saving] - self.single_score
-        numbers["optimal_selection"] = self.shares @ (chosen * self.optimal).sum(1)
+        numbers["optimal_selection"] = metrics.weighted_means((chosen * self.optimal).sum(1), self.weights)
         return numbers | {"optimal_cost": optimal_cost / cost[:, accurate]}
 
 
 def cost_evaluations(split, prices: dict[str, float] | None, ranks: np.ndarray, weights: np.ndarray) -> tuple | None:
-    """The `CostEvaluation` of validation, and that of the test in the samples of `weights` (S, R); None without costs.
+    """The `CostEvaluation` of validation, and that of the test with `weights` (1 + S, R); None without costs.
 
     Costs are those of `prices` by model, or the table's own.
     """
     expected = expected_prices(split.train.table, split.train.model_names, prices)  # (M,)
     if expected is None or split.val.table is None:
         return None
-    val_weights = np.ones((1, len(split.val.table)))  # (1, R)
-    test_weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + S, R)
     both = []
-    for side, row_weights in ((split.val, val_weights), (split.test, test_weights)):
+    for side, row_weights in ((split.val, np.ones((1, len(split.val.table)))), (split.test, weights)):
         scores = side.table.scores  # (R, M)
         costs = side.table.costs if prices is None else np.broadcast_to(expected, scores.shape)  # (R, M)
         both.append(CostEvaluation(scores, costs, side.table_query_rows, expected, ranks, row_weights))

@@ -62,29 +62,13 @@ class GuardedRows:
         error = np.sqrt((by_query**2).sum()) / len(self.row)
         return best if mean > error else 1.0
 
-    def evaluate(self, confidence: float, weights: np.ndarray) -> dict:
-        """The guarded router against its fallback and against itself without a guard, for the history.
+    def evaluate(self, confidence: float, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """The guarded router against its fallback, and against itself without a guard: means (S,) over the rows.
 
-        `weights` (S, Q) are those of the distinct queries in bootstrap samples.
+        `weights` (S, Q) are those of the distinct queries in each sample.
         """
-        if not len(self.row):
-            return {"confidence": confidence, "rows": 0}
-        counts = np.bincount(self.row, minlength=weights.shape[1])  # (Q,)
-        size = weights @ counts  # (S,)
-
-        def mean(values: np.ndarray) -> tuple[float, np.ndarray]:
-            sums = np.bincount(self.row, values, len(counts))  # (Q,)
-            return float(values.mean()), np.divide(weights @ sums, size, out=np.full(len(size), np.nan), where=size > 0)
-
         (gain, leaves), (unguarded, _) = self.at(confidence), self.at(0.5)  # (R,) each
         fallback = self.outcomes[:, self.fallback_idx]  # (R,)
-        columns = {
-            "score": fallback + gain,
-            "fallback_score": fallback,
-            "routed_away": leaves,
-            "difference": gain,
-            "unguarded_difference": unguarded,
-        }
-        means = {name: mean(values) for name, values in columns.items()}
-        results = {"confidence": confidence, "rows": len(self.row), **{name: means[name][0] for name in means}}
-        return results | {"intervals": {name: metrics.interval(samples) for name, (_, samples) in means.items()}}
+        columns = {"score": fallback + gain, "fallback_score": fallback, "routed_away": leaves}
+        columns |= {"difference": gain, "unguarded_difference": unguarded}
+        return {name: metrics.weighted_means(values, weights[:, self.row]) for name, values in columns.items()}

@@ -17,7 +17,7 @@ import train
 from data_loader import Battles, ScoreTable, Split
 from rankrouter import Metadata, RankRouter, RouterConfig
 from support.evaluation import baselines
-from support.evaluation.comparison import TestEvaluation
+from support.evaluation.comparison import TestEvaluation, summarize
 from support.reporting.console import verdict
 from support.system.device import Timing
 from support.training.history import History
@@ -307,7 +307,8 @@ def test_rows_of_a_query_are_drawn_together_and_weighted_equally(table_split):
     table, queries = table_split.test.table, table_split.test.unique_queries
     mine = np.random.default_rng(2).normal(size=(len(queries), 5))
     evaluation = evaluate(table_split, mine, seed=7)
-    row, samples, _ = evaluation.evaluate(mine, mine[:1], 0.0, 1.0)
+    numbers, _ = evaluation.evaluate(mine, mine[:1], 0.0, 1.0)
+    row, samples = summarize(numbers)[0], {name: values[1:] for name, values in numbers.items()}
     values, hits, oracle = [], [], np.nanmax(table.scores, 1)
     for query, scores in zip(table.query_idx, table.scores, strict=True):
         there = np.flatnonzero(~np.isnan(scores))
@@ -315,7 +316,7 @@ def test_rows_of_a_query_are_drawn_together_and_weighted_equally(table_split):
         values.append(scores[choice])
         hits.append(scores[choice] == np.nanmax(scores))
     assert (row["mean_score"], row["top1_accuracy"]) == (pytest.approx(np.mean(values)), pytest.approx(np.mean(hits)))
-    single, _ = evaluation.route(baselines.ranking_by_mean(table_split.train.table))
+    single = evaluation.single
     of_table, place = np.unique(table.query_idx, return_inverse=True)
     weights = metrics.bootstrap_weights(len(of_table), 7)[:, place]
     assert len(np.unique(weights.sum(1))) > 1  # queries differ in their rows
