@@ -93,10 +93,14 @@ def test_baselines_on_a_score_table_are_paired_with_the_router(table_run):
 
 @pytest.fixture
 def priced_table(table_run, tmp_path):
-    """The table of `table_run` with its kinds of prompts as tasks, and the costs of m1 and m2, of which m2's vary."""
+    """The table of `table_run` in the columns of RouterBench, with kinds of prompts as `eval_name`; the costs of m2 vary."""
     table = pd.read_parquet(table_run[2])
-    table["task"] = table["prompt"].str.split().str[0]
-    table["m1_cost"], table["m2_cost"], table["m3_cost"] = 3.0, np.linspace(1, 2, len(table)), 6.0
+    verb = table["prompt"].str.split().str[0]
+    table.insert(0, "sample_id", [f"{name}.{i}" for i, name in enumerate(verb)])
+    table.insert(2, "eval_name", verb)
+    for name, cost in (("m1", 3.0), ("m2", np.linspace(1, 2, len(table))), ("m3", 6.0)):
+        table[f"{name}|model_response"], table[f"{name}|total_cost"] = "an answer", cost
+    table["oracle_model_to_route_to"] = "m1"
     table.to_parquet(tmp_path / "priced.parquet")
     return table, str(tmp_path / "priced.parquet")
 
