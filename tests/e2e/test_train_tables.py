@@ -93,7 +93,7 @@ def test_baselines_on_a_score_table_are_paired_with_the_router(table_run):
 
 @pytest.fixture
 def priced_table(table_run, tmp_path):
-    """The table of `table_run` in the columns of RouterBench, with kinds of prompts as `eval_name`; the costs of m2 vary."""
+    """The table of `table_run` in the columns of RouterBench: kinds of prompts as `eval_name`, costs that vary."""
     table = pd.read_parquet(table_run[2])
     verb = table["prompt"].str.split().str[0]
     table.insert(0, "sample_id", [f"{name}.{i}" for i, name in enumerate(verb)])
