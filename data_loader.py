@@ -256,14 +256,16 @@ def _sides_of_groups(battles: Battles, seed: int, test_groups: list[str] | None)
     pairs = np.unique(np.stack([np.concatenate(groups), np.concatenate(queries)]), axis=1)  # (2, P), group and query
     sizes = np.bincount(pairs[0][pairs[0] >= 0], minlength=len(names))  # (G,) queries
     if (sizes > 0).sum() < 2:
-        found = f"{listed(map(one_line, names))}"
+        found = listed(map(one_line, names))
         raise UserError(f"--split_by task needs two groups of queries or more, found {found}; name --group_column")
     if test_groups is None:
         order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes))  # (G,)
         count = 1 + int(np.searchsorted(sizes[order].cumsum(), sizes.sum() / 10))
         test = order[: min(count, len(order) - 1)]
     elif unknown := [name for name in test_groups if name not in names]:
-        raise UserError(f"--test_groups: no group is named {listed(unknown)}; found {listed(map(one_line, names))}")
+        raise UserError(
+            f"--test_groups: no group is named {listed(map(one_line, unknown))}; found {listed(map(one_line, names))}"
+        )
     else:
         test = np.array([names.index(name) for name in test_groups])
     sides = tuple(np.where(np.isin(group, test), "test", np.where(group < 0, "none", "train")) for group in groups)

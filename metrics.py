@@ -249,7 +249,7 @@ def choices(scores: np.ndarray, available: np.ndarray) -> np.ndarray:
     return chosen / chosen.sum(1, keepdims=True)
 
 
-def guarded(scores: np.ndarray, fallback_idx: int, confidence: float, temperature: float) -> np.ndarray:
+def raise_fallback(scores: np.ndarray, fallback_idx: int, confidence: float, temperature: float) -> np.ndarray:
     """Scores (Q, M) with that of a fallback model raised by the lead that another model needs in order to be chosen.
 
     Another model then has a higher one where P(it beats the fallback) = sigmoid(d / temperature) > `confidence`, which
@@ -309,6 +309,8 @@ def strong_calls(lead: np.ndarray, gain: np.ndarray, weights: np.ndarray) -> dic
     order = np.argsort(-lead, kind="stable")  # (R,)
     start = np.flatnonzero(np.diff(lead[order], prepend=np.inf))  # (U,), the first of each group of equal leads
     results = {name: [] for name in ("apgr", *(f"cpt_{round(100 * share)}" for share in GAP_SHARES))}
+    if not len(lead):
+        return {name: np.full(len(weights), np.nan) for name in results}
     for some in np.array_split(weights, -(-len(weights) // SAMPLES_AT_ONCE)):  # (s, R) each
         some = some[:, order].astype(np.float64)  # (s, R)
         x, y = (np.add.reduceat(each, start, axis=1).cumsum(1) for each in (some, some * gain[order]))  # (s, U) each
@@ -379,8 +381,8 @@ def weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     NaN in a sample without any weight.
     """
-    sums, size = weights @ values, weights.sum(1)  # (S,) or (S, m), (S,)
-    size = size.reshape(-1, *[1] * (sums.ndim - 1)).astype(np.float64)
+    sums = weights @ np.asarray(values, np.float64)  # (S,) or (S, m); small integers would overflow
+    size = weights.sum(1, dtype=np.float64).reshape(-1, *[1] * (sums.ndim - 1))  # (S,) or (S, 1)
     return np.divide(sums, size, out=np.full(sums.shape, np.nan), where=size > 0)
 
 

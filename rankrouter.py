@@ -256,24 +256,30 @@ class RankRouter(nn.Module):
         expected[:, self.indices([added["model"] for added in metadata.added_models])] = np.nan
         return expected
 
-    def guarded(self, scores: np.ndarray, fallback: str, confidence: float | None = None) -> np.ndarray:
+    def with_fallback(
+        self, scores: np.ndarray, fallback: str, confidence: float | None = None, models: list[str] | None = None
+    ) -> np.ndarray:
         """Scores (Q, M) by which a model ranks above the fallback only where it beats it with this probability.
 
         "best" is the best single model of training, whose `confidence` (0.5 to 1) is by default the one that training
-        chose on validation. Raises `UserError` on an unknown model, or where there is no such default.
+        chose on validation. Raises `UserError` where the fallback is unknown or not one of `models`, or where there is
+        no such default.
         """
         metadata = self._trained()
-        is_best = fallback == metadata.best_single_model or (fallback == "best" and "best" not in self.model_names)
-        fallback = metadata.best_single_model if is_best else fallback
+        single = metadata.best_single_model
+        is_single = fallback == single or (fallback == "best" and "best" not in self.model_names)
+        fallback = single if is_single else fallback
         (fallback_idx,) = self.indices([fallback])
+        if models is not None and fallback not in models:
+            raise UserError(f"the fallback {one_line(fallback)} is not one of the models to rank; add it to them")
         if confidence is None:
-            confidence = metadata.confidence if is_best else None
+            confidence = metadata.confidence if is_single else None
         if confidence is None:
             chosen = f"training chose none for {one_line(fallback)}"
             raise UserError(f"{chosen}; expected a confidence from 0.5 to 1 with this fallback")
         if not 0.5 <= confidence <= 1:
             raise UserError(f"confidence is {confidence}, expected 0.5 to 1")
-        return metrics.guarded(scores, fallback_idx, confidence, metadata.temperature)
+        return metrics.raise_fallback(scores, fallback_idx, confidence, metadata.temperature)
 
     def rank(
         self,
@@ -286,8 +292,8 @@ class RankRouter(nn.Module):
         """The best models for each query, the best first, with their scores: lists of (model name, score).
 
         `top_k` of them, all by default; `models` restricts to some. With a `fallback`, other models rank above it only
-        as `guarded` has it. Scores of one query compare with each other, not with those of another query. Raises
-        `UserError` on an unknown model, an empty query, or a missing encoder.
+        as `with_fallback` has it; the scores stay the router's own. Scores of one query compare with each other, not
+        with those of another query. Raises `UserError` on an unknown model, an empty query, or a missing encoder.
         """
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}, expected at least 1")
@@ -295,7 +301,7 @@ class RankRouter(nn.Module):
             raise UserError("models is one text, expected a list of names")
         model_idx = self.indices(self.model_names if models is None else list(dict.fromkeys(models)))  # (m,)
         scores = self.scores_of(queries)  # (Q, M)
-        ranked = scores if fallback is None else self.guarded(scores, fallback, confidence)  # (Q, M)
+        ranked = scores if fallback is None else self.with_fallback(scores, fallback, confidence, models)  # (Q, M)
         order = model_idx[best_first(ranked[:, model_idx], top_k)]  # (Q, k)
         return [[(self.model_names[i], float(row[i])) for i in best] for row, best in zip(scores, order, strict=True)]
 

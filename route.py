@@ -96,14 +96,16 @@ def rank(args: argparse.Namespace, router: RankRouter) -> bool:
     if args.output is None and sys.stdout is None:
         raise UserError("standard output is closed; give --output")
     names, prices = candidates(args, router)  # (m,) each
-    guarded(args, router, np.empty((0, len(router.model_names))))  # raises where it has no confidence
+    scores_to_rank_by(args, router, np.empty((0, len(router.model_names))))  # raises where it has no confidence
     malformed = []
     scored = ((queries, router.scores_of(queries)) for queries in read(args, malformed))  # (Q,), (Q, M)
     weight = args.cost_weight or 0.0
     if args.budget is not None:  # of all queries together
         scored = list(scored)
         columns = router.indices(names)  # (m,)
-        parts = [guarded(args, router, scores)[:, columns] for queries, scores in scored if queries]  # (Q, m) each
+        parts = [
+            scores_to_rank_by(args, router, scores)[:, columns] for queries, scores in scored if queries
+        ]  # (Q, m) each
         weight = weight_for_budget(np.concatenate(parts), prices, args.budget) if parts else 0.0
     spent, count = write_rankings(args, router, scored, names, prices, weight)
     if args.prices is not None and count:
@@ -112,9 +114,11 @@ def rank(args: argparse.Namespace, router: RankRouter) -> bool:
     return not malformed
 
 
-def guarded(args: argparse.Namespace, router: RankRouter, scores: np.ndarray) -> np.ndarray:
-    """The scores (Q, M) to rank by: with --fallback those of `RankRouter.guarded`."""
-    return scores if args.fallback is None else router.guarded(scores, args.fallback, args.confidence)
+def scores_to_rank_by(args: argparse.Namespace, router: RankRouter, scores: np.ndarray) -> np.ndarray:
+    """The scores (Q, M) to rank by: with --fallback those of `RankRouter.with_fallback`."""
+    if args.fallback is None:
+        return scores
+    return router.with_fallback(scores, args.fallback, args.confidence, args.models)
 
 
 def write_rankings(
@@ -128,7 +132,7 @@ def write_rankings(
     spent, count, as_text = 0.0, 0, args.input is None and args.output is None
     with nullcontext(sys.stdout.buffer) if args.output is None else atomic_file(args.output) as file:
         for queries, scores in scored:
-            order = best_first(guarded(args, router, scores)[:, columns] - weight * prices)  # (Q, m)
+            order = best_first(scores_to_rank_by(args, router, scores)[:, columns] - weight * prices)  # (Q, m)
             spent, count = spent + prices[order[:, 0]].sum(), count + len(queries)
             for query, row, best in zip(queries, scores, order, strict=True):  # (M,), (m,)
                 if as_text:
@@ -216,7 +220,7 @@ def summarize_curve(
     evaluation = CostEvaluation(table, costs, np.arange(len(row)), prices, ranks, weights)
     numbers, details = evaluation.evaluate(scores, None)
     numbers = {name: values for name, values in numbers.items() if not np.isnan(values[0])}  # (1 + S,) each
-    numbers["aiq_of_models"] = evaluation.zero_router
+    numbers["aiq_of_models"] = evaluation.aiq_of_models
     console.print_curve_summary(
         names[evaluation.strong],
         names[evaluation.weak],

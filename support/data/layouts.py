@@ -145,13 +145,16 @@ def _find_layout(
         raise UserError(f"{table.file} has no column {listed(missing)}; found {listed(table.columns)}")
     query = query_column or _query_column(table)
     group = group_column or table.first(*GROUPS)
-    group = None if group in (query, split_column, *(score_columns or ())) else group
+    group = group_column or (None if group in (query, split_column, *(score_columns or ())) else group)
     if score_columns:
         layout = Layout("wide", query, tuple(score_columns), costs=_costs_of_models(table, score_columns))
     else:
         layout = _battles(tables, query) or _long(tables, query) or _nested(table, query)
         layout = layout or _wide(tables, query, group, num_files)
-    layout = replace(layout, split=split_column, group=None if group in layout.columns else group)
+    layout = replace(layout, split=split_column)
+    if group_column in layout.columns:
+        raise UserError(f"--group_column {group_column}: {table.file} has something else there ({layout.described})")
+    layout = replace(layout, group=None if group in layout.columns else group)
     return replace(layout, left_out=tuple(name for name in table.columns if name not in layout.columns))
 
 

@@ -49,27 +49,27 @@ class Rows:
             text = self.clean(as_text(query, is_conversation)).strip()
             self.parsed += not is_conversation and bool(text) and text != str(query).strip()
             side = -1 if layout.split is None else SIDES.get(fold(str(chunk[layout.split][i])))
-            place = side, self.group(groups[i])
+            side_and_group = side, self.group(groups[i])
             cells, row_costs = [column[i] for column in others], [column[i] for column in costs]
             if not text:
                 reason = "without query text"
             elif side is None:
                 reason = "on an unknown side of the split"
             elif layout.outcome:
-                reason = self.add_battle(text, place, layout, *cells)
+                reason = self.add_battle(text, side_and_group, layout, *cells)
             elif layout.kind == "long":
                 named = cells if layout.model is None else [layout.model, *cells]
-                reason = self.add_score(text, place, *named, costs=row_costs)
+                reason = self.add_score(text, side_and_group, *named, costs=row_costs)
             else:
                 nested = layout.kind == "nested"
                 pairs = as_scores(cells[0]) if nested else list(zip(layout.models, cells, strict=True))
-                reason = self.add_scores(text, place, pairs, row_costs or [cost_in(cell) for _, cell in pairs])
+                reason = self.add_scores(text, side_and_group, pairs, row_costs or [cost_in(cell) for _, cell in pairs])
             if reason:
                 self.dropped[reason] += 1
             self.num_read += 1
 
     def add_battle(
-        self, text: str, place: tuple, layout: Layout, model_a: object, model_b: object, *winner: object
+        self, text: str, side_and_group: tuple, layout: Layout, model_a: object, model_b: object, *winner: object
     ) -> str | None:
         """Add a battle with its side and group; returns the reason if it is dropped."""
         a, b = self.name(model_a), self.name(model_b)
@@ -81,11 +81,18 @@ class Rows:
         if outcome is None:
             self._count(self.unknown_winners, ", ".join(map(str, winner)))
             return "with an unknown winner"
-        self.battles.append((self.query(text), self.model(a), self.model(b), outcome, *place))
+        self.battles.append((self.query(text), self.model(a), self.model(b), outcome, *side_and_group))
         return None
 
     def add_score(
-        self, text: str, place: tuple, model: object, score: object, prompt_id: object = None, *, costs: Sequence = ()
+        self,
+        text: str,
+        side_and_group: tuple,
+        model: object,
+        score: object,
+        prompt_id: object = None,
+        *,
+        costs: Sequence = (),
     ) -> str | None:
         """Add a row of a long table; returns the reason if it is dropped."""
         name, value = self.name(model), as_score(score)
@@ -96,15 +103,15 @@ class Rows:
             return "without a score"
         query = self.query(text)
         # By the id alone, prompts would mix where each shard counts from 0, or where the id is empty.
-        prompt = str(prompt_id), query, place
+        prompt = str(prompt_id), query, side_and_group[0]
         if prompt not in self.row_of_prompt:
-            self.row_of_prompt[prompt] = self._start_table_row(query, place)
+            self.row_of_prompt[prompt] = self._start_table_row(query, side_and_group)
         cost = self._cost(costs[0] if costs else cost_in(score))
         self._keep(self.row_of_prompt[prompt], self.model(name), value, cost)
         return None
 
     def add_scores(
-        self, text: str, place: tuple, scores: Sequence[tuple[str, object]], costs: Sequence[object]
+        self, text: str, side_and_group: tuple, scores: Sequence[tuple[str, object]], costs: Sequence[object]
     ) -> str | None:
         """Add a row of a wide or nested table; returns the reason if it is dropped."""
         pairs = zip(scores, costs, strict=True)
@@ -115,13 +122,13 @@ class Rows:
         if len({name for name, *_ in valid}) < 2:
             return "with fewer than two scores"
         self.scores_missing += len(read) - len(valid)
-        table_row = self._start_table_row(self.query(text), place)
+        table_row = self._start_table_row(self.query(text), side_and_group)
         for name, score, cost in valid:
             self._keep(table_row, self.model(name), score, cost)
         return None
 
-    def _start_table_row(self, query: int, place: tuple) -> int:
-        for column, value in zip(self.table_rows, (query, *place), strict=True):
+    def _start_table_row(self, query: int, side_and_group: tuple) -> int:
+        for column, value in zip(self.table_rows, (query, *side_and_group), strict=True):
             column.append(value)
         return len(self.table_rows[0]) - 1
 

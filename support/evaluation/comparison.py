@@ -4,7 +4,7 @@ import numpy as np
 
 import metrics
 from support.evaluation.baselines import ranking_by_mean
-from support.evaluation.cost import cost_evaluations
+from support.evaluation.cost import cost_evaluations, row_costs
 from support.evaluation.guard import GuardedRows
 
 BIN_SAMPLE = 2**18  # test battles from which the bins of leads are computed
@@ -46,18 +46,19 @@ class TestEvaluation:
         prices: dict[str, float] | None = None,
     ):
         self.split, self.battles, self.table = split, split.test, split.test.table
-        self.fallback, self.costs = single_model, None
+        self.fallback, self.costs, self.prices = single_model, None, prices
         self.scores, self.margin, self.temperature = scores, margin, temperature
         self.sample = self.battles.sample(BIN_SAMPLE, seed)
         self.weights = all_and_samples(len(self.battles.unique_queries), seed)  # (1 + S, Q)
         if split.train.table is None or not split.train.table.differs().any():  # no best single model can be chosen
             self.table = None
         if self.table is not None:
-            queries, row = np.unique(self.table.query_idx, return_inverse=True)  # (q,), (rows,)
-            self.row_weights = all_and_samples(len(queries), seed)[:, row]  # (1 + S, rows)
+            self.row_weights = self.weights[:, self.battles.table_query_rows]  # (1 + S, rows)
             ranks = ranking_by_mean(split.train.table)  # (1, M)
             self.single, self.single_is_best = metrics.route(ranks, self.table.scores)  # (rows,) each
             self.oracle = np.nanmax(self.table.scores, 1)  # (rows,)
+            ends = self.single, self.oracle
+            self.bounds = [metrics.weighted_means(end, self.row_weights) for end in ends]  # (1 + S,) each
             self.costs = cost_evaluations(split, prices, ranks, self.row_weights)
         self.router = self.evaluate(scores, val_scores, margin, temperature, confidence)
 
@@ -79,10 +80,9 @@ class TestEvaluation:
         if self.table is not None:
             of_rows = scores if len(scores) == 1 else scores[self.battles.table_query_rows]  # (rows, M) or (1, M)
             means, details["groups"] = self.means(*metrics.route(of_rows, self.table.scores))
-            bounds = (metrics.weighted_means(end, self.row_weights) for end in (self.single, self.oracle))  # (1 + S,)
-            numbers |= means | {"gap_closed": metrics.gap_closed(means["mean_score"], *bounds)}
+            numbers |= means | {"gap_closed": metrics.gap_closed(means["mean_score"], *self.bounds)}
             chosen = metrics.choices(of_rows, ~np.isnan(self.table.scores))  # (rows, M)
-            details["choice_shares"] = self.choice_shares(chosen, self.row_weights)
+            details["choice_shares"] = self.choice_shares(chosen)
         if self.costs is not None:
             val, test = self.costs
             cost_numbers, details["costs"] = test.evaluate(scores, val.choose_settings(val_scores))
@@ -104,9 +104,9 @@ class TestEvaluation:
             means["macro_score"] = np.nanmean(list(by_group.values()), axis=0)  # (1 + S,)
         return means, {name: float(values[0]) for name, values in by_group.items()}
 
-    def choice_shares(self, chosen: np.ndarray, weights: np.ndarray) -> dict:
-        """The share of rows that each model is chosen for, by `metrics.choices` (r, M), with intervals over samples."""
-        shares = metrics.weighted_means(chosen, weights)  # (1 + S, M)
+    def choice_shares(self, chosen: np.ndarray) -> dict:
+        """The share of rows that each model is chosen for, by `metrics.choices` (rows, M), with intervals."""
+        shares = metrics.weighted_means(chosen, self.row_weights)  # (1 + S, M)
         shares, intervals = summarize(dict(zip(self.battles.model_names, shares.T, strict=True)))
         return {name: {"share": shares[name], "interval": intervals[name]} for name in shares}
 
@@ -124,7 +124,9 @@ class TestEvaluation:
             results |= means | {"intervals": intervals}
         if self.costs is not None:
             val, test = self.costs
-            both = (metrics.guarded(each, fallback_idx, confidence, temperature) for each in (val_scores, scores))
+            both = (
+                metrics.raise_fallback(each, fallback_idx, confidence, temperature) for each in (val_scores, scores)
+            )
             settings = val.choose_settings(next(both))
             means, intervals = summarize(test.evaluate(next(both), settings)[0])
             results["costs"] = means | {"intervals": intervals}
@@ -143,7 +145,9 @@ class TestEvaluation:
         results = {"test_metrics": row, "test_intervals": intervals, "calibration": calibration}
         results["guard"] = guard | details["guard"]
         if self.costs is not None:
+            aiq, interval = (each["aiq"] for each in summarize({"aiq": self.costs[1].aiq_of_models}))
             results["costs"] = details["costs"] | self.costs[1].describe(self.battles.model_names)
+            results["costs"] |= {"aiq_of_models": aiq, "aiq_of_models_interval": interval}
         if self.table is not None:
             results["score_table"] = self._score_table(details)
         return results
@@ -157,10 +161,11 @@ class TestEvaluation:
             table[name] = means | {"groups": groups, "intervals": intervals}
         table["best_single"]["model"] = self.fallback
         # Of several best models the oracle chooses the cheapest, where costs are known.
-        chosen = metrics.choices(np.zeros((1, 1)), self.table.scores == self.oracle[:, None]), self.row_weights
+        best, costs = self.table.scores == self.oracle[:, None], np.zeros((1, 1))  # (rows, M)
         if self.costs is not None:
-            chosen = self.costs[1].optimal, self.costs[1].weights
-        table["oracle"]["choice_shares"] = self.choice_shares(*chosen)
+            costs = row_costs(self.table, self.costs[1].prices, self.prices)  # (rows, M)
+            costs = np.nan_to_num(costs, nan=np.nanmax(costs))  # (rows, M)
+        table["oracle"]["choice_shares"] = self.choice_shares(metrics.choices(-costs, best))
         return table
 
     def compare(self, fitted: dict[str, tuple]) -> dict:
@@ -193,7 +198,7 @@ def all_and_samples(num_queries: int, seed: int) -> np.ndarray:
 
 def summarize(numbers: dict[str, np.ndarray]) -> tuple[dict, dict]:
     """The values on all queries, which come first, and the 95 % intervals over samples, from numbers (1 + S,)."""
-    values = {name: None if np.isnan(values[0]) else float(values[0]) for name, values in numbers.items()}
+    values = {name: float(values[0]) if np.isfinite(values[0]) else None for name, values in numbers.items()}
     return values, {name: metrics.interval(values[1:]) for name, values in numbers.items()}
 
 

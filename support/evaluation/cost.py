@@ -51,7 +51,7 @@ class CostEvaluation:
 
     A router chooses by its scores and the expected prices; the cost of its choice is the row's own. All numbers are
     arrays (S,), of which the first is that of all rows, and the others are those of the samples. Rows that lack a cost
-    beside a score are left out.
+    beside a score, or whose scores do not differ, are left out.
 
     Args:
         scores: of the table, (R, M), NaN where a model is unavailable.
@@ -71,43 +71,43 @@ class CostEvaluation:
         ranks: np.ndarray,
         weights: np.ndarray,
     ):
-        kept = (np.isnan(scores) | ~np.isnan(costs)).all(1)  # (R,)
-        self.num_left_out = len(kept) - int(kept.sum())
-        scores, costs, self.query_rows, weights = scores[kept], costs[kept], query_rows[kept], weights[:, kept]
-        self.prices, self.available, self.weights = prices, ~np.isnan(scores), weights
+        differs = np.fmax.reduce(scores, axis=1) > np.fmin.reduce(scores, axis=1)  # (R,)
+        kept = differs & (np.isnan(scores) | ~np.isnan(costs)).all(1)  # (R,)
+        self.num_left_out = int((differs & ~kept).sum())
+        scores, costs, self.query_rows, self.weights = scores[kept], costs[kept], query_rows[kept], weights[:, kept]
+        self.prices, self.available = prices, ~np.isnan(scores)  # (M,), (R, M)
         self.scores, self.costs = (np.where(self.available, cells, 0) for cells in (scores, costs))  # (R, M) each
-        best = self.available & (scores == np.nanmax(scores, 1, keepdims=True))  # (R, M)
+        best = scores == np.nanmax(scores, 1, keepdims=True)  # (R, M)
         self.optimal = metrics.choices(-costs, best)  # (R, M), the cheapest of the best
-        self.single_score, self.single_cost = self.means(metrics.choices(ranks, self.available))  # (S,) each
         by_price = np.lexsort((-ranks[0], prices))  # (M,), of equal prices the best first
-        by_price = by_price[self.available.any(0)[by_price]]  # (m,), those that have a row
-        self.strong, self.weak = int(ranks.argmax()), int(by_price[0])
-        share = metrics.weighted_means(self.available, weights)  # (S, M), of the rows that a model has
-        share = np.where(share > 0, share, np.nan)  # (S, M)
-        cells = self.scores, self.costs
-        self.model_scores, self.model_costs = (metrics.weighted_means(each, weights) / share for each in cells)
-        self.low, self.high = (self.model_costs[:, by_price[end]] for end in (0, -1))  # (S,) each
-        self.zero_router = self.aiq(self.model_scores, self.model_costs)  # (S,)
+        self.by_price = by_price[self.available.any(0)[by_price]]  # (m,), those that have a row
+        self.strong, self.weak = int(ranks.argmax()), int(self.by_price[0])
+        # Each model for all rows, and where it is unavailable the next best one: all on the same rows.
+        preferred = (ranks + len(prices) * (np.arange(len(prices)) == model) for model in range(len(prices)))
+        models = [metrics.choices(scores, self.available) for scores in preferred]  # M times (R, M)
+        self.model_scores, self.model_costs = self.means(models)  # (S, M) each
+        self.single_score, self.single_cost = self.model_scores[:, [self.strong]], self.model_costs[:, [self.strong]]
+        self.low, self.high = self.model_costs[:, self.by_price[0]], self.model_costs[:, self.by_price[-1]]  # (S,) each
+        self.aiq_of_models = self.aiq(self.model_scores[:, self.by_price], self.model_costs[:, self.by_price])  # (S,)
 
     def of_rows(self, scores: np.ndarray) -> np.ndarray:
         """A router's scores by row, (R, M), from those of the distinct queries (Q, M), or (1, M) for all."""
         return scores if len(scores) == 1 else scores[self.query_rows]
 
-    def means(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean score and mean cost (S,) of choices (R, M), as `metrics.choices` returns them."""
-        columns = ((chosen * cells).sum(1) for cells in (self.scores, self.costs))  # (R,) each
-        return tuple(metrics.weighted_means(column, self.weights) for column in columns)
+    def means(self, choices: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean scores and mean costs (S, L) of L choices (R, M), as `metrics.choices` returns them."""
+        columns = [(chosen * cells).sum(1) for cells in (self.scores, self.costs) for chosen in choices]  # 2L of (R,)
+        return tuple(np.split(metrics.weighted_means(np.stack(columns, axis=1), self.weights), 2, axis=1))
 
     def aiq(self, scores: np.ndarray, costs: np.ndarray) -> np.ndarray:
         """`metrics.aiq` (S,) of points (S, P), between the mean costs of the cheapest and the most expensive model."""
-        points = zip(costs, scores, ~np.isnan(scores), self.low, self.high, strict=True)
-        return np.array([metrics.aiq(cost[known], score[known], *ends) for cost, score, known, *ends in points])
+        return np.array([metrics.aiq(*sample) for sample in zip(costs, scores, self.low, self.high, strict=True)])
 
     def choose_settings(self, scores: np.ndarray) -> Settings:
         """The settings of a router with scores (Q, M), or (1, M), to be chosen on validation."""
         scores = self.of_rows(scores)  # (R, M)
         weights = self._cost_weights(scores)  # (L,)
-        score, cost = (each[0] for each in self.curve(scores, weights))  # (L,) each
+        score, cost = (each[0] for each in self.means([self.choose(scores, weight) for weight in weights]))  # (L,)
         reached = np.flatnonzero(score >= self.single_score[0])
         accurate = len(score) - 1 - int(score[::-1].argmax())
         return Settings(weights, accurate, int(reached[cost[reached].argmin()]) if len(reached) else None)
@@ -118,19 +118,15 @@ class CostEvaluation:
         gaps = np.diff(np.unique(prices))  # (m,)
         if not len(gaps):
             return np.zeros(1)
-        last = 2 * np.ptp(scores[self.available[:, order]]) / gaps.min()  # above all that a score could outweigh
+        known = scores[self.available[:, order]]  # (n,)
+        last = 2 * (np.ptp(known) or 1.0) / gaps.min()  # above all that a score could outweigh
         budgets = np.linspace(mean_price(scores, prices, 0.0), cheapest(scores, prices), STEPS + 1)
         return np.unique([0.0, *(weight_for_budget(scores, prices, budget) for budget in budgets.tolist()), last])
 
     def choose(self, scores: np.ndarray, cost_weight: float) -> np.ndarray:
-        """Choices (R, M) of the highest score - cost_weight * price, if prices count, the cheapest of equals."""
+        """Choices (R, M) of the highest score - cost_weight * price; if prices count, the cheapest of equals."""
         chosen = metrics.choices(scores - cost_weight * self.prices, self.available)  # (R, M)
         return chosen if cost_weight == 0 else metrics.choices(-self.prices[None], chosen > 0)  # (R, M)
-
-    def curve(self, scores: np.ndarray, cost_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean score and mean cost (S, L) of a router with scores (R, M), or (1, M), at cost weights (L,)."""
-        means = [self.means(self.choose(scores, weight)) for weight in cost_weights]
-        return tuple(np.stack(each, axis=1) for each in zip(*means, strict=True))  # (S, L) each
 
     def evaluate(self, scores: np.ndarray, settings: Settings | None) -> tuple[dict[str, np.ndarray], dict]:
         """The summary numbers (S,) of a router with scores (Q, M), or (1, M), and its curve for the history.
@@ -140,59 +136,63 @@ class CostEvaluation:
         """
         scores = self.of_rows(scores)  # (R, M)
         weights = self._cost_weights(scores) if settings is None else settings.cost_weights  # (L,)
-        score, cost = self.curve(scores, weights)  # (S, L) each
+        choices = [self.choose(scores, weight) for weight in weights]  # L of (R, M)
+        score, cost = self.means(choices)  # (S, L) each
+        gain, saved = score - self.single_score, 1 - ratio(cost, self.single_cost)  # (S, L) each
         numbers = {"aiq": self.aiq(score, cost)}  # (S,)
-        numbers["aiq_beyond_models"] = numbers["aiq"] - self.zero_router
+        numbers["aiq_beyond_models"] = numbers["aiq"] - self.aiq_of_models
+        numbers |= self._strong_calls(scores)
+        if settings is not None:
+            accurate, saving = settings.accurate, settings.saving
+            numbers["perf_gain"] = gain[:, accurate]
+            # Where no setting reaches the best single model on validation, that model is used.
+            numbers["cost_save"] = 0 * gain[:, 0] if saving is None else saved[:, saving]
+            numbers["cost_save_gain"] = 0 * gain[:, 0] if saving is None else gain[:, saving]
+            is_optimal = (choices[accurate] * self.optimal).sum(1)  # (R,)
+            numbers["optimal_selection"] = metrics.weighted_means(is_optimal, self.weights)
+            numbers["optimal_cost"] = ratio(self.means([self.optimal])[1][:, 0], cost[:, accurate])
+        reached = saved[0][gain[0] >= 0]  # (l,)
+        save = float(reached.max(initial=0.0))
+        details = {"curve": self._points(weights, score, cost)}
+        details["test_chosen"] = {"perf_gain": float(gain[0].max()), "cost_save": None if np.isnan(save) else save}
+        return numbers, details
+
+    def _strong_calls(self, scores: np.ndarray) -> dict[str, np.ndarray]:
+        """`metrics.strong_calls` of scores (R, M), or (1, M), on the rows that both models have."""
         pair = self.available[:, [self.strong, self.weak]].all(1)  # (R,)
         lead = np.broadcast_to(scores[:, self.strong] - scores[:, self.weak], len(pair))  # (R,)
         gain = self.scores[:, self.strong] - self.scores[:, self.weak]  # (R,)
-        if pair.any():
-            numbers |= metrics.strong_calls(lead[pair], gain[pair], self.weights[:, pair])
-        if settings is not None:
-            numbers |= self._at_settings(scores, settings, score, cost)
-        reached = score[0] >= self.single_score[0]  # (L,)
-        saved = 1 - cost[0] / self.single_cost[0]  # (L,)
-        columns = {"cost_weight": weights, "mean_cost": cost[0], "mean_score": score[0]}  # (L,) each
-        points = [dict(zip(columns, map(float, point), strict=True)) for point in zip(*columns.values(), strict=True)]
-        for point, samples in zip(points, score.T, strict=True):
-            point["interval"] = metrics.interval(samples[1:])
-        test_chosen = {
-            "perf_gain": float(score[0].max() - self.single_score[0]),
-            "cost_save": float(saved[reached].max()) if reached.any() else 0.0,
-        }
-        return numbers, {"curve": points, "test_chosen": test_chosen}
+        return metrics.strong_calls(lead[pair], gain[pair], self.weights[:, pair])
+
+    def _points(self, weights: np.ndarray, score: np.ndarray, cost: np.ndarray) -> list[dict]:
+        """The curve for the history, from cost weights (L,), mean scores and mean costs (S, L)."""
+        names = ("cost_weight", "mean_cost", "mean_score", "interval")
+        columns = weights.tolist(), cost[0].tolist(), score[0].tolist(), map(metrics.interval, score[1:].T)
+        return [dict(zip(names, point, strict=True)) for point in zip(*columns, strict=True)]
 
     def describe(self, model_names: list[str]) -> dict:
-        """For the history: the rows, the strong and the weak model, and each model with its point and their hull."""
-        aiq, columns = self.zero_router, {"price": self.prices, "mean_cost": self.model_costs[0]}
-        columns["mean_score"] = self.model_scores[0]
-        points = zip(*(values.tolist() for values in columns.values()), strict=True)
+        """For the history: the rows, the strong and the weak model, each model with its point, and their hull's AIQ."""
+        columns = {"price": self.prices, "mean_cost": self.model_costs[0], "mean_score": self.model_scores[0]}
         return {
             "rows": len(self.query_rows),
             "rows_left_out": self.num_left_out,
             "strong": model_names[self.strong],
             "weak": model_names[self.weak],
             "models": {
-                name: dict(zip(columns, point, strict=True)) for name, point in zip(model_names, points, strict=True)
+                model_names[model]: {name: float(values[model]) for name, values in columns.items()}
+                for model in sorted(self.by_price)
             },
-            "aiq_of_models": None if np.isnan(aiq[0]) else float(aiq[0]),
-            "aiq_of_models_interval": metrics.interval(aiq[1:]),
         }
 
-    def _at_settings(
-        self, scores: np.ndarray, settings: Settings, score: np.ndarray, cost: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """What a router with a curve (S, L) reaches at the two settings of validation, (S,) each."""
-        accurate, saving = settings.accurate, settings.saving
-        chosen = self.choose(scores, settings.cost_weights[accurate])  # (R, M)
-        optimal_cost = self.means(self.optimal)[1]  # (S,)
-        numbers = {"perf_gain": score[:, accurate] - self.single_score}
-        # Where no setting reaches the best single model on validation, that model is used.
-        nothing = np.zeros_like(self.single_score)  # (S,)
-        numbers["cost_save"] = nothing if saving is None else 1 - cost[:, saving] / self.single_cost
-        numbers["cost_save_gain"] = nothing if saving is None else score[:, saving] - self.single_score
-        numbers["optimal_selection"] = metrics.weighted_means((chosen * self.optimal).sum(1), self.weights)
-        return numbers | {"optimal_cost": optimal_cost / cost[:, accurate]}
+
+def ratio(part: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """part / of, NaN where that is not defined."""
+    return np.divide(part, of, out=np.full(part.shape, np.nan), where=np.broadcast_to(of > 0, part.shape))
+
+
+def row_costs(table: ScoreTable, expected: np.ndarray, prices: dict[str, float] | None) -> np.ndarray:
+    """The costs of a table's cells (R, M): its own, or with `prices` the expected ones (M,)."""
+    return table.costs if prices is None else np.broadcast_to(expected, table.scores.shape)
 
 
 def cost_evaluations(split, prices: dict[str, float] | None, ranks: np.ndarray, weights: np.ndarray) -> tuple | None:
@@ -206,6 +206,6 @@ def cost_evaluations(split, prices: dict[str, float] | None, ranks: np.ndarray, 
     both = []
     for side, row_weights in ((split.val, np.ones((1, len(split.val.table)))), (split.test, weights)):
         scores = side.table.scores  # (R, M)
-        costs = side.table.costs if prices is None else np.broadcast_to(expected, scores.shape)  # (R, M)
+        costs = row_costs(side.table, expected, prices)  # (R, M)
         both.append(CostEvaluation(scores, costs, side.table_query_rows, expected, ranks, row_weights))
     return tuple(both) if all(len(each.query_rows) for each in both) else None

@@ -40,9 +40,9 @@ class GuardedRows:
         self.fallback_idx, self.row = 0, np.concatenate(rows)  # (n,)
         self.outcomes, self.scores = np.concatenate(outcomes), np.concatenate(router_scores)  # (n, 2) each
 
-    def at(self, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    def gains(self, confidence: float) -> tuple[np.ndarray, np.ndarray]:
         """What the choice at a confidence scores beyond the fallback, and whether it is another model: (R,) each."""
-        scores = metrics.guarded(self.scores, self.fallback_idx, confidence, self.temperature)  # (R, M)
+        scores = metrics.raise_fallback(self.scores, self.fallback_idx, confidence, self.temperature)  # (R, M)
         score, _ = metrics.route(scores, self.outcomes)  # (R,)
         stays = metrics.choices(scores, ~np.isnan(self.outcomes))[:, self.fallback_idx]  # (R,)
         return score - self.outcomes[:, self.fallback_idx], 1 - stays
@@ -51,14 +51,13 @@ class GuardedRows:
         """The confidence with the highest mean score, the highest of equals, to be chosen on validation.
 
         It is 1, which never leaves the fallback, unless the gain is more than its standard error over queries.
-        Source of the rule: Breiman et al., "Classification and Regression Trees", 1984.
         """
         if not len(self.row):
             return 1.0
-        gains = {confidence: self.at(confidence)[0] for confidence in CONFIDENCES}  # (R,) each
-        best = max(CONFIDENCES, key=lambda confidence: (gains[confidence].mean(), confidence))
-        mean = gains[best].mean()
-        by_query = np.bincount(self.row, gains[best] - mean)  # (Q,); rows of one query are not independent
+        gain = {confidence: self.gains(confidence)[0] for confidence in CONFIDENCES}  # (R,) each
+        best = max(CONFIDENCES, key=lambda confidence: (gain[confidence].mean(), confidence))
+        mean = gain[best].mean()
+        by_query = np.bincount(self.row, gain[best] - mean)  # (Q,); rows of one query are not independent
         error = np.sqrt((by_query**2).sum()) / len(self.row)
         return best if mean > error else 1.0
 
@@ -67,7 +66,7 @@ class GuardedRows:
 
         `weights` (S, Q) are those of the distinct queries in each sample.
         """
-        (gain, leaves), (unguarded, _) = self.at(confidence), self.at(0.5)  # (R,) each
+        (gain, leaves), (unguarded, _) = self.gains(confidence), self.gains(0.5)  # (R,) each
         fallback = self.outcomes[:, self.fallback_idx]  # (R,)
         columns = {"score": fallback + gain, "fallback_score": fallback, "routed_away": leaves}
         columns |= {"difference": gain, "unguarded_difference": unguarded}

@@ -47,7 +47,7 @@ def draw(groups: list[list[Run]], rows: list[dict], folder: Path) -> list[Path]:
         for members, row in zip(groups, rows, strict=True):
             best = max(members, key=lambda run: run.val_auc)
             name = re.sub(r"[^\w.-]+", "-", row["run"])[-80:].strip("-")
-            while f"clusters-{name}" in figures:
+            while any(figure.endswith(f"-{name}") for figure in figures):
                 name += "-"
             if best.clusters:
                 figures[f"clusters-{name}"] = cluster_map(best)

@@ -120,6 +120,8 @@ def parse(name: str, history: dict) -> Run:
     if names := data.get("surface_features"):  # others are another experiment, though the flag is the same
         digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
         flags["surface_features"] = f"{len(names)} [{digest[:4]}]"
+    if prices := data.get("prices_hash"):  # other costs are other results
+        flags |= {"prices": f"[{prices[:4]}]", "tokens_per_query": args["tokens_per_query"]}
     # The shapes of what is read; without a gap between the best single model and the oracle, no method closes any.
     metrics, intervals = (
         {name: check if name in REQUIRED else _optional(check) for name in [*test, *REQUIRED]}

@@ -214,6 +214,7 @@ def curve(
         points.append(point | {"interval": metrics.interval(shares @ got)})
     first, last = points[0], points[-1]
     for point in points:
-        share = (point["mean_price"] - last["mean_price"]) / max(first["mean_price"] - last["mean_price"], 1e-300)
+        expected = mean_price(scores, prices, point["cost_weight"])
+        share = (expected - least) / max(most_expensive - least, 1e-300)
         point["random_mix"] = last["worth"] + share * (first["worth"] - last["worth"])
     return points

@@ -86,7 +86,9 @@ def _parser() -> OneLineParser:
     add = parser.add_argument_group("a guard").add_argument
     fixed = "rank others above this model only where they beat it with --confidence; best: the best single one"
     add("--fallback", metavar="MODEL", type=some_text, help=fixed)
-    sure = "probability from 0.5, no guard, to 1, never; default with the best single model: training chose it"
+    sure = (
+        "probability from 0.5 to 1, at which none does; default with the best single model: the one chosen in training"
+    )
     add("--confidence", metavar="P", type=real_number("from 0.5 to 1", lambda x: 0.5 <= x <= 1), help=sure)
 
     add = parser.add_argument_group("a new model").add_argument

@@ -83,6 +83,7 @@ def load_data(args: argparse.Namespace) -> Data:
         args.capability_dim = args.num_clusters if profiles is None else len(profiles.columns)
     if args.eval_every is None:
         args.eval_every = validation_interval(full_split.train, args.batch_size)
+    counts["prices_hash"] = None if args.prices is None else content_hash([Path(args.prices)])
     counts["label_range"] = label_range(split.train.table.scores) if is_pointwise else None
     return Data(split, full_split, profiles, counts)
 

@@ -152,7 +152,7 @@ def test_prices_of_a_file_and_tasks_that_training_never_saw(priced_table, run_de
     history, _ = run_demo("--data_path", path, *FAST, *flags)
     assert history["data"]["groups"] == {"test": ["sing"], "train": ["solve", "write"], "left_out": 0}
     assert history["score_table"]["groups"].keys() == {"sing"}
-    assert {name: model["mean_cost"] for name, model in history["costs"]["models"].items()} == pytest.approx(
+    assert {name: model["price"] for name, model in history["costs"]["models"].items()} == pytest.approx(
         {"m1": 0.0005, "m2": 0.001, "m3": 0.002}
     )
     assert "macro_score" not in history["test_metrics"]

@@ -60,8 +60,8 @@ def test_strong_calls_by_hand():
     assert [np.isnan(value).tolist() for value in both.values()] == [[True, False]] * 4
 
 
-# Models: cheap, middle, dear, at 1, 2 and 4. On the first row the dear one alone is right, on the last all are.
-SCORES = np.array([[0.0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 1, 1]])
+# Models: cheap, middle, expensive, at 1, 2 and 4. On the first row the expensive one alone is right.
+SCORES = np.array([[0.0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 0, 1]])
 ROUTER = np.array([[0.0, 1, 3], [0, 2, 1], [1, 0, 2], [0, 0, 1]])
 PRICES, RANKS = np.array([1.0, 2, 4]), np.array([[1.0, 0, 2]])
 
@@ -75,28 +75,28 @@ def evaluation_of(scores=SCORES, costs=None, weights=None):
 def test_the_numbers_of_a_router_by_hand():
     evaluation = evaluation_of()
     settings = evaluation.choose_settings(ROUTER)
-    # Without prices: dear, middle, dear, dear: scores 1, 1, 0, 1 at 4, 2, 4, 4. From a weight of 1/3 on, the third and
-    # the last row choose the cheap model and are right; from 3/3 and 2/1 on the others do, too, and are wrong.
-    score, cost = evaluation.curve(ROUTER, np.array([0.0, 0.4, 1.0, 2.0]))
+    # Without prices the rows choose expensive, middle, expensive, expensive: scores 1, 1, 0, 1 at 4, 2, 4, 4. From a
+    # weight of 1/3 on the last two choose cheap and are right; from 3/3 and 2/1 on the others do, too, and are wrong.
+    score, cost = evaluation.means([evaluation.choose(ROUTER, weight) for weight in (0.0, 0.4, 1.0, 2.0)])
     assert score.tolist() == [[0.75, 1.0, 0.75, 0.5]]
     assert cost.tolist() == [[3.5, 2.0, 1.25, 1.0]]
     numbers, details = evaluation.evaluate(ROUTER, settings)
     numbers = {name: values.item() for name, values in numbers.items()}
-    assert numbers["perf_gain"] == 0.25  # the dear model alone has 0.75
+    assert numbers["perf_gain"] == 0.25  # the expensive model alone has 0.75
     assert numbers["cost_save"] == pytest.approx(1 - 1.25 / 4)
     assert (numbers["cost_save_gain"], numbers["optimal_selection"], numbers["optimal_cost"]) == (0, 1, 1)
     assert numbers["aiq"] == pytest.approx((0.625 * 0.25 + 0.875 * 0.75 + 1 * 2) / 3)
-    assert evaluation.zero_router.item() == pytest.approx(0.625)  # from 0.5 at 1 to 0.75 at 4, the middle has 0.5
+    assert evaluation.aiq_of_models.item() == pytest.approx(0.625)  # from 0.5 at 1 to 0.75 at 4, the middle has 0.25
     assert numbers["aiq_beyond_models"] == pytest.approx(numbers["aiq"] - 0.625)
     assert details["test_chosen"] == {"perf_gain": 0.25, "cost_save": 0.6875}
     assert [point["mean_score"] for point in details["curve"]][-1] == 0.5
     assert (evaluation.strong, evaluation.weak) == (2, 0)
-    # Dear leads cheap by 3 on the first row, where all is gained, and by 1 on the others, which add 1 - 1 + 0.
+    # Expensive leads cheap by 3 on the first row, where all is gained, and by 1 on the others, which add 1 - 1 + 0.
     assert numbers["apgr"] == pytest.approx((0.5 + 1 + 1 + 1) / 4)
 
 
 def test_settings_are_chosen_elsewhere_and_fall_back_on_the_best_single_model():
-    val = evaluation_of(np.array([[0.0, 0, 1]] * 4))  # only the dear model is ever right
+    val = evaluation_of(np.array([[0.0, 0, 1]] * 4))  # only the expensive model is ever right
     settings = val.choose_settings(np.zeros((1, 3)))  # and this router never chooses it alone
     assert settings.saving is None
     numbers, _ = evaluation_of().evaluate(np.zeros((1, 3)), settings)
@@ -115,12 +115,45 @@ def test_costs_of_rows_count_and_expected_prices_decide():
     costs[0], costs[3, 0] = [10, 20, 40], np.nan
     evaluation = evaluation_of(costs=costs)
     assert evaluation.num_left_out == 1
-    _, cost = evaluation.curve(ROUTER[:3], np.zeros(1))
+    _, cost = evaluation.means([evaluation.choose(ROUTER[:3], 0.0)])
     assert cost.item() == pytest.approx((40 + 2 + 4) / 3)
     nan = np.nan
     evaluation = evaluation_of(np.where([[1, 1, 0]] * 4, SCORES, nan), np.where([[1, 1, 0]] * 4, costs, nan))
-    assert evaluation.num_left_out == 1  # an unavailable model needs no cost
-    assert evaluation.curve(ROUTER[:3], np.zeros(1))[1].item() == pytest.approx((20 + 2 + 1) / 3)
+    assert evaluation.num_left_out == 1  # an unavailable model needs no cost; the first row has no difference now
+    assert evaluation.means([evaluation.choose(ROUTER[1:3], 0.0)])[1].item() == pytest.approx((2 + 1) / 2)
+
+
+def test_a_model_that_lacks_rows_is_replaced_there_by_the_next_best():
+    nan = np.nan
+    scores = np.array([[0.2, nan, 1.0], [0.4, 0.9, 0.0], [0.1, nan, 0.5], [0.3, nan, 0.6]])
+    evaluation = evaluation_of(scores)
+    assert evaluation.model_scores[0, 1] == pytest.approx((1.0 + 0.9 + 0.5 + 0.6) / 4)  # the expensive one is best
+    assert evaluation.model_costs[0, 1] == pytest.approx((4 + 2 + 4 + 4) / 4)
+    # A model without any row is none.
+    scores[:, 1] = nan
+    assert evaluation_of(scores).describe(["a", "b", "c"])["models"].keys() == {"a", "c"}
+
+
+def test_numbers_of_many_rows_do_not_overflow():
+    rng = np.random.default_rng(0)
+    scores = (rng.random((600, 3)) < [0.4, 0.6, 0.7]).astype(float)
+    scores = scores[scores.max(1) > scores.min(1)]
+    weights = metrics.bootstrap_weights(len(scores), 0, 5)
+    weights = np.concatenate([np.ones_like(weights[:1]), weights])
+    evaluation = evaluation_of(scores, weights=weights)
+    np.testing.assert_allclose(evaluation.model_scores[0], scores.mean(0))
+    np.testing.assert_allclose(evaluation.model_scores[3], np.average(scores, axis=0, weights=weights[3]))
+    np.testing.assert_allclose(evaluation.model_costs, np.tile(PRICES, (6, 1)))
+
+
+def test_what_is_undefined_is_nan():
+    evaluation = CostEvaluation(SCORES, 0 * SCORES, np.arange(4), 0 * PRICES, RANKS, np.ones((1, 4)))
+    numbers, details = evaluation.evaluate(ROUTER, evaluation.choose_settings(ROUTER))
+    assert all(np.isnan(numbers[name]).all() for name in ("aiq", "cost_save", "optimal_cost"))
+    assert details["test_chosen"]["cost_save"] is None
+    # Equal scores: without prices any model, with any price the cheapest.
+    numbers, details = evaluation_of().evaluate(np.zeros((1, 3)), evaluation_of().choose_settings(np.zeros((1, 3))))
+    assert [point["mean_cost"] for point in details["curve"]] == [pytest.approx(7 / 3), 1]
 
 
 def test_samples_are_those_of_their_rows():
@@ -141,9 +174,9 @@ def test_samples_are_those_of_their_rows():
 def test_a_guarded_router_leaves_its_fallback_only_with_confidence():
     scores = np.array([[0.0, 1.0, 0.5]])
     for confidence, leaves in ((0.5, True), (0.73, True), (0.74, False), (1.0, False)):  # sigmoid(1 / 1) = 0.731
-        assert (metrics.guarded(scores, 0, confidence, 1.0).argmax() == 1) == leaves
-    assert metrics.guarded(scores, 0, 0.65, temperature=2.0).argmax() == 0  # sigmoid(1 / 2) = 0.622
-    assert np.isfinite(metrics.guarded(scores, 0, 1.0, 1.0)).all()
+        assert (metrics.raise_fallback(scores, 0, confidence, 1.0).argmax() == 1) == leaves
+    assert metrics.raise_fallback(scores, 0, 0.65, temperature=2.0).argmax() == 0  # sigmoid(1 / 2) = 0.622
+    assert np.isfinite(metrics.raise_fallback(scores, 0, 1.0, 1.0)).all()
     assert scores.tolist() == [[0.0, 1.0, 0.5]]
 
 
