@@ -314,7 +314,8 @@ def strong_calls(lead: np.ndarray, gain: np.ndarray, weights: np.ndarray) -> dic
     for some in np.array_split(weights, -(-len(weights) // SAMPLES_AT_ONCE)):  # (s, R) each
         some = some[:, order].astype(np.float64)  # (s, R)
         x, y = (np.add.reduceat(each, start, axis=1).cumsum(1) for each in (some, some * gain[order]))  # (s, U) each
-        y[y[:, -1] <= 0] = np.nan
+        undefined = y[:, -1] <= 0  # (s,)
+        x[undefined] = y[undefined] = np.nan
         x, y = (np.pad(each / each[:, -1:], ((0, 0), (1, 0))) for each in (x, y))  # (s, 1 + U) each
         results["apgr"].append(np.trapezoid(y, x, axis=1))  # (s,)
         for name, share in zip(list(results)[1:], GAP_SHARES, strict=True):

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 
 from data_loader import load_battles, query_ids
-from metrics import bootstrap_weights, interval, log_win_probability
+from metrics import log_win_probability
 from rankrouter import RankRouter, best_first
 from support.data.benchmarks import read_profiles, standardize
 from support.data.layouts import listed
 from support.data.queries import read_queries
+from support.evaluation.comparison import all_and_samples, summarize
 from support.evaluation.cost import CostEvaluation
 from support.reporting import console
-from support.routing.cost import cheapest_first, curve, mean_costs, options, read_prices, weight_for_budget
+from support.routing.cost import cheapest_first, known_outcomes, mean_costs, read_prices, weight_for_budget
 from support.routing.new_model import battles_of, in_view_of, vector_from_battles
 from support.system import device
 from support.system.errors import UserError, one_line
@@ -180,54 +181,25 @@ def draw_curve(args: argparse.Namespace, router: RankRouter) -> None:
     names, prices = candidates(args, router, costs)  # (m,) each
     if battles.table is not None and {"conversations", "prompts"}.intersection(counts["layouts"]):
         raise UserError(f"{args.curve} holds both battles and score tables; a curve needs one kind")
-    choices, left_out = options(battles, names, prices, router, own_costs)
-    query_idx, scores, choice_prices, reward, costs = choices  # (n,), (n, m) each
+    (queries, row, outcomes, costs), left_out = known_outcomes(battles, names, prices, router, own_costs)
     print("left out " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
-    points = curve(scores, choice_prices, reward, query_idx, router.metadata.args["seed"], costs=costs)
+    scores = router.scores_of([battles.queries[i] for i in queries])[:, router.indices(names)]  # (Q, m)
+    single = router.metadata.best_single_model
+    ranks = np.array([[float(name == single) for name in names]])  # (1, m)
+    weights = all_and_samples(len(queries), router.metadata.args["seed"])[:, row]  # (1 + S, n)
+    evaluation = CostEvaluation(outcomes, costs, row, prices, ranks, weights)
+    numbers, details = evaluation.evaluate(scores, None)
+    points = console.curve_points(details["curve"])
     unit = "battles, won" if battles.table is None else "rows of a score table, mean score"
-    print(f"curve    on {len(query_idx)} {unit} by the model chosen; a random mix is of the ends of the curve\n")
-    if args.output is not None:
+    print(f"curve    on {len(row)} {unit} by the model chosen; a random mix is of the ends of the curve\n")
+    if args.output is None:
+        console.print_curve(points)
+    else:
         with atomic_file(args.output) as file:
             file.writelines(json.dumps(point).encode() + b"\n" for point in points)
-    else:
-        print(f"{'cost weight':>12}{'mean price':>13}{'worth':>10}{'95 %':>20}{'random mix':>14}")
-        for point in points:
-            line = f"{point['cost_weight']:>12.6g} {point['mean_price']:>12.6g}{point['worth']:>10.4f}"
-            print(f"{line}{console.bounds(point['interval']):>20}{point['random_mix']:>14.4f}")
-    if battles.table is not None and router.metadata.best_single_model in names:
-        table = np.where(scores > -np.inf, reward, np.nan)  # (n, m)
-        summarize_curve(router, names, prices, query_idx, scores, table, costs)
-
-
-def summarize_curve(
-    router: RankRouter,
-    names: list[str],
-    prices: np.ndarray,
-    query_idx: np.ndarray,
-    scores: np.ndarray,
-    table: np.ndarray,
-    costs: np.ndarray,
-) -> None:
-    """Print the summary numbers of the router's curve on rows of a score table.
-
-    `prices` are those of the models `names` (m,), `query_idx` (n,) the rows' queries; `scores` are the router's,
-    `table` and `costs` what the models scored and cost, (n, m) each.
-    """
-    queries, row = np.unique(query_idx, return_inverse=True)  # (Q,), (n,)
-    weights = bootstrap_weights(len(queries), router.metadata.args["seed"])[:, row]  # (S, n)
-    weights = np.concatenate([np.ones_like(weights[:1]), weights])  # (1 + S, n)
-    ranks = np.array([[float(name == router.metadata.best_single_model) for name in names]])  # (1, m)
-    evaluation = CostEvaluation(table, costs, np.arange(len(row)), prices, ranks, weights)
-    numbers, details = evaluation.evaluate(scores, None)
-    numbers = {name: values for name, values in numbers.items() if not np.isnan(values[0])}  # (1 + S,) each
-    numbers["aiq_of_models"] = evaluation.aiq_of_models
-    console.print_curve_summary(
-        names[evaluation.strong],
-        names[evaluation.weak],
-        {name: values[0] for name, values in numbers.items()},
-        {name: interval(values[1:]) for name, values in numbers.items()},
-        details["test_chosen"],
-    )
+    if battles.table is not None and single in names:
+        numbers["aiq_of_models"] = evaluation.aiq_of_models
+        console.print_curve_summary(single, names[evaluation.weak], *summarize(numbers), details["test_chosen"])
 
 
 def add_model(args: argparse.Namespace, router: RankRouter) -> None:

@@ -1,5 +1,6 @@
 """Cost beside quality on score tables: curves, their summary numbers, and settings chosen on validation."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,7 +85,7 @@ class CostEvaluation:
         self.strong, self.weak = int(ranks.argmax()), int(self.by_price[0])
         # Each model for all rows, and where it is unavailable the next best one: all on the same rows.
         preferred = (ranks + len(prices) * (np.arange(len(prices)) == model) for model in range(len(prices)))
-        models = [metrics.choices(scores, self.available) for scores in preferred]  # M times (R, M)
+        models = (metrics.choices(scores, self.available) for scores in preferred)  # M times (R, M)
         self.model_scores, self.model_costs = self.means(models)  # (S, M) each
         self.single_score, self.single_cost = self.model_scores[:, [self.strong]], self.model_costs[:, [self.strong]]
         self.low, self.high = self.model_costs[:, self.by_price[0]], self.model_costs[:, self.by_price[-1]]  # (S,) each
@@ -94,10 +95,10 @@ class CostEvaluation:
         """A router's scores by row, (R, M), from those of the distinct queries (Q, M), or (1, M) for all."""
         return scores if len(scores) == 1 else scores[self.query_rows]
 
-    def means(self, choices: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def means(self, choices: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Mean scores and mean costs (S, L) of L choices (R, M), as `metrics.choices` returns them."""
-        columns = [(chosen * cells).sum(1) for cells in (self.scores, self.costs) for chosen in choices]  # 2L of (R,)
-        return tuple(np.split(metrics.weighted_means(np.stack(columns, axis=1), self.weights), 2, axis=1))
+        pairs = [((chosen * self.scores).sum(1), (chosen * self.costs).sum(1)) for chosen in choices]  # L of 2 (R,)
+        return tuple(metrics.weighted_means(np.stack(each, axis=1), self.weights) for each in zip(*pairs, strict=True))
 
     def aiq(self, scores: np.ndarray, costs: np.ndarray) -> np.ndarray:
         """`metrics.aiq` (S,) of points (S, P), between the mean costs of the cheapest and the most expensive model."""
@@ -107,7 +108,7 @@ class CostEvaluation:
         """The settings of a router with scores (Q, M), or (1, M), to be chosen on validation."""
         scores = self.of_rows(scores)  # (R, M)
         weights = self._cost_weights(scores)  # (L,)
-        score, cost = (each[0] for each in self.means([self.choose(scores, weight) for weight in weights]))  # (L,)
+        score, cost = (each[0] for each in self.means(self.choose(scores, weight) for weight in weights))  # (L,)
         reached = np.flatnonzero(score >= self.single_score[0])
         accurate = len(score) - 1 - int(score[::-1].argmax())
         return Settings(weights, accurate, int(reached[cost[reached].argmin()]) if len(reached) else None)
@@ -115,13 +116,10 @@ class CostEvaluation:
     def _cost_weights(self, scores: np.ndarray) -> np.ndarray:
         order = np.argsort(self.prices, kind="stable")  # (M,): of equals the cheapest is then chosen
         scores, prices = np.where(self.available, scores, -np.inf)[:, order], self.prices[order]  # (R, M), (M,)
-        gaps = np.diff(np.unique(prices))  # (m,)
-        if not len(gaps):
-            return np.zeros(1)
-        known = scores[self.available[:, order]]  # (n,)
-        last = 2 * (np.ptp(known) or 1.0) / gaps.min()  # above all that a score could outweigh
-        budgets = np.linspace(mean_price(scores, prices, 0.0), cheapest(scores, prices), STEPS + 1)
-        return np.unique([0.0, *(weight_for_budget(scores, prices, budget) for budget in budgets.tolist()), last])
+        budgets = np.linspace(mean_price(scores, prices, 0.0), cheapest(scores, prices), STEPS + 1).tolist()
+        weights = np.unique([0.0, *(weight_for_budget(scores, prices, budget) for budget in budgets)])  # (L,)
+        # Where the cheapest models have the highest scores, any weight chooses them, from equal scores, too.
+        return weights if len(weights) > 1 or prices[0] == prices[-1] else np.array([0.0, 1.0])
 
     def choose(self, scores: np.ndarray, cost_weight: float) -> np.ndarray:
         """Choices (R, M) of the highest score - cost_weight * price; if prices count, the cheapest of equals."""
@@ -136,8 +134,7 @@ class CostEvaluation:
         """
         scores = self.of_rows(scores)  # (R, M)
         weights = self._cost_weights(scores) if settings is None else settings.cost_weights  # (L,)
-        choices = [self.choose(scores, weight) for weight in weights]  # L of (R, M)
-        score, cost = self.means(choices)  # (S, L) each
+        score, cost = self.means(self.choose(scores, weight) for weight in weights)  # (S, L) each
         gain, saved = score - self.single_score, 1 - ratio(cost, self.single_cost)  # (S, L) each
         numbers = {"aiq": self.aiq(score, cost)}  # (S,)
         numbers["aiq_beyond_models"] = numbers["aiq"] - self.aiq_of_models
@@ -148,7 +145,7 @@ class CostEvaluation:
             # Where no setting reaches the best single model on validation, that model is used.
             numbers["cost_save"] = 0 * gain[:, 0] if saving is None else saved[:, saving]
             numbers["cost_save_gain"] = 0 * gain[:, 0] if saving is None else gain[:, saving]
-            is_optimal = (choices[accurate] * self.optimal).sum(1)  # (R,)
+            is_optimal = (self.choose(scores, weights[accurate]) * self.optimal).sum(1)  # (R,)
             numbers["optimal_selection"] = metrics.weighted_means(is_optimal, self.weights)
             numbers["optimal_cost"] = ratio(self.means([self.optimal])[1][:, 0], cost[:, accurate])
         reached = saved[0][gain[0] >= 0]  # (l,)

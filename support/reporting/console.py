@@ -273,14 +273,41 @@ def _print_costs(history: dict, compared: dict) -> None:
     print("are to the best single model, at settings chosen on validation; `at` is CostSave's gain in score.")
 
 
+def curve_points(curve: list[dict]) -> list[dict]:
+    """The points of a curve from a `CostEvaluation`, beside random routing between its ends at the same mean cost."""
+    (first, last), points = (curve[0], curve[-1]), []
+    for point in curve:
+        share = (point["mean_cost"] - last["mean_cost"]) / ((first["mean_cost"] - last["mean_cost"]) or 1)
+        points.append(
+            {
+                "cost_weight": point["cost_weight"],
+                "mean_price": point["mean_cost"],
+                "worth": point["mean_score"],
+                "interval": point["interval"],
+                "random_mix": last["mean_score"] + share * (first["mean_score"] - last["mean_score"]),
+            }
+        )
+    return points
+
+
+def print_curve(points: list[dict]) -> None:
+    """The points of a curve as a table."""
+    print(f"{'cost weight':>12}{'mean price':>13}{'worth':>10}{'95 %':>20}{'random mix':>14}")
+    for point in points:
+        line = f"{point['cost_weight']:>12.6g} {point['mean_price']:>12.6g}{point['worth']:>10.4f}"
+        print(f"{line}{bounds(point['interval']):>20}{point['random_mix']:>14.4f}")
+
+
 def print_curve_summary(strong: str, weak: str, numbers: dict, intervals: dict, chosen_here: dict) -> None:
     """The summary numbers of a router's curve with their intervals, and those at settings chosen on the same rows."""
     print(f"\nstrong   {one_line(strong)}, the best single model of training")
     print(f"weak     {one_line(weak)}, the cheapest\n")
     for name, value in numbers.items():
-        print(f"{name:<18}{value:>9.4f} {bounds(intervals[name])}")
+        if value is not None:
+            print(f"{name:<18}{value:>9.4f} {bounds(intervals[name])}")
     for name, value in chosen_here.items():
-        print(f"{name:<18}{value:>9.4f} at a setting chosen on these rows")
+        if value is not None:
+            print(f"{name:<18}{value:>9.4f} at a setting chosen on these rows")
 
 
 def _print_guard(guard: dict) -> None:

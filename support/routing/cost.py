@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 
-import metrics
 from data_loader import query_ids
 from support.data.cells import MODELS, as_number
 from support.data.formats import open_table
@@ -110,22 +109,21 @@ def mean_costs(battles, path: str) -> dict[str, float]:
     return {name: float(np.nanmean(costs[:, i])) for i, name in enumerate(battles.model_names) if known[i]}
 
 
-def options(
+def known_outcomes(
     battles, names: list[str], prices: np.ndarray, router, own_costs: bool = False
 ) -> tuple[tuple[np.ndarray, ...], dict]:
-    """The choices that `curve` evaluates: query (n,); score, price, reward and cost (n, m) of each candidate model.
+    """What a curve is drawn on: (queries (Q,), row of each outcome's query (n,), outcomes (n, m), costs (n, m)).
 
-    Costs are the prices, or with `own_costs` those of the table's rows.
-
-    From a score table these are its rows, with the models `names`; from battles, the decisive ones between two of these
-    models. Queries on which the router was trained or chosen are left out. Returns also what was left out, counted by
-    reason. Raises `UserError` where nothing is left.
+    From a score table the outcomes are its rows, over the models `names` (m,); from battles, the decisive ones between
+    two of these models, 1 for the winner and 0 for the loser. They are NaN where a model is unavailable. Costs are the
+    prices (m,), or with `own_costs` those of the table. Queries on which the router was trained or chosen are left out.
+    Returns also what was left out, counted by reason. Raises `UserError` where nothing is left.
     """
-    columns = router.indices(names)  # (m,)
-    outcomes = _table_rewards(battles, names) if battles.table is not None else _battle_rewards(battles, names)
-    query_idx, which, reward, usable, left_out = outcomes
-    costs = _columns(battles.table.costs, battles, names) if own_costs else prices[which]  # (N, m)
-    without = usable & (np.isnan(costs) & ~np.isnan(reward)).any(1)  # (N,)
+    is_table = battles.table is not None
+    query_idx, outcomes, left_out = _of_rows(battles, names) if is_table else _of_battles(battles, names)
+    usable = np.fmax.reduce(outcomes, axis=1) > np.fmin.reduce(outcomes, axis=1)  # (N,)
+    costs = _columns(battles.table.costs, battles, names) if own_costs else np.broadcast_to(prices, outcomes.shape)
+    without = usable & (np.isnan(costs) & ~np.isnan(outcomes)).any(1)  # (N,)
     if without.any():
         left_out["rows without a cost"], usable = int(without.sum()), usable & ~without
     seen = np.isin(query_ids(battles.queries), router.metadata.seen_queries.numpy())[query_idx]  # (N,)
@@ -135,12 +133,8 @@ def options(
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         expected = "others, between models with a price"
         raise UserError(f"no outcome is left to draw a curve on: {counts}; expected {expected}")
-    query_idx, which, reward, costs = (each[usable] for each in (query_idx, which, reward, costs))  # (n,), (n, m) each
-    queries, row = np.unique(query_idx, return_inverse=True)  # (Q,), (n,)
-    scores = router.scores_of([battles.queries[i] for i in queries])[:, columns]  # (Q, m)
-    scores = np.take_along_axis(scores[row], which, axis=1)  # (n, m)
-    scores = np.where(np.isnan(reward), -np.inf, scores)  # (n, m)
-    return (query_idx, scores, prices[which], np.nan_to_num(reward), np.nan_to_num(costs)), left_out
+    queries, row = np.unique(query_idx[usable], return_inverse=True)  # (Q,), (n,)
+    return (queries, row, outcomes[usable], costs[usable]), left_out
 
 
 def _columns(cells: np.ndarray, battles, names: list[str]) -> np.ndarray:
@@ -149,72 +143,23 @@ def _columns(cells: np.ndarray, battles, names: list[str]) -> np.ndarray:
     return np.pad(cells, ((0, 0), (0, 1)), constant_values=np.nan)[:, [number.get(name, -1) for name in names]]
 
 
-def _table_rewards(battles, names: list[str]) -> tuple:
-    """The rows of a score table as query (R,), candidates (R, m) into `names`, reward (R, m), usable (R,), left out."""
-    reward = _columns(battles.table.scores, battles, names)  # (R, m), NaN where a model is unavailable
-    of_two = (~np.isnan(reward)).sum(1) > 1  # (R,)
-    usable = np.fmax.reduce(reward, axis=1) > np.fmin.reduce(reward, axis=1)  # (R,)
-    which = np.broadcast_to(np.arange(len(names)), reward.shape)  # (R, m)
-    return (
-        battles.table.query_idx,
-        which,
-        reward,
-        usable,
-        {
-            "rows without two of these models": int((~of_two).sum()),
-            "rows whose scores do not differ": int((of_two & ~usable).sum()),
-        },
-    )
+def _of_rows(battles, names: list[str]) -> tuple[np.ndarray, np.ndarray, dict]:
+    """The rows of a score table as query (R,) and outcomes (R, m), and what cannot be used of them."""
+    outcomes = _columns(battles.table.scores, battles, names)  # (R, m)
+    of_two = (~np.isnan(outcomes)).sum(1) > 1  # (R,)
+    equal = of_two & (np.fmax.reduce(outcomes, axis=1) == np.fmin.reduce(outcomes, axis=1))  # (R,)
+    left_out = {"rows without two of these models": int((~of_two).sum())}
+    return battles.table.query_idx, outcomes, left_out | {"rows whose scores do not differ": int(equal.sum())}
 
 
-def _battle_rewards(battles, names: list[str]) -> tuple:
-    """Battles as query (N,), candidates a and b (N, 2) into `names`, reward (N, 2), usable (N,), and left out."""
+def _of_battles(battles, names: list[str]) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Decisive battles between two of the models as query (N,) and outcomes (N, m), and what is left out."""
     number = np.array([names.index(name) if name in names else -1 for name in battles.model_names])  # (M,)
     which = number[np.column_stack([battles.model_a_idx, battles.model_b_idx])]  # (N, 2)
-    reward = np.column_stack([battles.outcome, 1 - battles.outcome]).astype(np.float64)  # (N, 2)
     known, tie = (which >= 0).all(1), battles.outcome == 0.5  # (N,) each
+    kept = known & ~tie  # (N,)
+    outcomes = np.full((kept.sum(), len(names)), np.nan)  # (n, m)
+    won = battles.outcome[kept, None].astype(np.float64)  # (n, 1)
+    np.put_along_axis(outcomes, which[kept], np.hstack([won, 1 - won]), axis=1)
     left_out = {"ties": int(tie.sum()), "battles of other models": int((~known & ~tie).sum())}
-    return battles.query_idx, which, reward, known & ~tie, left_out
-
-
-def curve(
-    scores: np.ndarray,
-    prices: np.ndarray,
-    reward: np.ndarray,
-    query_idx: np.ndarray,
-    seed: int,
-    steps: int = 10,
-    costs: np.ndarray | None = None,
-) -> list[dict]:
-    """The mean reward of the chosen models, at mean prices from that of the router without prices to the least.
-
-    Args:
-        scores: (n, m), -inf where a model is unavailable.
-        prices: (n, m), of the same models.
-        reward: (n, m), 1 for the winner of a battle and 0 for its loser, or a table's scores.
-        query_idx: int (n,); the bootstrap, with `seed`, draws queries.
-        costs: (n, m), what the choices cost in the end; by default the prices.
-        steps: between the two ends, evenly spaced in mean price.
-
-    Each point has `cost_weight`, `mean_price`, the mean reward as `worth`, its 95 % `interval`, and `random_mix`: the
-    reward at the same mean price of random routing between the two ends of the curve.
-    """
-    queries, row = np.unique(query_idx, return_inverse=True)  # (Q,), (n,)
-    weights = metrics.bootstrap_weights(len(queries), seed)[:, row]  # (R, n)
-    shares = weights / weights.sum(1, keepdims=True)  # (R, n)
-    order = np.argsort(prices, axis=1, kind="stable")  # (n, m), so that argmax takes the cheapest of equals
-    columns = scores, prices, reward, prices if costs is None else costs
-    scores, prices, reward, costs = (np.take_along_axis(column, order, axis=1) for column in columns)  # (n, m) each
-    most_expensive, least, points = mean_price(scores, prices, 0.0), cheapest(scores, prices), []
-    for budget in np.linspace(most_expensive, least, steps + 1 if most_expensive > least else 1):
-        weight = weight_for_budget(scores, prices, float(budget))
-        chosen = np.arange(len(reward)), choose(scores, prices, weight)  # (n,), (n,)
-        got, spent = reward[chosen], costs[chosen]  # (n,) each
-        point = {"cost_weight": weight, "mean_price": float(spent.mean()), "worth": float(got.mean())}
-        points.append(point | {"interval": metrics.interval(shares @ got)})
-    first, last = points[0], points[-1]
-    for point in points:
-        expected = mean_price(scores, prices, point["cost_weight"])
-        share = (expected - least) / max(most_expensive - least, 1e-300)
-        point["random_mix"] = last["worth"] + share * (first["worth"] - last["worth"])
-    return points
+    return battles.query_idx[kept], outcomes, left_out

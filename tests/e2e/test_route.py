@@ -326,7 +326,11 @@ def test_the_curve_leaves_out_what_the_router_was_trained_on(checkpoint, demo, s
     assert points[-1]["worth"] == pytest.approx(np.mean((pair[:, 0] < pair[:, 1]) == unseen.outcome))
     costs = [point["mean_price"] for point in points]
     assert costs == sorted(costs, reverse=True)
-    np.testing.assert_allclose(costs, np.linspace(costs[0], costs[-1], 11), atol=0.011 / len(unseen))  # one more choice
+    np.testing.assert_allclose(costs, np.linspace(costs[0], costs[-1], 21), atol=0.011 / len(unseen))  # one more choice
+    worth = np.interp(
+        costs, *zip(*((point["mean_price"], point["worth"]) for point in (points[-1], points[0])), strict=True)
+    )
+    np.testing.assert_allclose([point["random_mix"] for point in points], worth)
     both = np.isin(models, [unseen.model_names.index(f"demo-model-{letter}") for letter in "ab"]).all(1)
     assert f"on {both.sum()} battles" in routed(*flags, source, "--models", "demo-model-a,demo-model-b")
     table[::-1].to_parquet(tmp_path / "other.parquet", compression="gzip")  # the same in other bytes

@@ -1,11 +1,11 @@
-"""Prices: budgets against every possible weight, the curve worked by hand, and what is refused."""
+"""Prices: budgets against every possible weight, and what is refused."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from support.routing.cost import cheapest_first, choose, curve, mean_price, read_prices, weight_for_budget
+from support.routing.cost import cheapest_first, choose, mean_price, read_prices, weight_for_budget
 from support.system.errors import UserError
 
 
@@ -42,44 +42,6 @@ def test_of_equal_utilities_the_cheaper_is_chosen():
     names, prices = cheapest_first(["a", "b", "c"], ["a", "b", "c"], {"a": 3.0, "b": 1.0, "c": 2.0}, "prices.csv")
     assert names == ["b", "c", "a"]
     assert prices.tolist() == [1, 2, 3]
-    (point,) = curve(np.ones((3, 2)), np.tile([2.0, 1.0], (3, 1)), np.ones((3, 2)), np.arange(3), seed=0)
-    assert (point["mean_price"], point["cost_weight"]) == (1.0, 0.0)
-
-
-def test_the_curve_by_hand():
-    # Two battles and two models; the expensive one has the higher scores, by 1 and by 3, and wins the second battle.
-    scores, prices = np.array([[0.0, 1.0], [0.0, 3.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])
-    reward = np.array([[1.0, 0.0], [0.0, 1.0]])
-    points = curve(scores, prices, reward, np.array([0, 1]), seed=0, steps=2)
-    assert [point["mean_price"] for point in points] == [2.0, 1.5, 1.0]
-    assert [point["worth"] for point in points] == [0.5, 1.0, 0.5]
-    assert [point["random_mix"] for point in points] == [0.5, 0.5, 0.5]
-    np.testing.assert_allclose([point["cost_weight"] for point in points], [0, 1, 3])
-    assert points[1]["interval"] == [1.0, 1.0]
-    assert points[0]["interval"] == [0.0, 1.0]
-
-
-def test_the_random_mix_lies_between_the_ends_and_battles_of_a_query_are_drawn_together():
-    # The expensive model wins both battles of one query; its choice ends at another cost weight in each.
-    scores, prices = np.array([[0.0, 1.0], [0.0, 3.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])
-    points = curve(scores, prices, np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([0, 1]), seed=0, steps=2)
-    assert [point["worth"] for point in points] == [1.0, 0.5, 0.0]
-    assert [point["random_mix"] for point in points] == [1.0, 0.5, 0.0]
-    (point,) = curve(np.ones((2, 2)), np.ones((2, 2)), np.eye(2), np.array([7, 7]), seed=0)
-    assert point["interval"] == [0.5, 0.5]
-
-
-def test_an_unavailable_model_is_neither_chosen_nor_the_cheapest():
-    scores, prices = np.array([[-np.inf, 1.0, 2.0]] * 3), np.tile([0.1, 1.0, 5.0], (3, 1))
-    points = curve(scores, prices, np.array([[0.0, 0.2, 0.9]] * 3), np.arange(3), seed=0, steps=4)
-    assert points[-1]["mean_price"] == 1.0
-    assert points[-1]["worth"] == pytest.approx(0.2)
-    assert points[0]["worth"] == pytest.approx(0.9)
-
-
-def test_a_curve_with_equal_prices_is_one_point():
-    (point,) = curve(np.eye(2), np.ones((2, 2)), np.eye(2), np.arange(2), seed=0)
-    assert (point["mean_price"], point["worth"], point["random_mix"]) == (1, 1, 1)
 
 
 def test_prices_per_token_are_converted_to_a_query_with_its_answer(tmp_path):
