@@ -27,7 +27,7 @@ class RouterConfig:
     """What shapes a router: `RankRouter(["model-a", "model-b"], encoder_width=896, config=RouterConfig())`."""
 
     embedding_dim: int = 512  # D, the width of the shared space and of the ID embedding
-    surface_features: tuple[str, ...] = ()  # names; train.py passes all of `SURFACE_FEATURES`
+    surface_features: tuple[str, ...] = ()  # names of `SURFACE_FEATURES`
     num_clusters: int = 50  # K; 0: no cluster embedding
     cluster_dim: int = 32
     capability_dim: int = 64  # C

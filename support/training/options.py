@@ -23,10 +23,7 @@ NO_EXPERIMENT = {
 }
 
 # Defaults of --recipe original; it also leaves the dot product unscaled and the query tower's last layer random.
-ORIGINAL_RECIPE = {"dropout": 0.1, "id_dropout": 0.0, "ema_decay": 0.0, "eval_every": 0, "surface_features": False}
-
-# What flags did that did not exist in an earlier version, where it is not what their default does now.
-EARLIER = {"surface_features": False}
+ORIGINAL_RECIPE = {"dropout": 0.1, "id_dropout": 0.0, "ema_decay": 0.0, "eval_every": 0}
 
 # Defaults of the flags that need --finetune_encoder.
 FINETUNING = {
@@ -41,7 +38,7 @@ FINETUNING = {
 
 def with_defaults(args: dict) -> dict:
     """The flags of an earlier run, with what every flag that did not exist then would have been."""
-    return {name: value for name, value in vars(parse_args([])).items() if name not in NO_EXPERIMENT} | EARLIER | args
+    return {name: value for name, value in vars(parse_args([])).items() if name not in NO_EXPERIMENT} | args
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -189,10 +186,9 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument_group("towers").add_argument
     add("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
-    looks = "features of a query's text beside its embedding; to be given only with --recipe original"
-    add("--surface_features", action="store_const", const=True, default=True, help=looks)
-    without = {"dest": "surface_features", "action": "store_false", "default": argparse.SUPPRESS}
-    add("--no_surface_features", **without, help="ablation: without them")
+    looks = "what a query's text looks like, beside its embedding; better on tasks of training, worse on other ones"
+    add("--surface_features", **switch, help=looks)
+    add("--no_surface_features", dest="surface_features", action="store_false", help="without them: the default")
     add("--num_clusters", type=whole_number(0), default=50, help="K-means clusters; 0: no cluster features")
     add("--cluster_dim", type=dim, default=32, help="width of a cluster's learned embedding")
     add("--capability_dim", type=dim, default=64, help="width of a random capability vector")
@@ -211,7 +207,7 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument_group("training").add_argument
     recipe = "original: unscaled dot product, default initialization, --dropout 0.1 --id_dropout 0 --ema_decay 0 "
-    recipe += "--eval_every 0 --no_surface_features, each unless it is given"
+    recipe += "--eval_every 0, each unless it is given"
     add("--recipe", choices=["default", "original"], default="default", help=recipe)
     add(
         "--loss_type",

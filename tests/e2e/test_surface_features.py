@@ -38,7 +38,8 @@ def run(demo, tmp_path):
         output = tmp_path / name
         same = ("--model_path", str(demo / "encoder"), "--dtype", "float32", "--max_length", "3", "--epochs", "3")
         small = ("--num_clusters", "2", "--embedding_dim", "32", "--lr", "1e-3", "--ema_decay", "0")
-        train.main(["--data_path", str(data), *same, *small, "--no_cache", "--output_dir", str(output), *flags])
+        place = ("--data_path", str(data), "--no_cache", "--output_dir", str(output))
+        train.main([*place, *same, *small, "--surface_features", *flags])
         return json.loads((output / "training_history.json").read_text()), output
 
     return train_with
@@ -68,12 +69,11 @@ def test_a_surface_feature_that_decides_is_learned_and_the_ablation_does_not_see
     assert history["args"]["surface_features"] is True
     assert history["test_metrics"]["auc"] > 0.99
     assert history["baselines"]["neighbours"]["auc"] > 0.95  # the baselines get the same features
-    for name, flags in (("without", ["--no_surface_features"]), ("original", ["--recipe", "original"])):
-        history, _ = run(name, *flags)
-        assert history["args"]["surface_features"] is False, name
-        assert abs(history["test_metrics"]["auc"] - 0.5) < 0.2, name
-        assert abs(history["baselines"]["neighbours"]["auc"] - 0.5) < 0.2, name
-    history, _ = run("explicit", "--recipe", "original", "--surface_features")
+    history, _ = run("without", "--no_surface_features")
+    assert history["args"]["surface_features"] is False
+    assert abs(history["test_metrics"]["auc"] - 0.5) < 0.2
+    assert abs(history["baselines"]["neighbours"]["auc"] - 0.5) < 0.2
+    history, _ = run("original", "--recipe", "original")
     assert history["test_metrics"]["auc"] > 0.99
     queries = ["tell me about the number 1000?", "tell me about the number 1000.", "Who?"]
     capsys.readouterr()

@@ -103,7 +103,7 @@ def test_planted_truth_is_recovered(demo, default_run):
     _, fixed_skills = true_skills(demo, [], truth["models"])
     router = RankRouter.load(output / "best_model.pt")
     assert router.metadata.best_single_model == truth["models"][fixed_skills.argmax()]
-    assert router.config == RouterConfig(surface_features=tuple(SURFACE_FEATURES))
+    assert router.config == RouterConfig()
 
 
 def test_nothing_is_learned_from_shuffled_outcomes(demo, run_demo, tmp_path):
@@ -121,7 +121,7 @@ ABLATIONS = """
     --num_clusters 0 | --cluster_dim 8 | --no_model_id | --id_dropout 0 | --no_capability | --capability_dim 8
     --capability_init win_rate | --freeze_capabilities | --ties half | --split_by battle | --pooling last
     --max_length 4 | --dtype bfloat16 | --batch_size 7 | --dropout 0.1 | --weight_decay 1 | --recipe original
-    --recipe original --dropout 0.5 --id_dropout 0.1 --ema_decay 0.999 --eval_every 100 | --no_surface_features
+    --recipe original --dropout 0.5 --id_dropout 0.1 --ema_decay 0.999 --eval_every 100 | --surface_features
     --recipe original --surface_features | --layers 1 | --layers 1,2 | --pooling mean+last
 """.strip().replace("\n", "|")
 

@@ -52,7 +52,7 @@ def test_the_defaults_are_the_contract():
 
 
 def test_the_original_recipe_resolves_its_flags_and_explicit_ones_win():
-    original = {"dropout": 0.1, "id_dropout": 0.0, "ema_decay": 0.0, "eval_every": 0, "surface_features": False}
+    original = {"dropout": 0.1, "id_dropout": 0.0, "ema_decay": 0.0, "eval_every": 0}
     defaults = vars(parse_args([]))
     for given in ({}, {"dropout": 0.5, "ema_decay": 0.9}, {"id_dropout": 0.1, "eval_every": 5}):  # 0.5 is the default
         flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
