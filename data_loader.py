@@ -46,6 +46,7 @@ def load_battles(
     query_column: str | None = None,
     split_column: str | None = None,
     group_column: str | None = None,
+    groups_apart: bool = False,
 ) -> tuple[Battles, dict]:
     """Load the battles at `path`, and count the rows that were dropped by reason.
 
@@ -58,11 +59,12 @@ def load_battles(
     query_column: the column of the query; by default the first with one of the known names.
     split_column: the column that says on which side of the split a row is, if any.
     group_column: the column of a row's group, such as its task; by default one with a usual name, if any.
+    groups_apart: whether equal prompts of several groups in a long table are different rows.
 
     Returns the battles and the counts for the history. Raises `UserError` where a file cannot be read or has no known
     layout, or no battle is left.
     """
-    (files, skipped), rows = data_files(path), Rows()
+    (files, skipped), rows = data_files(path), Rows(groups_apart)
     tables = [open_table(file) for file in files]
     layouts = find_layouts(tables, score_columns, query_column, split_column, group_column)
     for table, layout in layouts.items():

@@ -15,7 +15,7 @@ SAMPLES_AT_ONCE = 128  # bootstrap samples whose weights are there as float64
 SUMS = ("battles", "correct", "log_loss", "log_loss_calibrated")  # of `Totals`, by query
 CLASS_SUMS = ("hits", "wins", "chosen")  # by query and model; a hit is a battle whose model was chosen and won
 GAP_SHARES = (0.2, 0.5, 0.8)  # of CPT
-CERTAIN = 1000.0  # log-odds of a confidence of 1: beyond all that scores reach, and finite, so that prices still count
+CERTAIN = 1000.0  # log-odds by which a fallback leads at a confidence of 1: finite, so that prices still count
 LEAD_BINS = 4096  # bins of the winner's lead on each side of 0, for the AUC of bootstrap samples
 
 Metric = float | None
@@ -255,9 +255,12 @@ def raise_fallback(scores: np.ndarray, fallback_idx: int, confidence: float, tem
     Another model then has a higher one where P(it beats the fallback) = sigmoid(d / temperature) > `confidence`, which
     is 0.5 to 1; at 1 none has.
     """
-    log_odds = CERTAIN if confidence == 1 else math.log(confidence / (1 - confidence))
     raised = np.array(scores, np.float64)  # (Q, M)
-    raised[:, fallback_idx] += temperature * log_odds
+    if confidence == 1:
+        raised[:, fallback_idx] = raised.max(1) + temperature * CERTAIN
+    else:
+        raised[:, fallback_idx] += temperature * math.log(confidence / (1 - confidence))
+        raised[:, fallback_idx] = np.nextafter(raised[:, fallback_idx], np.inf)  # of equal ones the fallback
     return raised
 
 

@@ -277,8 +277,8 @@ class RankRouter(nn.Module):
         if confidence is None:
             chosen = f"training chose none for {one_line(fallback)}"
             raise UserError(f"{chosen}; expected a confidence from 0.5 to 1 with this fallback")
-        if not 0.5 <= confidence <= 1:
-            raise UserError(f"confidence is {confidence}, expected 0.5 to 1")
+        if not isinstance(confidence, (int, float)) or not 0.5 <= confidence <= 1:
+            raise UserError(f"confidence is {confidence!r}, expected 0.5 to 1")
         return metrics.raise_fallback(scores, fallback_idx, confidence, metadata.temperature)
 
     def rank(

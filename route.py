@@ -185,7 +185,8 @@ def draw_curve(args: argparse.Namespace, router: RankRouter) -> None:
     print("left out " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
     scores = router.scores_of([battles.queries[i] for i in queries])[:, router.indices(names)]  # (Q, m)
     single = router.metadata.best_single_model
-    ranks = np.array([[float(name == single) for name in names]])  # (1, m)
+    ranks = scores.mean(0, keepdims=True).argsort().argsort().astype(float)  # (1, m), as the router ranks them
+    ranks[:, [i for i, name in enumerate(names) if name == single]] = len(names)
     weights = all_and_samples(len(queries), router.metadata.args["seed"])[:, row]  # (1 + S, n)
     evaluation = CostEvaluation(outcomes, costs, row, prices, ranks, weights)
     numbers, details = evaluation.evaluate(scores, None)
@@ -197,7 +198,7 @@ def draw_curve(args: argparse.Namespace, router: RankRouter) -> None:
     else:
         with atomic_file(args.output) as file:
             file.writelines(json.dumps(point).encode() + b"\n" for point in points)
-    if battles.table is not None and single in names:
+    if battles.table is not None and single in battles.model_names and single in names:
         numbers["aiq_of_models"] = evaluation.aiq_of_models
         console.print_curve_summary(single, names[evaluation.weak], *summarize(numbers), details["test_chosen"])
 

@@ -120,9 +120,12 @@ def find_layouts(
     of_one_model = [table for table, layout in layouts.items() if layout.model]
     for table, model in zip(of_one_model, models_by_file(of_one_model), strict=True):
         layouts[table] = replace(layouts[table], model=model)
+    stems = [stem(table.file) for table in tables]
     for table, layout in layouts.items():
         if len(kinds) > 1 and not of_one_model and layout.group is None:
-            layouts[table] = replace(layout, group_name=stem(table.file))
+            name = stem(table.file)
+            is_unique = stems.count(name) == 1
+            layouts[table] = replace(layout, group_name=name if is_unique else f"{table.file.parent.name}/{name}")
     first = next(iter(layouts.values()))
     for table, layout in layouts.items():
         if layout.kind == first.kind == "long" and (layout.query, layout.others) != (first.query, first.others):

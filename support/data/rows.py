@@ -19,7 +19,8 @@ SIDES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev"
 class Rows:
     """Collects battles and scores from rows as they are read. Queries and models are indexed as they first occur."""
 
-    def __init__(self):
+    def __init__(self, groups_apart: bool = False):
+        self.groups_apart = groups_apart  # whether rows of a long table are of other prompts where their group differs
         self.num_read = 0
         self.dropped = Counter()  # reason -> rows
         self.unknown_winners = Counter()  # label -> rows
@@ -103,7 +104,7 @@ class Rows:
             return "without a score"
         query = self.query(text)
         # By the id alone, prompts would mix where each shard counts from 0, or where the id is empty.
-        prompt = str(prompt_id), query, side_and_group[0]
+        prompt = str(prompt_id), query, side_and_group[: 2 if self.groups_apart else 1]
         if prompt not in self.row_of_prompt:
             self.row_of_prompt[prompt] = self._start_table_row(query, side_and_group)
         cost = self._cost(costs[0] if costs else cost_in(score))

@@ -144,6 +144,9 @@ class TestEvaluation:
         guard = {"fallback": self.fallback, "on": "battles" if self.battles.table is None else "rows"}
         results = {"test_metrics": row, "test_intervals": intervals, "calibration": calibration}
         results["guard"] = guard | details["guard"]
+        has_costs = self.battles.table is not None and self.battles.table.costs is not None
+        if self.costs is None and (self.prices is not None or has_costs):
+            results["costs"] = None  # they cannot be evaluated
         if self.costs is not None:
             aiq, interval = (each["aiq"] for each in summarize({"aiq": self.costs[1].aiq_of_models}))
             results["costs"] = details["costs"] | self.costs[1].describe(self.battles.model_names)

@@ -40,9 +40,14 @@ class GuardedRows:
         self.fallback_idx, self.row = 0, np.concatenate(rows)  # (n,)
         self.outcomes, self.scores = np.concatenate(outcomes), np.concatenate(router_scores)  # (n, 2) each
 
-    def gains(self, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-        """What the choice at a confidence scores beyond the fallback, and whether it is another model: (R,) each."""
-        scores = metrics.raise_fallback(self.scores, self.fallback_idx, confidence, self.temperature)  # (R, M)
+    def gains(self, confidence: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """What the choice at a confidence scores beyond the fallback, and whether it is another model: (R,) each.
+
+        None is the router without a guard.
+        """
+        scores = self.scores  # (R, M)
+        if confidence is not None:
+            scores = metrics.raise_fallback(scores, self.fallback_idx, confidence, self.temperature)  # (R, M)
         score, _ = metrics.route(scores, self.outcomes)  # (R,)
         stays = metrics.choices(scores, ~np.isnan(self.outcomes))[:, self.fallback_idx]  # (R,)
         return score - self.outcomes[:, self.fallback_idx], 1 - stays
@@ -52,13 +57,14 @@ class GuardedRows:
 
         It is 1, which never leaves the fallback, unless the gain is more than its standard error over queries.
         """
-        if not len(self.row):
+        num_queries = len(np.unique(self.row))
+        if num_queries < 2:
             return 1.0
         gain = {confidence: self.gains(confidence)[0] for confidence in CONFIDENCES}  # (R,) each
         best = max(CONFIDENCES, key=lambda confidence: (gain[confidence].mean(), confidence))
         mean = gain[best].mean()
         by_query = np.bincount(self.row, gain[best] - mean)  # (Q,); rows of one query are not independent
-        error = np.sqrt((by_query**2).sum()) / len(self.row)
+        error = np.sqrt((by_query**2).sum() * num_queries / (num_queries - 1)) / len(self.row)
         return best if mean > error else 1.0
 
     def evaluate(self, confidence: float, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -66,7 +72,7 @@ class GuardedRows:
 
         `weights` (S, Q) are those of the distinct queries in each sample.
         """
-        (gain, leaves), (unguarded, _) = self.gains(confidence), self.gains(0.5)  # (R,) each
+        (gain, leaves), (unguarded, _) = self.gains(confidence), self.gains(None)  # (R,) each
         fallback = self.outcomes[:, self.fallback_idx]  # (R,)
         columns = {"score": fallback + gain, "fallback_score": fallback, "routed_away": leaves}
         columns |= {"difference": gain, "unguarded_difference": unguarded}

@@ -187,7 +187,10 @@ def print_test(history: dict) -> None:
     print(f"Expected calibration error {before:.4f}, and {after:.4f} {chosen}.")
     if "score_table" in history:
         _print_score_table(history, compared)
-    if "costs" in history:
+    if "costs" in history and history["costs"] is None:
+        sides = "validation and test need rows whose scores differ and have costs, and each model one in training"
+        print(f"\ncost     is not evaluated: {sides}")
+    elif "costs" in history:
         _print_costs(history, compared)
     _print_guard(history["guard"])
     if "cold_start" in history:

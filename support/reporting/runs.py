@@ -172,9 +172,11 @@ def parse(name: str, history: dict) -> Run:
         curves={
             name: _read(row["costs"]["curve"], [point | {"interval": _interval}])
             for name, row in methods.items()
-            if "costs" in row
+            if row.get("costs")
         },
-        priced_models={name: _read(row, point) for name, row in history.get("costs", {}).get("models", {}).items()},
+        priced_models={
+            name: _read(row, point) for name, row in (history.get("costs") or {"models": {}})["models"].items()
+        },
     )
 
 

@@ -55,7 +55,8 @@ def load_data(args: argparse.Namespace) -> Data:
     Raises `UserError` where a file cannot be read or does not fit the flags.
     """
     columns = {"query_column": args.query_column, "split_column": args.split_column}
-    columns["group_column"] = args.group_column
+    columns |= {"group_column": args.group_column}
+    columns["groups_apart"] = args.split_by == "task" or args.group_column is not None
     battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed, **columns)
     is_pointwise = args.loss_type == "pointwise"
     if is_pointwise and (battles.table is None or len(battles.outcome)):

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 import metrics
 import train
 from data_loader import load_battles, split_battles
-from query_representation import SURFACE_FEATURES, query_features
+from query_representation import query_features
 from rankrouter import RankRouter, RouterConfig
 from support.data.demo import true_skills
 from support.encoding.encoder import QueryEncoder
@@ -34,10 +34,10 @@ def one_hot_difference(battles):
 
 
 def features_of(demo, split):
-    """Features (Q, F) of a split's queries with the demo's encoder, and all surface features."""
+    """Features (Q, F) of a split's queries with the demo's encoder."""
     encoder = QueryEncoder(str(demo / "encoder"), torch.device("cpu"), dtype="float32", progress=False)
     queries = split.train.queries
-    return query_features(queries, encoder.embed(queries)[0], tuple(SURFACE_FEATURES))
+    return query_features(queries, encoder.embed(queries)[0], ())
 
 
 def margins(router, features, battles):
@@ -344,7 +344,6 @@ def test_statistics_and_clusters_see_training_queries_only(default):
     torch.testing.assert_close(router.query_tower.mean, features.mean(0), atol=1e-6, rtol=1e-5)
     scale = features.std(0, correction=0)
     scale[scale == 0] = 1  # of what is the same in all queries
-    scale[128:] *= (len(SURFACE_FEATURES) / 128) ** 0.5
     torch.testing.assert_close(router.query_tower.scale, scale, atol=1e-6, rtol=1e-5)
     x, cluster_idx = router.query_tower.inputs(features)
     assert torch.bincount(cluster_idx, minlength=50).tolist() == [cluster["size"] for cluster in history["clusters"]]

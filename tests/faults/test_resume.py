@@ -22,7 +22,16 @@ from support.system.command_line import run_command
 from support.system.files import locked
 
 FILES = {"training_history.json", "best_model.pt", "last_checkpoint.pt"}
-FINETUNED = ["--finetune_encoder", "--batch_tokens", "300", "--tower_epochs", "1", "--eval_every", "2"]
+FINETUNED = [
+    "--finetune_encoder",
+    "--batch_tokens",
+    "300",
+    "--tower_epochs",
+    "1",
+    "--eval_every",
+    "2",
+    "--surface_features",
+]
 HELD_OUT = ["--hold_out_model", "demo-model-a"]
 WIN_RATES = ["--capability_init", "win_rate"]
 

@@ -176,7 +176,11 @@ def test_a_guarded_router_leaves_its_fallback_only_with_confidence():
     for confidence, leaves in ((0.5, True), (0.73, True), (0.74, False), (1.0, False)):  # sigmoid(1 / 1) = 0.731
         assert (metrics.raise_fallback(scores, 0, confidence, 1.0).argmax() == 1) == leaves
     assert metrics.raise_fallback(scores, 0, 0.65, temperature=2.0).argmax() == 0  # sigmoid(1 / 2) = 0.622
-    assert np.isfinite(metrics.raise_fallback(scores, 0, 1.0, 1.0)).all()
+    for far in (1.0, 1e6):  # at 1 none is chosen, however far it leads, and prices still count
+        raised = metrics.raise_fallback(far * scores, 0, 1.0, 1.0)
+        assert raised.argmax() == 0
+        assert np.isfinite(raised).all()
+    assert metrics.raise_fallback(np.array([[1.0, 2.0, 2.0]]), 2, 0.5, 1.0).argmax() == 2  # of equal ones the fallback
     assert scores.tolist() == [[0.0, 1.0, 0.5]]
 
 
@@ -203,6 +207,7 @@ def test_validation_chooses_the_confidence():
     # A hundred rows of each query say no more than one.
     assert rows_of(np.repeat([1, -1], [52, 48]), 1.0, repeats=100).choose_confidence() == 1
     assert rows_of([], []).choose_confidence() == 1
+    assert rows_of([1], 3.0, repeats=5).choose_confidence() == 1  # of one query nothing is known
 
 
 def test_the_guard_on_the_test_by_hand():

@@ -929,6 +929,19 @@ def test_whole_tasks_are_tested_that_training_never_saw(tmp_path):
         split_battles(many_battles(tmp_path), 1, by="task")
 
 
+def test_a_prompt_of_two_tasks_in_a_long_table_is_two_rows_where_tasks_count(tmp_path):
+    rows = [
+        {"prompt": "q", "model": model, "score": score, "task": task}
+        for task, scores in (("math", (1, 0)), ("law", (0, 1)))
+        for model, score in zip(("m1", "m2"), scores, strict=True)
+    ]
+    path = write(tmp_path / "t.csv", rows)
+    battles, counts = load_battles(path)
+    assert (len(battles.table), counts["scores_averaged"]) == (1, 2)  # a column of that name may say anything
+    battles, counts = load_battles(path, groups_apart=True)
+    assert (battles.table.scores.tolist(), battles.table.group.tolist()) == ([[1, 0], [0, 1]], [0, 1])
+
+
 def test_battles_are_split_by_task_too(tmp_path):
     rows = [
         {"prompt": f"q{i}", "model_a": "a", "model_b": "b", "winner": "model_a", "kind": "xyz"[i % 3]}
