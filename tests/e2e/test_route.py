@@ -417,7 +417,7 @@ def test_the_curve_by_the_costs_of_a_table(checkpoint, routed, refused, tmp_path
         assert f"\n{number} " in printed
     table.assign(**{f"{name}_cost": 1 for name in names}).to_parquet(tmp_path / "table.parquet")
     printed = routed(*flags)  # of equal costs nothing is to be summarized
-    assert "\napgr " in printed
+    assert "\ncost_save " in printed
     assert "\naiq " not in printed
     battles = pd.DataFrame([{"prompt": "q", "model_a": names[0], "model_b": names[1], "winner": "model_a"}])
     battles.to_csv(tmp_path / "battles.csv")
