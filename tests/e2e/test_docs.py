@@ -62,8 +62,10 @@ def project(demo, tiny_run, tmp_path_factory):
     )
     pd.concat([table[:40].assign(model_a="new-model"), table[40:60]]).to_parquet(here / "new_battles.parquet")
     scores = {f"model-{i}": (prompts.str.len() * i % 7 / 7) for i in (1, 2, 3)}
-    tasks = [("math", "law", "code")[i % 3] for i in range(len(own))]
+    tasks = [("math", "law", "gpqa", "natural_qa", "human_eval")[i % 5] for i in range(len(own))]
     pd.DataFrame({"prompt": prompts, "task": tasks, "latency": 1.0, **scores}).to_csv(here / "scores.csv", index=False)
+    costs = {"model": ["model-1", "model-2", "model-3"], "price_per_million_tokens": [0.1, 0.2, 0.9]}
+    pd.DataFrame(costs).to_csv(here / "model_prices.csv", index=False)
     benchmarks = {"model": own["model_a"].unique(), "mmlu": range(own["model_a"].nunique())}
     pd.DataFrame(benchmarks).to_csv(here / "benchmarks.csv", index=False)
     prices = {"model": (names := RankRouter.load(tiny_run[1] / "best_model.pt").model_names)}
