@@ -148,8 +148,8 @@ def split_battles(
     Returns the split and its counts. Raises `UserError` where a side is empty or no model is named `hold_out`.
     """
     # 1. The side of each single battle, and of each row of a score table.
-    side, row_side = _sides(battles, by, seed, test_groups)  # (N,), (R,)
-    sides = {name: battles.select(side == name, row_side == name) for name in ("train", "val", "test")}
+    of_battle, of_row = _sides(battles, by, seed, test_groups)  # (N,), (R,)
+    sides = {name: battles.select(of_battle == name, of_row == name) for name in ("train", "val", "test")}
 
     # 2. Training battles: ties dropped, a model held out, each if requested.
     candidates = sides["train"].usable(ties == "half", equal_rows)
@@ -172,14 +172,13 @@ def split_battles(
 
     # 4. Only the queries and models in use, renumbered; these models are `trained`.
     used = np.unique(np.concatenate([part.unique_queries for part in parts.values()]))  # (Q,)
-    parts = {name: part.renumbered(used, trained) for name, part in parts.items()}
-    if shuffle:
-        parts |= {name: shuffled(parts[name], seed) for name in ("train", "val")}
-    split = Split(**parts, val_pairs=parts["val"].sample(VAL_BATTLES, seed))
+    train, val, test = (part.renumbered(used, trained) for part in parts.values())
+    train, val = (shuffled(part, seed) if shuffle else part for part in (train, val))
+    split = Split(train, val, test, val.sample(VAL_BATTLES, seed))
 
     ties_in_train = sides["train"].num_ties if ties == "half" or equal_rows else 0
     return split, _counts(split, battles, trained) | {
-        "groups": _group_counts(battles, side, row_side) if by == "task" else None,
+        "groups": _group_counts(battles, of_battle, of_row) if by == "task" else None,
         "ties_left_out": battles.num_ties - ties_in_train,
         "training_battles_held_out": len(candidates) - len(train),
         "unseen_model_battles": num_decisive - len(val) - len(test),

@@ -204,7 +204,8 @@ def cost_curve(run: Run) -> Figure:
     axes = figure.subplots()
     models = np.array([[model["mean_cost"], model["mean_score"]] for model in run.priced_models.values()])  # (M, 2)
     corners = [hull(*models.T)]
-    curves = {name: points for name, points in run.curves.items() if name != "random"}  # one point, far below
+    # Random routing is far below, and the best single model is one of the models.
+    curves = {name: points for name, points in run.curves.items() if name not in ("random", "best_single")}
     for number, (name, points) in enumerate(curves.items()):
         cost, score = (np.array([point[key] for point in points]) for key in ("mean_cost", "mean_score"))  # (L,) each
         corners.append(hull(cost, score))
@@ -216,7 +217,7 @@ def cost_curve(run: Run) -> Figure:
             axes.fill_between(cost[order], low, high, color=COLORS[0], alpha=0.15, linewidth=0)
             axes.plot(cost, score, ".", color=COLORS[0], markersize=4)
     least, most = models[:, 0].min(), models[:, 0].max()
-    axes.plot(*corners[0], "k--", linewidth=1, label="single models")
+    axes.plot(*corners[0], "--", color="0.3", linewidth=1.2, label="single models", zorder=4)
     axes.plot(*models.T, "k.", markersize=6)
     for name, (cost, score) in zip(run.priced_models, models, strict=True):
         if score >= np.median(models[:, 1]):

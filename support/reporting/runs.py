@@ -115,13 +115,7 @@ def parse(name: str, history: dict) -> Run:
         raise ValueError(f"best_epoch is {epoch} of {len(vals)} epochs and {len(losses)} losses")
     within = [val for val in history["validations"] if (val["epoch"], val["step"]) == (epoch, step)]
     (best,) = vals[epoch : epoch + 1] if step is None else within
-    flags = {"data_path": str(data["content_hash"]), "model_path": str(encoder["fingerprint"])}
-    flags |= {"dtype": str(encoder["dtype"])} | {flag: args[flag] for flag in args if flag not in NO_EXPERIMENT}
-    if names := data.get("surface_features"):  # others are another experiment, though the flag is the same
-        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-        flags["surface_features"] = f"{len(names)} [{digest[:4]}]"
-    if prices := data.get("prices_hash"):  # other costs are other results
-        flags |= {"prices": f"[{prices[:4]}]", "tokens_per_query": args["tokens_per_query"]}
+    flags = _flags(args, data, encoder)
     # The shapes of what is read; without a gap between the best single model and the oracle, no method closes any.
     metrics, intervals = (
         {name: check if name in REQUIRED else _optional(check) for name in [*test, *REQUIRED]}
@@ -133,11 +127,6 @@ def parse(name: str, history: dict) -> Run:
     ends = ("best_single", "oracle") if "score_table" in history or "mean_score" in test else ()
     clusters = [cluster for cluster in history.get("clusters", []) if cluster["log_odds"]]
     log_odds = dict.fromkeys(clusters[0]["log_odds"] if clusters else (), _number)
-    methods = {"RankRouter": history} | history["baselines"]
-    shares = {name: row.get("score_table", row) for name, row in methods.items()}
-    shares |= {"oracle": history["score_table"]["oracle"]} if "score_table" in history else {}
-    model_share = {"share": _number, "interval": _interval}
-    point = {"mean_cost": _number, "mean_score": _number}
     cluster = {"size": _positive, "central_queries": [str], "log_odds": log_odds}
     return Run(
         name=name,
@@ -164,20 +153,35 @@ def parse(name: str, history: dict) -> Run:
         },
         score_table={end: _number(history["score_table"][end]["mean_score"]) for end in ends},
         clusters=[_read(row, cluster) for row in clusters],
-        choice_shares={
-            name: {model: _read(value, model_share) for model, value in row["choice_shares"].items()}
-            for name, row in shares.items()
-            if "choice_shares" in row
-        },
-        curves={
-            name: _read(row["costs"]["curve"], [point | {"interval": _interval}])
-            for name, row in methods.items()
-            if row.get("costs")
-        },
-        priced_models={
-            name: _read(row, point) for name, row in (history.get("costs") or {"models": {}})["models"].items()
-        },
+        **_routing(history),
     )
+
+
+def _flags(args: dict, data: dict, encoder: dict) -> dict:
+    """The flags that affect the result, with hashes for what files hold."""
+    flags = {"data_path": str(data["content_hash"]), "model_path": str(encoder["fingerprint"])}
+    flags |= {"dtype": str(encoder["dtype"])} | {flag: args[flag] for flag in args if flag not in NO_EXPERIMENT}
+    if names := data.get("surface_features"):  # others are another experiment, though the flag is the same
+        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        flags["surface_features"] = f"{len(names)} [{digest[:4]}]"
+    if prices := data.get("prices_hash"):  # other costs are other results
+        flags |= {"prices": f"[{prices[:4]}]", "tokens_per_query": args["tokens_per_query"]}
+    return flags
+
+
+def _routing(history: dict) -> dict:
+    """`choice_shares`, `curves` and `priced_models` of a `Run`."""
+    methods, costs = {"RankRouter": history} | history["baselines"], history.get("costs") or {"models": {}}
+    tables = {name: row.get("score_table", row) for name, row in methods.items()}
+    tables |= {"oracle": history["score_table"]["oracle"]} if "score_table" in history else {}
+    shares = {name: row["choice_shares"] for name, row in tables.items() if "choice_shares" in row}
+    share, point = {"share": _number, "interval": _interval}, {"mean_cost": _number, "mean_score": _number}
+    curves = {name: row["costs"]["curve"] for name, row in methods.items() if row.get("costs")}
+    return {
+        "choice_shares": {name: _read(row, dict.fromkeys(row, share)) for name, row in shares.items()},
+        "curves": {name: _read(curve, [point | {"interval": _interval}]) for name, curve in curves.items()},
+        "priced_models": {name: _read(row, point) for name, row in costs["models"].items()},
+    }
 
 
 def _read(value: object, shape: object) -> object:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import report
 import train
 from data_loader import load_battles, split_battles
 from rankrouter import RankRouter
@@ -142,6 +143,10 @@ def test_costs_groups_and_the_guard_are_in_the_history_and_on_the_screen(priced_
         assert line in printed
     (run,), *_ = read_runs([str(output)])
     assert run.curves["RankRouter"][0]["mean_cost"] == first["mean_cost"]
+    report.main([str(output), "--plots", str(output / "pictures")])
+    drawn = {path.name.split("-")[0] for path in (output / "pictures").iterdir()}
+    assert {"cost", "choices"} <= drawn
+    assert f"{history['test_metrics']['aiq']:.4f} [" in capsys.readouterr().out
 
 
 def test_prices_of_a_file_and_tasks_that_training_never_saw(priced_table, run_demo, fails, demo_dir, tmp_path):
