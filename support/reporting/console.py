@@ -245,10 +245,10 @@ def _print_score_table(history: dict, compared: dict) -> None:
 def _print_costs(history: dict, compared: dict) -> None:
     costs, guard = history["costs"], history["guard"]["costs"]
     left_out = f"; {costs['rows_left_out']} rows without a cost left out" if costs["rows_left_out"] else ""
+    print(f"\ncost     on {costs['rows']} test rows{left_out}")
     print(
-        f"\ncost     on {costs['rows']} test rows{left_out}; strong {one_line(costs['strong'])}, the best single model,"
+        f"models   strong {one_line(costs['strong'])}, the best single model; weak {one_line(costs['weak'])}, the cheapest\n"
     )
-    print(f"         weak {one_line(costs['weak'])}, the cheapest\n")
     heads = f"{'AIQ, 95 %':>24}{'beyond single models':>27}"
     heads += f"{'APGR':>8}{'CPT(50%)':>10}{'PerfGain':>10}{'CostSave':>9}{'at':>9}"
     print(f"{'':<20}{heads}")
@@ -263,17 +263,16 @@ def _print_costs(history: dict, compared: dict) -> None:
             if row.get(name) is not None:
                 line += f"{row[name]:{sign}{width}.4f} {bounds(row['intervals'][name], sign)}"
         for name, (width, form) in forms.items():
-            line += (
-                "" if "apgr" not in row else f"{'-':>{width}}" if row[name] is None else f"{row[name]:{width}{form}}"
-            )
+            if name in row:
+                line += f"{'-':>{width}}" if row[name] is None else f"{row[name]:{width}{form}}"
         print(line)
     print(
-        "\nAIQ is the mean height of the hull over the curve, between the costs of the cheapest and the most expensive"
+        "\nAIQ is the mean height of the hull over the curve between the costs of the cheapest and the priciest model;"
     )
     print(
-        "model; RouterBench's divides by the largest cost, with nothing left of the first point. PerfGain and CostSave"
+        "RouterBench divides by the largest cost, with nothing left of the first point. PerfGain and CostSave are to the"
     )
-    print("are to the best single model, at settings chosen on validation; `at` is CostSave's gain in score.")
+    print("best single model, at settings chosen on validation; `at` is CostSave's gain in score.")
 
 
 def curve_points(curve: list[dict]) -> list[dict]:
