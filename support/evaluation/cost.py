@@ -143,8 +143,9 @@ class CostEvaluation:
             accurate, saving = settings.accurate, settings.saving
             numbers["perf_gain"] = gain[:, accurate]
             # Where no setting reaches the best single model on validation, that model is used.
-            numbers["cost_save"] = 0 * gain[:, 0] if saving is None else saved[:, saving]
-            numbers["cost_save_gain"] = 0 * gain[:, 0] if saving is None else gain[:, saving]
+            nothing = np.zeros(len(gain))  # (S,)
+            numbers["cost_save"] = nothing if saving is None else saved[:, saving]
+            numbers["cost_save_gain"] = nothing if saving is None else gain[:, saving]
             is_optimal = (self.choose(scores, weights[accurate]) * self.optimal).sum(1)  # (R,)
             numbers["optimal_selection"] = metrics.weighted_means(is_optimal, self.weights)
             numbers["optimal_cost"] = ratio(self.means([self.optimal])[1][:, 0], cost[:, accurate])

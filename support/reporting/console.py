@@ -246,33 +246,30 @@ def _print_costs(history: dict, compared: dict) -> None:
     costs, guard = history["costs"], history["guard"]["costs"]
     left_out = f"; {costs['rows_left_out']} rows without a cost left out" if costs["rows_left_out"] else ""
     print(f"\ncost     on {costs['rows']} test rows{left_out}")
-    print(
-        f"models   strong {one_line(costs['strong'])}, the best single model; weak {one_line(costs['weak'])}, the cheapest\n"
-    )
+    print(f"models   strong {one_line(costs['strong'])}, the best single model")
+    print(f"         weak {one_line(costs['weak'])}, the cheapest\n")
     heads = f"{'AIQ, 95 %':>24}{'beyond single models':>27}"
     heads += f"{'APGR':>8}{'CPT(50%)':>10}{'PerfGain':>10}{'CostSave':>9}{'at':>9}"
     print(f"{'':<20}{heads}")
     router = history["test_metrics"] | {"intervals": history["test_intervals"]}
     rows = {"RankRouter": router, "RankRouter, guarded": guard} | compared
     models = {"aiq": costs["aiq_of_models"], "intervals": {"aiq": costs["aiq_of_models_interval"]}}
-    forms = {"apgr": (8, ".4f"), "cpt_50": (10, ".0%")}
-    forms |= {"perf_gain": (10, ".4f"), "cost_save": (9, ".0%"), "cost_save_gain": (9, ".4f")}
+    forms = {"apgr": (8, "", ".4f"), "cpt_50": (10, "", ".0%"), "perf_gain": (10, "+", ".4f")}
+    forms |= {"cost_save": (9, "", ".0%"), "cost_save_gain": (9, "+", ".4f")}
     for label, row in (rows | {"single models": models}).items():
         line = f"{label:<20}"
         for name, width, sign in (("aiq", 7, ""), ("aiq_beyond_models", 9, "+")):
             if row.get(name) is not None:
                 line += f"{row[name]:{sign}{width}.4f} {bounds(row['intervals'][name], sign)}"
-        for name, (width, form) in forms.items():
+        for name, (width, sign, form) in forms.items():
             if name in row:
-                line += f"{'-':>{width}}" if row[name] is None else f"{row[name]:{width}{form}}"
+                line += f"{'-':>{width}}" if row[name] is None else f"{row[name]:{sign}{width}{form}}"
         print(line)
     print(
-        "\nAIQ is the mean height of the hull over the curve between the costs of the cheapest and the priciest model;"
+        "\nAIQ is the mean height of the hull over the curve, between the costs of the cheapest and the priciest model;"
     )
-    print(
-        "RouterBench divides by the largest cost, with nothing left of the first point. PerfGain and CostSave are to the"
-    )
-    print("best single model, at settings chosen on validation; `at` is CostSave's gain in score.")
+    print("RouterBench divides by the largest cost, with nothing left of the first point. PerfGain and CostSave are to")
+    print("the best single model, at settings chosen on validation; `at` is CostSave's gain in score.")
 
 
 def curve_points(curve: list[dict]) -> list[dict]:
