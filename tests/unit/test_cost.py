@@ -134,7 +134,14 @@ def test_a_model_that_lacks_rows_is_replaced_there_by_the_next_best():
     assert evaluation_of(scores).describe(["a", "b", "c"])["models"].keys() == {"a", "c"}
 
 
-def test_numbers_of_many_rows_do_not_overflow():
+def test_weighted_means_of_small_integers_do_not_overflow():
+    weights = np.stack([np.ones(600, np.uint8), np.repeat(np.array([0, 2], np.uint8), 300)])
+    assert metrics.weighted_means(np.arange(600) < 300, weights).tolist() == [0.5, 0]
+    found = metrics.weighted_means(np.ones((3, 2)), np.array([[1, 1, 1], [0, 0, 0]]))
+    np.testing.assert_array_equal(found, [[1, 1], [np.nan, np.nan]])
+
+
+def test_samples_of_many_rows_are_weighted():
     rng = np.random.default_rng(0)
     scores = (rng.random((600, 3)) < [0.4, 0.6, 0.7]).astype(float)
     scores = scores[scores.max(1) > scores.min(1)]
