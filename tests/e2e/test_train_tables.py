@@ -173,6 +173,16 @@ def test_prices_of_a_file_and_tasks_that_training_never_saw(priced_table, run_de
     )
 
 
+def test_costs_that_cannot_be_evaluated_are_said_to_be(priced_table, run_demo, tmp_path, capsys):
+    table, _ = priced_table
+    table.drop(columns="m3|total_cost").to_parquet(tmp_path / "without.parquet")
+    history, output = run_demo("--data_path", str(tmp_path / "without.parquet"), *FAST, "--epochs", "1")
+    assert history["costs"] is None
+    assert "cost     is not evaluated" in capsys.readouterr().out
+    (run,), *_ = read_runs([str(output)])
+    assert run.curves == run.priced_models == {}
+
+
 def test_shuffled_rows_of_a_score_table_close_no_gap(run_demo, table_run):
     flags = ("--num_clusters", "3", "--epochs", "3", "--embedding_dim", "64", "--shuffle_outcomes")
     history, _ = run_demo("--data_path", str(table_run[2]), *flags)
