@@ -1,6 +1,6 @@
-"""Metrics of pairwise routing, computed from plain arrays of decisive battles.
+"""Metrics of pairwise routing, and of quality and cost on score tables, computed from plain arrays.
 
-Throughout, `d` (N,) is score of a - score of b, `outcome` (N,) is 1 where a won and 0 where b won, and a battle with
+Of battles, `d` (N,) is score of a - score of b, `outcome` (N,) is 1 where a won and 0 where b won, and a battle with
 d = 0 counts one half. Metrics are floats, or None where they are undefined (N = 0).
 """
 

@@ -103,10 +103,8 @@ def rank(args: argparse.Namespace, router: RankRouter) -> bool:
     weight = args.cost_weight or 0.0
     if args.budget is not None:  # of all queries together
         scored = list(scored)
-        columns = router.indices(names)  # (m,)
-        parts = [
-            scores_to_rank_by(args, router, scores)[:, columns] for queries, scores in scored if queries
-        ]  # (Q, m) each
+        ranked = [scores_to_rank_by(args, router, scores) for queries, scores in scored if queries]  # (Q, M) each
+        parts = [scores[:, router.indices(names)] for scores in ranked]  # (Q, m) each
         weight = weight_for_budget(np.concatenate(parts), prices, args.budget) if parts else 0.0
     spent, count = write_rankings(args, router, scored, names, prices, weight)
     if args.prices is not None and count:

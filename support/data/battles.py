@@ -21,6 +21,11 @@ def outcomes(a: np.ndarray, b: np.ndarray, ties: bool) -> np.ndarray:
     return np.where(np.isnan(a) | np.isnan(b), np.nan, outcome)
 
 
+def rows_differ(scores: np.ndarray) -> np.ndarray:
+    """Which rows of scores (R, M), NaN where missing, have scores that differ: (R,)."""
+    return np.fmax.reduce(scores, axis=1) > np.fmin.reduce(scores, axis=1)  # NaN is ignored
+
+
 @dataclass(frozen=True)
 class ScoreTable:
     """R rows of score tables: a query and what each of the M models scored on it. Each pair of models is a battle."""
@@ -42,7 +47,14 @@ class ScoreTable:
 
     def differs(self) -> np.ndarray:
         """Which rows have scores that differ, (R,): the others hold no decisive battle."""
-        return np.fmax.reduce(self.scores, axis=1) > np.fmin.reduce(self.scores, axis=1)  # NaN is ignored
+        return rows_differ(self.scores)
+
+    def mean_costs(self) -> np.ndarray:
+        """The mean cost of each model over its rows with one, (M,); NaN where it has none."""
+        if self.costs is None:
+            return np.full(self.scores.shape[1], np.nan)
+        count = (~np.isnan(self.costs)).sum(0)  # (M,)
+        return np.divide(np.nansum(self.costs, 0), count, out=np.full(len(count), np.nan), where=count > 0)
 
     def labels(self, label_range: list[float]) -> np.ndarray:
         """The scores as labels (R, M), 0 and 1 at the ends of the range and beyond them; NaN where missing."""

@@ -114,9 +114,9 @@ def find_layouts(
     layouts, named = {}, (score_columns, query_column, split_column, group_column)
     kinds = dict.fromkeys(tuple(sorted(table.columns)) for table in tables)
     for columns in kinds:
-        group = [table for table in tables if tuple(sorted(table.columns)) == columns]
-        layout = _find_layout(group, *named, num_files=len(tables))
-        layouts |= dict.fromkeys(group, layout)
+        alike = [table for table in tables if tuple(sorted(table.columns)) == columns]
+        layout = _find_layout(alike, *named, num_files=len(tables))
+        layouts |= dict.fromkeys(alike, layout)
     of_one_model = [table for table, layout in layouts.items() if layout.model]
     for table, model in zip(of_one_model, models_by_file(of_one_model), strict=True):
         layouts[table] = replace(layouts[table], model=model)
@@ -148,7 +148,8 @@ def _find_layout(
         raise UserError(f"{table.file} has no column {listed(missing)}; found {listed(table.columns)}")
     query = query_column or _query_column(table)
     group = group_column or table.first(*GROUPS)
-    group = group_column or (None if group in (query, split_column, *(score_columns or ())) else group)
+    if group_column is None and group in (query, split_column, *(score_columns or ()), *table.unreadable):
+        group = None
     if score_columns:
         layout = Layout("wide", query, tuple(score_columns), costs=_costs_of_models(table, score_columns))
     else:

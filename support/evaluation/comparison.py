@@ -123,12 +123,10 @@ class TestEvaluation:
             means, intervals = summarize(rows.evaluate(confidence, self.weights))
             results |= means | {"intervals": intervals}
         if self.costs is not None:
+            guard = {"fallback_idx": fallback_idx, "confidence": confidence, "temperature": temperature}
             val, test = self.costs
-            both = (
-                metrics.raise_fallback(each, fallback_idx, confidence, temperature) for each in (val_scores, scores)
-            )
-            settings = val.choose_settings(next(both))
-            means, intervals = summarize(test.evaluate(next(both), settings)[0])
+            settings = val.choose_settings(metrics.raise_fallback(val_scores, **guard))
+            means, intervals = summarize(test.evaluate(metrics.raise_fallback(scores, **guard), settings)[0])
             results["costs"] = means | {"intervals": intervals}
         return results
 

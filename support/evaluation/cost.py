@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import metrics
-from support.data.battles import ScoreTable
+from support.data.battles import ScoreTable, rows_differ
 from support.data.layouts import listed
 from support.routing.cost import cheapest, mean_price, read_prices, weight_for_budget
 from support.system.errors import UserError, one_line
@@ -41,10 +41,8 @@ def expected_prices(train: ScoreTable, model_names: list[str], prices: dict[str,
     """
     if prices is not None:
         return np.array([prices[name] for name in model_names])
-    known = None if train.costs is None else ~np.isnan(train.costs)  # (R, M)
-    if known is None or not known.any(0).all():
-        return None
-    return np.where(known, train.costs, 0).sum(0) / known.sum(0)  # (M,)
+    costs = train.mean_costs()  # (M,)
+    return None if np.isnan(costs).any() else costs
 
 
 class CostEvaluation:
@@ -72,7 +70,7 @@ class CostEvaluation:
         ranks: np.ndarray,
         weights: np.ndarray,
     ):
-        differs = np.fmax.reduce(scores, axis=1) > np.fmin.reduce(scores, axis=1)  # (R,)
+        differs = rows_differ(scores)  # (R,)
         kept = differs & (np.isnan(scores) | ~np.isnan(costs)).all(1)  # (R,)
         self.num_left_out = int((differs & ~kept).sum())
         scores, costs, self.query_rows, self.weights = scores[kept], costs[kept], query_rows[kept], weights[:, kept]

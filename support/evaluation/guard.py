@@ -48,9 +48,9 @@ class GuardedRows:
         scores = self.scores  # (R, M)
         if confidence is not None:
             scores = metrics.raise_fallback(scores, self.fallback_idx, confidence, self.temperature)  # (R, M)
-        score, _ = metrics.route(scores, self.outcomes)  # (R,)
-        stays = metrics.choices(scores, ~np.isnan(self.outcomes))[:, self.fallback_idx]  # (R,)
-        return score - self.outcomes[:, self.fallback_idx], 1 - stays
+        chosen = metrics.choices(scores, ~np.isnan(self.outcomes))  # (R, M)
+        score = (chosen * np.nan_to_num(self.outcomes)).sum(1)  # (R,)
+        return score - self.outcomes[:, self.fallback_idx], 1 - chosen[:, self.fallback_idx]
 
     def choose_confidence(self) -> float:
         """The confidence with the highest mean score, the highest of equals, to be chosen on validation.

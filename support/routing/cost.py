@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from data_loader import query_ids
+from support.data.battles import rows_differ
 from support.data.cells import MODELS, as_number
 from support.data.formats import open_table
 from support.data.layouts import listed
@@ -102,11 +103,10 @@ def weight_for_budget(scores: np.ndarray, prices: np.ndarray, budget: float) -> 
 
 def mean_costs(battles, path: str) -> dict[str, float]:
     """The mean cost of each model that has costs in a score table from `path`. Raises `UserError` without any."""
-    costs = None if battles.table is None else battles.table.costs  # (R, M)
-    if costs is None:
+    if battles.table is None or battles.table.costs is None:
         raise UserError(f"{path} has no costs; give --prices, or a score table with columns of costs")
-    known = ~np.isnan(costs).all(0)  # (M,)
-    return {name: float(np.nanmean(costs[:, i])) for i, name in enumerate(battles.model_names) if known[i]}
+    costs = zip(battles.model_names, battles.table.mean_costs().tolist(), strict=True)
+    return {name: cost for name, cost in costs if not np.isnan(cost)}
 
 
 def known_outcomes(
@@ -121,7 +121,7 @@ def known_outcomes(
     """
     is_table = battles.table is not None
     query_idx, outcomes, left_out = _of_rows(battles, names) if is_table else _of_battles(battles, names)
-    usable = np.fmax.reduce(outcomes, axis=1) > np.fmin.reduce(outcomes, axis=1)  # (N,)
+    usable = rows_differ(outcomes)  # (N,)
     costs = _columns(battles.table.costs, battles, names) if own_costs else np.broadcast_to(prices, outcomes.shape)
     without = usable & (np.isnan(costs) & ~np.isnan(outcomes)).any(1)  # (N,)
     if without.any():
@@ -147,7 +147,7 @@ def _of_rows(battles, names: list[str]) -> tuple[np.ndarray, np.ndarray, dict]:
     """The rows of a score table as query (R,) and outcomes (R, m), and what cannot be used of them."""
     outcomes = _columns(battles.table.scores, battles, names)  # (R, m)
     of_two = (~np.isnan(outcomes)).sum(1) > 1  # (R,)
-    equal = of_two & (np.fmax.reduce(outcomes, axis=1) == np.fmin.reduce(outcomes, axis=1))  # (R,)
+    equal = of_two & ~rows_differ(outcomes)  # (R,)
     left_out = {"rows without two of these models": int((~of_two).sum())}
     return battles.table.query_idx, outcomes, left_out | {"rows whose scores do not differ": int(equal.sum())}
 

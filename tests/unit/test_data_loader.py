@@ -975,6 +975,14 @@ def test_tables_with_different_models_are_one_training_set_of_groups(tmp_path):
     assert load_battles(str(tmp_path / "shards"))[0].group_names == ()
 
 
+def test_a_column_with_the_name_of_a_group_that_cannot_be_read_is_none(tmp_path):
+    scores = {"prompt": ["q1", "q2"], "m1": [1.0, 0.0], "m2": [0.0, 1.0]}
+    pq.write_table(pa.table(scores | {"category": pa.array([b"\xff", b"\xfe"])}), tmp_path / "t.parquet")
+    battles, counts = load_battles(str(tmp_path / "t.parquet"))
+    assert (len(battles), battles.group_names) == (2, ())
+    assert counts["columns"] == ["wide: query prompt; models m1, m2; not read: category"]
+
+
 def test_shuffled_outcomes_keep_the_wins_of_each_pair_and_forget_the_queries():
     battles = mixed_battles(rows=200, single=3000, queries=100)
     # The outcome says the query: odd ones are won by the model of the lower index.
