@@ -1,5 +1,7 @@
 """The router: both towers scored together, rankings, adding a model without retraining, and the checkpoint."""
 
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,10 +17,13 @@ from model_profiling import ModelTower
 from query_representation import ROWS_AT_ONCE, SURFACE_FEATURES, QueryTower, query_features
 from support.encoding.encoder import QueryEncoder
 from support.encoding.sentence_transformers import POOLINGS
+from support.system import hub
 from support.system.errors import UserError, one_line, valid_unicode
 from support.system.safe_torch import is_plain, not_ours, read_checkpoint, write_checkpoint
 
 FORMAT_VERSION = 4
+LIBRARY = "rankrouter"  # as the hub names it
+PLACES = ("data_path", "model_path", "output_dir", "cache_dir", "demo_dir", "capability_file", "prices")  # flags
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on the number of models
 
 
@@ -177,8 +182,12 @@ class RankRouter(nn.Module):
         The other arguments are those of `QueryEncoder`. Raises `UserError` where there is no encoder, or another one.
         """
         trained = self._trained().encoder
+        path = trained["path"] if model_path is None else model_path
+        if model_path is None and not (os.path.isdir(os.path.expanduser(path)) or hub.is_hub_id(path)):
+            problem = f"the encoder that the router was trained with, {path}, is not here"
+            raise UserError(f"{problem}; name its folder or hub id with --model_path")
         encoder = QueryEncoder(
-            trained["path"] if model_path is None else model_path,
+            path,
             torch.device(device),
             dtype=trained["dtype"],
             pooling=self.metadata.args["pooling"],
@@ -349,15 +358,47 @@ class RankRouter(nn.Module):
         added = [*metadata.added_models, {"model": name, **(source or {})}]
         self.metadata = replace(metadata, profiles=profiles, added_models=added)
 
-    def save(self, path: str | Path) -> None:
-        """Write a checkpoint: config, weights and buffers, model names, and `metadata`, which must be there."""
+    def _as_checkpoint(self) -> dict:
+        """All that a router is: config, weights and buffers, model names, and `metadata`, which must be there."""
         checkpoint = {
             "format_version": FORMAT_VERSION,
             "model_state_dict": {name: tensor.cpu() for name, tensor in self.state_dict().items()},
             "model_names": self.model_names,
             "config": asdict(self.config),
         }
-        write_checkpoint(path, checkpoint | vars(self._trained()))
+        return checkpoint | vars(self._trained())
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint. Raises `UserError` where it cannot be written, or the router is not trained."""
+        write_checkpoint(path, self._as_checkpoint())
+
+    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+        """Write a new folder for `from_pretrained`, as the Hugging Face hub keeps models.
+
+        It holds `model.safetensors`, `config.json` and the card as `README.md`. Of paths, only the last part is kept.
+        Raises `UserError` where the folder cannot be written or is not empty, or the router is not trained.
+        """
+        content = self._as_checkpoint() | vars(without_folders(self._trained()))
+        hub.write_folder(folder, content.pop("model_state_dict"), {"library_name": LIBRARY} | content, card)
+
+    def push_to_hub(self, hub_id: str, card: str = "", private: bool = False, token: str | None = None) -> str:
+        """Upload the folder that `save_pretrained` writes; returns its URL. Raises `UserError` where that fails."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card)
+            return hub.push_folder(Path(folder), hub_id, private=private, token=token)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None, token: str | None = None) -> "RankRouter":
+        """The router of a folder that `save_pretrained` wrote, or of a hub id, as `load` returns it.
+
+        Of a hub repository only `config.json` and `model.safetensors` are downloaded, and nothing is executed. Raises
+        `UserError` where there is no such router.
+        """
+        folder = Path(os.path.expanduser(name))
+        if hub.is_hub_id(str(name)):
+            folder = hub.download(str(name), allow_patterns=[hub.CONFIG, hub.WEIGHTS], revision=revision, token=token)
+        weights, content = hub.read_folder(folder, LIBRARY, FORMAT_VERSION)
+        return cls._checked(folder, content | {"model_state_dict": weights})
 
     @classmethod
     def load(cls, path: str | Path) -> "RankRouter":
@@ -365,7 +406,11 @@ class RankRouter(nn.Module):
 
         Nothing in the file is executed. Raises `UserError` where it is not a checkpoint that training wrote.
         """
-        checkpoint = read_checkpoint(path, FORMAT_VERSION)
+        return cls._checked(path, read_checkpoint(path, FORMAT_VERSION))
+
+    @classmethod
+    def _checked(cls, path: str | Path, checkpoint: dict) -> "RankRouter":
+        """The router of a checkpoint that was read from a path. Raises `UserError` as `load` does."""
         try:
             with warnings.catch_warnings(action="ignore"):  # of torch, about odd values
                 router, dtypes = cls._from_checkpoint(checkpoint)
@@ -384,7 +429,8 @@ class RankRouter(nn.Module):
     @classmethod
     def _from_checkpoint(cls, checkpoint: dict) -> tuple["RankRouter", dict[str, torch.dtype]]:
         """The router, and the dtypes that its weights should have."""
-        config = RouterConfig(**checkpoint["config"])
+        features = tuple(checkpoint["config"]["surface_features"])  # a list in JSON
+        config = RouterConfig(**checkpoint["config"] | {"surface_features": features})
         checkpoint = dict.fromkeys(("label_range", "label_temperature", "confidence")) | checkpoint  # of later versions
         metadata = Metadata(**{each.name: checkpoint[each.name] for each in fields(Metadata)})
         with torch.device("meta"):  # takes no memory, whatever widths the file claims
@@ -407,7 +453,7 @@ class RankRouter(nn.Module):
             all(type(getattr(self.config, name)) is bool for name in ("scale_dot", "zero_init")),
         )
         features = self.config.surface_features
-        yield "the list of surface features", type(features) is tuple and all(type(name) is str for name in features)
+        yield "the list of surface features", all(type(name) is str for name in features)
         yield "the list of surface features", len(set(features)) == len(features)
         yield "the dropout", 0 <= self.config.dropout < 1
         yield "the temperature", 0 < metadata.temperature < np.inf
@@ -444,6 +490,15 @@ class RankRouter(nn.Module):
         elif profiles["kind"] == "file":
             width = self.model_tower.capability.weight.shape[1]
             yield "a profile", all(len(profiles[key]) == width for key in ("columns", "mean", "scale"))
+
+
+def without_folders(metadata: Metadata) -> Metadata:
+    """The same with the last part only of each path, as folders are of this machine; hub ids stay."""
+    paths = {name: metadata.args[name] for name in PLACES if metadata.args.get(name)}
+    paths["encoder"] = metadata.encoder["path"]
+    names = {name: path if hub.is_hub_id(path) else Path(os.path.abspath(path)).name for name, path in paths.items()}
+    encoder = metadata.encoder | {"path": names.pop("encoder")}
+    return replace(metadata, args=metadata.args | names, encoder=encoder)
 
 
 def best_first(scores: np.ndarray, top_k: int | None = None) -> np.ndarray:

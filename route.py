@@ -8,10 +8,12 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,11 +27,14 @@ from support.data.queries import read_queries
 from support.evaluation.comparison import all_and_samples, summarize
 from support.evaluation.cost import CostEvaluation
 from support.reporting import console
+from support.reporting.card import model_card
 from support.routing.cost import cheapest_first, known_outcomes, mean_costs, read_prices, weight_for_budget
 from support.routing.new_model import battles_of, in_view_of, vector_from_battles
 from support.system import device
 from support.system.errors import UserError, one_line
 from support.system.files import atomic_file, cache_folder
+from support.system.hub import is_hub_id
+from support.training.history import is_history_of, read_history
 
 MAX_DEVIATION = 10  # standard deviations of a benchmark: a value beyond is in another unit
 
@@ -38,8 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     """Do what the flags say; exit code 1 if a line was left out. Raises `UserError` on what the user can fix."""
     args = parse_args(argv)
     device.tune_cpu()
-    router = RankRouter.load(args.checkpoint)
-    if args.profile is None:  # a profile needs no encoder
+    is_shared = os.path.isdir(args.checkpoint) or (is_hub_id(args.checkpoint) and not args.checkpoint.endswith(".pt"))
+    router = RankRouter.from_pretrained(args.checkpoint) if is_shared else RankRouter.load(args.checkpoint)
+    if args.profile is None and (args.export is None or args.model_path is not None):  # the others need no encoder
         router.open_encoder(
             args.model_path,
             device.pick_device(args.device),
@@ -51,8 +57,22 @@ def main(argv: list[str] | None = None) -> None:
         add_model(args, router)
     elif args.curve is not None:
         draw_curve(args, router)
+    elif args.export is not None:
+        export(args, router)
     elif not rank(args, router):
         sys.exit(1)
+
+
+def export(args: argparse.Namespace, router: RankRouter) -> None:
+    """Write the router as a folder for the hub, with a card of its test."""
+    if args.model_path is not None:  # whose fingerprint was checked
+        router.metadata = replace(router.metadata, encoder=router.metadata.encoder | {"path": args.model_path})
+    history = read_history(Path(args.checkpoint).parent)
+    if not is_history_of(history, router.metadata):
+        history = None
+    router.save_pretrained(args.export, model_card(router, history))
+    print(f"saved    {one_line(args.export)}: model.safetensors, config.json, README.md, the card", end="")
+    print("" if history else " without a test, as no finished training_history.json is beside the checkpoint")
 
 
 def candidates(

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -15,13 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from support.system import hub
 from support.system.errors import UserError, is_out_of_memory, one_line, reason, valid_unicode
 from support.system.files import LFS_POINTER, content_hash
-
-
-def is_hub_id(model_path: str) -> bool:
-    """Whether `model_path` is not a local folder and has the form of a hub id, `owner/name`."""
-    return not os.path.exists(os.path.expanduser(model_path)) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", model_path))
 
 
 def find_encoder(model_path: str, download: bool = True) -> Path:
@@ -29,7 +24,7 @@ def find_encoder(model_path: str, download: bool = True) -> Path:
 
     Raises `UserError` where there is no such folder, or no model in it that can be read here.
     """
-    folder = _from_hub(model_path, download) if is_hub_id(model_path) else Path(os.path.expanduser(model_path))
+    folder = _from_hub(model_path, download) if hub.is_hub_id(model_path) else Path(os.path.expanduser(model_path))
     if str(folder) != valid_unicode(str(folder)):  # libraries refuse it with errors of their own
         raise UserError(f"{folder} is not valid UTF-8; rename the folder of the encoder")
     if model_path:
@@ -77,15 +72,13 @@ def _refuse_other_formats(folder: Path) -> None:
 
 
 def _from_hub(hub_id: str, download: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
     unused = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.gguf"]  # formats that are not read here
     try:
-        return Path(snapshot_download(hub_id, ignore_patterns=unused, local_files_only=not download))
-    except Exception as error:  # the hub's client raises errors without a common base class
-        problem = f"{hub_id} is not a local folder and could not be downloaded as a hub id: {reason(error)}"
-        if not download:
-            problem = f"the encoder {hub_id} has not been downloaded; --model_path {hub_id} downloads it"
+        return hub.download(hub_id, ignore_patterns=unused, local_files_only=not download)
+    except UserError as error:
+        if download:
+            raise
+        problem = f"the encoder {hub_id} has not been downloaded; --model_path {hub_id} downloads it"
         raise UserError(problem) from error
 
 

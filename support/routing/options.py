@@ -21,6 +21,7 @@ FLAGS_OF_TASK = {
     "input": {"top_k", "models", "output", "strict", "query_column", "prices", *PRICE_FLAGS, *GUARD},
     "curve": {"models", "output", "prices", "tokens_per_query", "query_column"},
     "add_model": {"battles", "profile", "save", "query_column"},
+    "export": set(),
 }
 
 
@@ -63,7 +64,8 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument
     add("queries", nargs="*", type=valid_unicode, help="texts to rank the models for")
-    add("--checkpoint", type=some_path, default=CHECKPOINT, help="best_model.pt of a run of train.py")
+    trained = "best_model.pt of a run of train.py, or a folder of --export, or a hub id"
+    add("--checkpoint", type=some_path, default=CHECKPOINT, help=trained)
     add("--top_k", metavar="K", type=count, help="only the K best models")
     add("--models", metavar="A,B,...", type=comma_separated, help="rank only these")
 
@@ -98,6 +100,10 @@ def _parser() -> OneLineParser:
     add("--battles", metavar="DATA", type=some_path, help=battles)
     add("--profile", **file, help="or its benchmark scores, as in --capability_file of training")
     add("--save", **file, help="the new checkpoint")
+
+    add = parser.add_argument_group("sharing").add_argument
+    shared = "write a new folder with the router and its model card, as the Hugging Face hub keeps models"
+    add("--export", metavar="FOLDER", type=some_path, help=shared)
 
     add = parser.add_argument_group("encoder").add_argument
     add("--model_path", help="folder or hub id; default: that of training")

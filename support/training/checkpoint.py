@@ -19,7 +19,7 @@ from support.system import distributed, signals
 from support.system.errors import UserError
 from support.system.safe_torch import not_ours, parse_checkpoint, read_content, write_checkpoint
 from support.training.batches import BattleBatches, QueryBatches
-from support.training.history import PHASES, History, LearningCurves, read_history
+from support.training.history import PHASES, History, LearningCurves, is_history_of, read_history
 from support.training.optimization import EMA
 from support.training.options import NO_EXPERIMENT, with_defaults
 
@@ -243,13 +243,12 @@ class Checkpoint:
         """The test AUC of a finished run of these flags and data in the folder, with its best model; else None."""
         auc, history = None, read_history(self.path.parent)
         with suppress(UserError, LookupError, TypeError, ValueError):  # damaged, or not finished
+            data = self.history.data
             metadata = RankRouter.load(self.history.best_path).metadata
-            best = history["best_epoch"], history["best_step"]
-            same_data = history["data"]["content_hash"] == self.history.data["content_hash"]
-            same_data &= history["data"].get("surface_features", []) == self.history.data["surface_features"]
-            same_args = with_defaults(history["args"]) == with_defaults(self.history.args)
-            if history["status"] == "finished" and same_args and same_data:
-                auc = float(history["test_metrics"]["auc"]) if best == (metadata.epoch, metadata.step) else None
+            metadata = replace(metadata, args=self.history.args, content_hash=data["content_hash"])
+            same_features = history["data"].get("surface_features", []) == data["surface_features"]
+            if same_features and is_history_of(history, metadata):
+                auc = float(history["test_metrics"]["auc"])
         return distributed.broadcast_from_rank0(auc)
 
     def start(self) -> None:

@@ -17,6 +17,7 @@ from support.system.device import Timing, environment
 from support.system.errors import UserError
 from support.system.files import atomic_write
 from support.system.signals import Stopped
+from support.training.options import with_defaults
 
 FILE = "training_history.json"
 PHASES = ("towers", "encoder", "ceiling", "ceiling_encoder")  # the trainings of a run, in their order
@@ -165,6 +166,17 @@ class History:
                 epoch = self.main.best.metadata.epoch
                 raise UserError(f"{error}; the checkpoint of epoch {epoch} is kept") from error
             raise
+
+
+def is_history_of(history: dict, metadata: Metadata) -> bool:
+    """Whether a history is that of the finished run which wrote a checkpoint with this metadata."""
+    try:
+        best = history["best_epoch"], history["best_step"]
+        same_args = with_defaults(history["args"]) == with_defaults(metadata.args)
+        same_data = history["data"]["content_hash"] == metadata.content_hash
+        return history["status"] == "finished" and best == (metadata.epoch, metadata.step) and same_args and same_data
+    except (LookupError, TypeError):  # damaged
+        return False
 
 
 def read_history(folder: str | Path) -> dict:

@@ -11,9 +11,10 @@ from support.data.battles import Battles
 from support.data.benchmarks import Profiles, read_profiles
 from support.data.demo import demo_folder
 from support.data.rows import read_and_dropped
-from support.encoding.huggingface import find_encoder, is_hub_id
+from support.encoding.huggingface import find_encoder
 from support.system.errors import UserError
 from support.system.files import content_hash
+from support.system.hub import is_hub_id
 
 DOWNLOAD = (
     "; for Chatbot Arena 33K accept its terms at https://huggingface.co/datasets/lmsys/chatbot_arena_conversations, "
