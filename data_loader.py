@@ -1,6 +1,5 @@
 """Battles between models and score tables, loaded from files in the public layouts and split by query."""
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from support.data.battles import Battles, Pairs, ScoreTable
 from support.data.columns import odd_scores
 from support.data.formats import SUFFIXES, find_files, open_table
 from support.data.layouts import find_layouts, listed
+from support.data.queries import query_hash
 from support.data.rows import Rows, read_and_dropped
 from support.system.errors import UserError, one_line
 from support.system.files import content_hash
@@ -304,5 +304,5 @@ def shuffled(battles: Battles, seed: int) -> Battles:
 
 def query_ids(queries: list[str]) -> np.ndarray:
     """An id for each query's text with white space folded: the first 64 bits of its SHA-256, int64 (Q,)."""
-    digests = (hashlib.sha256(" ".join(query.split()).encode()).digest()[:8] for query in queries)
-    return np.frombuffer(b"".join(digests), np.int64).copy()  # (Q,), writable, as torch expects
+    digests = b"".join(query_hash(query)[:8] for query in queries)
+    return np.frombuffer(digests, np.int64).copy()  # (Q,), writable, as torch expects

@@ -1,6 +1,7 @@
 """The router: both towers scored together, rankings, adding a model without retraining, and the checkpoint."""
 
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,15 +16,19 @@ from torch import nn
 import metrics
 from model_profiling import ModelTower
 from query_representation import ROWS_AT_ONCE, SURFACE_FEATURES, QueryTower, query_features
+from support.data.queries import as_query
 from support.encoding.encoder import QueryEncoder
+from support.encoding.precomputed import PrecomputedEmbeddings
 from support.encoding.sentence_transformers import POOLINGS
 from support.system import hub
 from support.system.errors import UserError, one_line, valid_unicode
 from support.system.safe_torch import is_plain, not_ours, read_checkpoint, write_checkpoint
 
+Query = str | list[dict]  # a text, or chat messages
 FORMAT_VERSION = 4
 LIBRARY = "rankrouter"  # as the hub names it
-PLACES = ("data_path", "model_path", "output_dir", "cache_dir", "demo_dir", "capability_file", "prices")  # flags
+PLACES = ("data_path", "model_path", "output_dir", "cache_dir", "demo_dir", "capability_file", "prices", "embeddings")
+UNLIKE = 4.0  # a squared deviation so many times that of training, or less than its inverse, is worth a warning
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on the number of models
 
 
@@ -182,6 +187,10 @@ class RankRouter(nn.Module):
         The other arguments are those of `QueryEncoder`. Raises `UserError` where there is no encoder, or another one.
         """
         trained = self._trained().encoder
+        if trained.get("precomputed"):
+            raise UserError(
+                "the router was trained on embeddings from elsewhere; give those of these queries: --embeddings"
+            )
         path = trained["path"] if model_path is None else model_path
         if model_path is None and not (os.path.isdir(os.path.expanduser(path)) or hub.is_hub_id(path)):
             problem = f"the encoder that the router was trained with, {path}, is not here"
@@ -210,23 +219,42 @@ class RankRouter(nn.Module):
         self.encoder, self.model_blocks = encoder, None
         self.to(device)
 
-    def embed(self, queries: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def open_embeddings(self, embeddings: PrecomputedEmbeddings) -> None:
+        """Take embeddings from elsewhere in the encoder's place, for a router that was trained on such.
+
+        Raises `UserError` for another router, or where they are of another width. Embeddings of another encoder are
+        not always recognized: there is a warning where they are unlike those of training.
+        """
+        trained = self._trained().encoder
+        if not trained.get("precomputed"):
+            raise UserError(f"the router was trained with the encoder {trained['path']}; leave out --embeddings")
+        if embeddings.vectors.shape[1] != self.encoder_width:
+            found = f"{embeddings.path} has embeddings of width {embeddings.vectors.shape[1]}"
+            raise UserError(f"{found}, training had {self.encoder_width}; expected those of the same encoder")
+        mean, scale = (each[: self.encoder_width].cpu() for each in (self.query_tower.mean, self.query_tower.scale))
+        typical = float(((embeddings.vectors - mean) / scale).square().mean(0).median())  # about 1 in training
+        if not 1 / UNLIKE < typical < UNLIKE:
+            found = f"their typical squared deviation is {typical:.3g} times that of training"
+            print(f"warning: {embeddings.path}: {found}; are they of the same encoder?", file=sys.stderr)
+        self.encoder, self.model_blocks = embeddings, None
+        self.to(embeddings.device)
+
+    def embed(self, queries: list[Query], read: str = "first") -> tuple[torch.Tensor, torch.Tensor]:
         """Standardized features (Q, F) and clusters (Q,) of queries, which may repeat.
 
-        Raises `UserError` where a query is not text or is empty.
+        A query is a text, or a list of chat messages, of which `read` says what the router reads: the "first" turn of
+        the user, as in training, the "last", or "all". Raises `UserError` where there is no such text.
         """
         if isinstance(queries, str):
             raise UserError("queries is one text, expected a list of texts")
         queries = list(queries)
-        for number, query in enumerate(queries, start=1):
-            if not isinstance(query, str) or not query.strip():
-                raise UserError(
-                    f"query {number} is {'empty' if isinstance(query, str) else repr(query)}, expected text"
-                )
+        if queries and all(isinstance(query, dict) for query in queries):
+            raise UserError("queries is one list of chat messages, expected a list of such lists")
+        queries = [as_query(query, read, f"query {number}") for number, query in enumerate(queries, start=1)]
         if self.encoder is None:
             self.open_encoder()
         row_of_query = {}  # distinct query -> row
-        rows = [row_of_query.setdefault(valid_unicode(query.strip()), len(row_of_query)) for query in queries]  # (Q,)
+        rows = [row_of_query.setdefault(query, len(row_of_query)) for query in queries]  # (Q,)
         if not rows:
             nothing = torch.empty(0, len(self.query_tower.scale), device=self.encoder.device)  # (0, F)
             return nothing, nothing.new_empty(0, dtype=torch.int64)
@@ -242,15 +270,15 @@ class RankRouter(nn.Module):
         return x[rows], cluster_idx[rows]  # (Q, F), (Q,)
 
     @torch.no_grad()
-    def scores_of(self, queries: list[str]) -> np.ndarray:
-        """A loaded router's scores (Q, M), float64, of every model for queries. Raises as `embed` does."""
-        x, cluster_idx = self.embed(queries)
+    def scores_of(self, queries: list[Query], read: str = "first") -> np.ndarray:
+        """A loaded router's scores (Q, M), float64, of every model for queries as `embed` takes them; raises as it."""
+        x, cluster_idx = self.embed(queries, read)
         if self.training:
             self.eval()
         self.model_blocks = self.model_blocks or self._model_blocks()
         return self._score(x, cluster_idx, self.model_blocks)  # (Q, M)
 
-    def expected_scores(self, queries: list[str]) -> np.ndarray:
+    def expected_scores(self, queries: list[Query], read: str = "first") -> np.ndarray:
         """What each model is expected to score on queries, float64 (Q, M), in the units of the score table.
 
         Where those scores are 0 and 1, it is the probability that the model is right. NaN for models that were added,
@@ -261,7 +289,9 @@ class RankRouter(nn.Module):
         if metadata.label_range is None:
             raise UserError("the router was not trained by --loss_type pointwise, so its scores only rank models")
         low, high = metadata.label_range
-        expected = low + (high - low) / (1 + np.exp(-self.scores_of(queries) / metadata.label_temperature))  # (Q, M)
+        expected = low + (high - low) / (
+            1 + np.exp(-self.scores_of(queries, read) / metadata.label_temperature)
+        )  # (Q, M)
         expected[:, self.indices([added["model"] for added in metadata.added_models])] = np.nan
         return expected
 
@@ -292,24 +322,26 @@ class RankRouter(nn.Module):
 
     def rank(
         self,
-        queries: list[str],
+        queries: list[Query],
         top_k: int | None = None,
         models: list[str] | None = None,
         fallback: str | None = None,
         confidence: float | None = None,
+        read: str = "first",
     ) -> list[list[tuple[str, float]]]:
         """The best models for each query, the best first, with their scores: lists of (model name, score).
 
         `top_k` of them, all by default; `models` restricts to some. With a `fallback`, other models rank above it only
-        as `with_fallback` has it; the scores stay the router's own. Scores of one query compare with each other, not
-        with those of another query. Raises `UserError` on an unknown model, an empty query, or a missing encoder.
+        as `with_fallback` has it; the scores stay the router's own. Queries are texts or chat messages, see `embed`.
+        Scores of one query compare with each other, not with those of another query. Raises `UserError` on an unknown
+        model, an empty query, or a missing encoder.
         """
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}, expected at least 1")
         if isinstance(models, str):
             raise UserError("models is one text, expected a list of names")
         model_idx = self.indices(self.model_names if models is None else list(dict.fromkeys(models)))  # (m,)
-        scores = self.scores_of(queries)  # (Q, M)
+        scores = self.scores_of(queries, read)  # (Q, M)
         ranked = scores if fallback is None else self.with_fallback(scores, fallback, confidence, models)  # (Q, M)
         order = model_idx[best_first(ranked[:, model_idx], top_k)]  # (Q, k)
         return [[(self.model_names[i], float(row[i])) for i in best] for row, best in zip(scores, order, strict=True)]
@@ -429,7 +461,7 @@ class RankRouter(nn.Module):
     @classmethod
     def _from_checkpoint(cls, checkpoint: dict) -> tuple["RankRouter", dict[str, torch.dtype]]:
         """The router, and the dtypes that its weights should have."""
-        features = tuple(checkpoint["config"]["surface_features"])  # a list in JSON
+        features = tuple(checkpoint["config"].get("surface_features", ()))  # a list in JSON
         config = RouterConfig(**checkpoint["config"] | {"surface_features": features})
         checkpoint = dict.fromkeys(("label_range", "label_temperature", "confidence")) | checkpoint  # of later versions
         metadata = Metadata(**{each.name: checkpoint[each.name] for each in fields(Metadata)})
@@ -459,7 +491,8 @@ class RankRouter(nn.Module):
         yield "the temperature", 0 < metadata.temperature < np.inf
         yield "the encoder", all(isinstance(encoder[name], str) for name in ("path", "fingerprint"))
         yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
-        yield "--pooling", args["pooling"] in POOLINGS
+        yield "the encoder", type(encoder.get("precomputed", False)) is bool
+        yield "--pooling", args["pooling"] in POOLINGS or encoder.get("precomputed", False)
         layers = args.get("layers")
         yield "--layers", layers is None or (type(layers) is list and layers == sorted(set(layers)) != [])
         yield "--layers", all(type(layer) is int and layer >= 1 for layer in layers or ())

@@ -22,8 +22,10 @@ from data_loader import load_battles, query_ids
 from metrics import log_win_probability
 from rankrouter import RankRouter, best_first
 from support.data.benchmarks import read_profiles, standardize
+from support.data.cells import READ
 from support.data.layouts import listed
 from support.data.queries import read_queries
+from support.encoding.precomputed import PrecomputedEmbeddings
 from support.evaluation.comparison import all_and_samples, summarize
 from support.evaluation.cost import CostEvaluation
 from support.reporting import console
@@ -45,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     device.tune_cpu()
     is_shared = os.path.isdir(args.checkpoint) or (is_hub_id(args.checkpoint) and not args.checkpoint.endswith(".pt"))
     router = RankRouter.from_pretrained(args.checkpoint) if is_shared else RankRouter.load(args.checkpoint)
-    if args.profile is None and (args.export is None or args.model_path is not None):  # the others need no encoder
+    if args.embeddings is not None:
+        router.open_embeddings(PrecomputedEmbeddings.read(args.embeddings, device.pick_device(args.device)))
+    elif args.profile is None and (args.export is None or args.model_path is not None):  # the others need no encoder
         router.open_encoder(
             args.model_path,
             device.pick_device(args.device),
@@ -96,7 +100,7 @@ def read(args: argparse.Namespace, malformed: list[int]) -> Iterator[list[str]]:
         yield args.queries
         return
     with progress_bar("route", unit=" queries") as bar:
-        for chunk in read_queries(args.input, args.query_column):
+        for chunk in read_queries(args.input, args.query_column, args.read or READ[0]):
             queries = []
             for number, query, problem in chunk:
                 if query is not None:

@@ -20,7 +20,6 @@ from model_profiling import initial_capabilities
 from query_representation import SURFACE_FEATURES, query_features
 from rankrouter import Metadata, RankRouter, RouterConfig
 from support.data.demo import true_skills
-from support.encoding.encoder import QueryEncoder
 from support.evaluation import baselines
 from support.evaluation.cold_start import cold_start, held_out_battles
 from support.evaluation.comparison import TestEvaluation, compare_with_truth, describe_clusters
@@ -29,11 +28,11 @@ from support.evaluation.guard import GuardedRows
 from support.reporting import console
 from support.system import device, distributed, signals
 from support.system.errors import UserError
-from support.system.files import cache_folder, locked, make_folder
+from support.system.files import locked, make_folder
 from support.training.batches import BattleBatches, QueryBatches
 from support.training.checkpoint import Checkpoint, TrainingState, check_outputs, experiment
 from support.training.history import Best, History
-from support.training.inputs import Data, find_inputs, load_data
+from support.training.inputs import Data, Encoder, find_inputs, load_data, make_encoder
 from support.training.items import make_items
 from support.training.optimization import EMA, make_optimizer, set_learning_rates, warmup_then_decay
 
@@ -44,7 +43,7 @@ class Run:
 
     args: argparse.Namespace
     data: Data
-    encoder: QueryEncoder
+    encoder: Encoder
     history: History
     checkpoint: Checkpoint
     tower_threads: int  # of frozen training and baselines; the encoder's are torch's
@@ -80,20 +79,7 @@ def train(args: argparse.Namespace) -> None:
         console.print_profiles(data.profiles, data.full_split.train.model_names)
     if args.hold_out_model is not None:
         held_out_battles(args.hold_out_model, data.split, data.full_split)  # raises where there are none
-    encoder = QueryEncoder(
-        args.model_path,
-        chosen_device,
-        dtype=args.dtype,
-        pooling=args.pooling,
-        layers=args.layers,
-        cache_layers=args.cache_layers,
-        max_length=args.max_length,
-        prefix=args.query_prefix,
-        prompt=prompt,
-        tokens_per_batch=args.encode_tokens,
-        cache_dir=cache_folder(args.cache_dir, args.no_cache),
-    )
-    args.pooling, args.layers, args.query_prefix = encoder.pooling, encoder.layers, encoder.prefix
+    encoder = make_encoder(args, prompt, chosen_device)
     console.print_encoder(encoder.description)
     data.counts["surface_features"] = list(SURFACE_FEATURES) if args.surface_features else []
     history = History(args.output_dir, vars(args), data.counts, timing)
@@ -362,7 +348,7 @@ def validate(args: argparse.Namespace, state: TrainingState, split: Split, histo
         console.print_validation(state.epoch, step, len(state.planned), loss, val_metrics, is_best)
 
 
-def represent(router: RankRouter, encoder: QueryEncoder, queries: list[str], features: torch.Tensor) -> tuple:
+def represent(router: RankRouter, encoder: Encoder, queries: list[str], features: torch.Tensor) -> tuple:
     """Standardized features (Q, F) and clusters (Q,) of queries as a trained router sees them.
 
     `features` (Q, F) are those with the pretrained encoder, for a router whose encoder was not finetuned.

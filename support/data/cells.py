@@ -9,6 +9,7 @@ import tokenize
 from functools import lru_cache
 
 CONVERSATIONS = ("conversation_a", "messages_a", "conversation", "messages")  # the first user's turn is the query
+READ = ("first", "last", "all")  # what of a conversation is the query: see `as_text`
 QUERIES = ("conversation_a", "messages_a", "prompt", "question", "query", "instruction", "messages", "conversation")
 MODELS = ("model_name", "model", "llm", "llm_selected", "llm_name", "generator", "model_id")
 SCORES = (
@@ -93,8 +94,10 @@ def _strings_touch(text: str) -> bool:
     return False
 
 
-def as_text(cell: object, is_conversation: bool = False) -> str:
-    """The text of a query: a text, a number, or the first user's turn of a conversation; "" where there is none.
+def as_text(cell: object, is_conversation: bool = False, read: str = "first") -> str:
+    """The text of a query: a text, a number, or the user's turn of a conversation; "" where there is none.
+
+    Of several turns of the user `read` takes the first, the last, or all, with an empty line between them.
 
     A conversation is a list of turns, texts or mappings with a role and a content, also written as JSON or as a Python
     literal. is_conversation: whether only that counts, so that a conversation that cannot be parsed is no text.
@@ -103,14 +106,14 @@ def as_text(cell: object, is_conversation: bool = False) -> str:
     if isinstance(value, dict):
         value = value.get("messages") or value.get("conversation") or [value]
     if isinstance(value, list) and value:
-        if isinstance(value[0], dict) and value[0].get("role") == "user":  # nearly always
+        if read == "first" and isinstance(value[0], dict) and value[0].get("role") == "user":  # nearly always
             return _content(value[0])
         roles = [turn.get("role", turn.get("from")) if isinstance(turn, dict) else None for turn in value]
         users = [turn for turn, role in zip(value, roles, strict=True) if role in USERS or str(role).lower() in USERS]
         if users or any(roles):
-            return _content(users[0]) if users else ""
+            return _chosen([_content(turn) for turn in users], read)
         if all(turn is None or isinstance(turn, str) for turn in value):
-            return value[0] or ""
+            return _chosen([turn or "" for turn in value], read)
         if all(isinstance(turn, dict) and turn.keys() <= PART for turn in value):
             return _content({"content": value})
     if value == [] or is_conversation:
@@ -119,6 +122,12 @@ def as_text(cell: object, is_conversation: bool = False) -> str:
         return ""
     is_number = type(cell) is int or (isinstance(cell, float) and math.isfinite(cell))
     return str(cell) if isinstance(cell, str) or is_number else ""
+
+
+def _chosen(turns: list[str], read: str) -> str:
+    if read == "all":
+        return "\n\n".join(filter(None, turns))
+    return turns[0 if read == "first" else -1] if turns else ""
 
 
 def _content(turn: dict) -> str:

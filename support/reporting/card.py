@@ -9,56 +9,85 @@ from support.system.errors import one_line
 from support.system.hub import is_hub_id
 from support.training.options import with_defaults
 
-USE = """```python
-from rankrouter import RankRouter  # in a checkout of RankRouter
+CARD = """---
+library_name: rankrouter
+tags:
+- llm-routing
+- model-routing
+{base}---
 
-router = RankRouter.from_pretrained("FOLDER")  # this folder, or its hub id
-router.open_encoder("{encoder}")
+# RankRouter of {count} models
+
+Ranks these models for a query, the best first: {models}.{added}
+
+## Use
+
+In a checkout of RankRouter, with this folder or its hub id:
+
+```python
+from rankrouter import RankRouter
+
+router = RankRouter.from_pretrained("FOLDER")
+{opening}
 print(router.rank(["How do I invert a matrix?"], top_k=3))
-```"""
+```
+
+{encoder}
+
+P(a beats b) is sigmoid((s_a - s_b) / {temperature:.4g}). The best single model of training is {single}{guard}.
+
+## Test
+
+{test}
+
+## Training
+
+{training}
+
+## What is inside
+
+`config.json` and `model.safetensors`; nothing in them is executed. They hold 64 bits of a hash of each training and
+validation query, so that an evaluation can leave these out: somebody who knows a query can see whether it is there.
+"""
+OPEN_ENCODER = 'router.open_encoder("{}")'
+OPEN_EMBEDDINGS = "router.open_embeddings(PrecomputedEmbeddings.read({!r}))  # of support.encoding.precomputed"
 
 
 def model_card(router: RankRouter, history: dict | None) -> str:
     """The card in Markdown, with the metadata that the hub reads; `history` is that of the training, if it is known."""
     metadata = without_folders(router.metadata)
-    encoder, is_public = metadata.encoder, is_hub_id(metadata.encoder["path"])
-    name = encoder["path"] if is_public else f"FOLDER/{encoder['path']}"
+    path, is_precomputed = metadata.encoder["path"], metadata.encoder.get("precomputed", False)
+    is_public = is_hub_id(path) and not is_precomputed
     added = ", ".join(_code(each["model"]) for each in metadata.added_models)
-    guard = "" if metadata.confidence is None else f'; `fallback="best"` leaves it where P > {metadata.confidence:g}'
-    sections = {
-        f"RankRouter of {len(router.model_names)} models": (
-            "Ranks these models for a query, the best first: "
-            + ", ".join(map(_code, router.model_names))
-            + (f". Added after training, and not in the test below: {added}." if added else ".")
-        ),
-        "Use": USE.format(encoder=name),
-        "Encoder": (
-            (_code(name) if is_public else "A folder of the name " + _code(encoder["path"]))
-            + f", with the fingerprint `{encoder['fingerprint']}`, by which another one is refused; "
-            + f"pooling {encoder['pooling']}, prefix {_code(repr(encoder.get('prefix', '')))}, {encoder['dtype']}. "
-            + (
-                "Its trained weights are in this folder."
-                if metadata.trained
-                else "It is frozen, and not in this folder."
-            )
-        ),
-        "Test": "No finished `training_history.json` of this router was beside its checkpoint."
-        if history is None
-        else _test(history),
-        "Training": _training(metadata, history),
-        "What is inside": (
-            "`config.json` and `model.safetensors`; nothing in them is executed. They hold 64 bits of a hash of each "
-            "training and validation query, so that an evaluation can leave these out: somebody who knows a query can "
-            f"see whether it is among them. P(a beats b) is sigmoid((s_a - s_b) / {metadata.temperature:.4g}). The best "
-            f"single model of training is {_code(metadata.best_single_model)}{guard}."
-        ),
-    }
-    base = f"base_model: {name}\n" if is_public else ""
-    head = f"---\nlibrary_name: rankrouter\ntags:\n- llm-routing\n- model-routing\n{base}---\n"
-    title, *others = (
-        f"{'#' if i == 0 else '##'} {heading}\n\n{text}\n" for i, (heading, text) in enumerate(sections.items())
+    opening = (
+        OPEN_EMBEDDINGS.format(path) if is_precomputed else OPEN_ENCODER.format(path if is_public else f"../{path}")
     )
-    return "\n".join([head, title, *others])
+    no_history = "No finished `training_history.json` of this router was beside its checkpoint."
+    return CARD.format(
+        base=f"base_model: {path}\n" if is_public else "",
+        count=len(router.model_names),
+        models=", ".join(map(_code, router.model_names)),
+        added=f" Added after training, and not in the test below: {added}." if added else "",
+        opening=opening,
+        encoder=_encoder(metadata),
+        temperature=metadata.temperature,
+        single=_code(metadata.best_single_model),
+        guard=f'; `fallback="best"` leaves it where P > {metadata.confidence:g}' if metadata.confidence else "",
+        test=no_history if history is None else _test(history),
+        training=_training(metadata, history),
+    )
+
+
+def _encoder(metadata: Metadata) -> str:
+    encoder = metadata.encoder
+    if encoder.get("precomputed"):
+        file = f"of the file {_code(encoder['path'])}, SHA-256 `{encoder['fingerprint']}`"
+        return f"It was trained on embeddings from elsewhere, {file}, and needs such of its queries."
+    prefix = f", prefix {_code(encoder['prefix'])}" if encoder.get("prefix") else ""
+    weights = "its trained weights are in this folder" if metadata.trained else "it is frozen, and not in this folder"
+    settings = f"{encoder['pooling']} pooling{prefix}, {encoder['dtype']}, at most {encoder['max_length']} tokens"
+    text = f"The encoder is {_code(encoder['path'])}, {settings}; {weights}. Another one than that with the fingerprint"
+    return f"{text} `{encoder['fingerprint']}` is refused."
 
 
 def _code(text: str) -> str:

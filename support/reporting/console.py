@@ -86,10 +86,11 @@ def print_encoder(description: str) -> None:
 
 def print_encoding(encoder: dict, timing: dict, max_length: int) -> None:
     """How many queries were encoded and read from the cache, from the `encoder` and `timing` of a history."""
-    if encoder["max_length"] < max_length:
+    if encoder.get("max_length", max_length) < max_length:
         print(f"encoder  reads at most {encoder['max_length']} tokens of a query, fewer than --max_length {max_length}")
     cached, encoded = timing["queries_from_cache"], timing["queries_encoded"]
-    counts = f"{cached} from the cache, {encoded} encoded, {timing['encode']:.1f} s"
+    source = f"from {one_line(encoder['path'])}" if encoder.get("precomputed") else "from the cache"
+    counts = f"{cached} {source}, {encoded} encoded, {timing['encode']:.1f} s"
     print(f"encode   {cached + encoded} queries, {encoder['width']} wide, {encoder['dtype']}: {counts}")
 
 

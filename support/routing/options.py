@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from support.data.cells import READ
 from support.system.command_line import (
     OneLineParser,
     comma_separated,
@@ -18,7 +19,7 @@ PRICE_FLAGS = {"tokens_per_query", "cost_weight", "budget"}
 GUARD = {"fallback", "confidence"}
 FLAGS_OF_TASK = {
     "queries": {"top_k", "models", "output", "prices", *PRICE_FLAGS, *GUARD},
-    "input": {"top_k", "models", "output", "strict", "query_column", "prices", *PRICE_FLAGS, *GUARD},
+    "input": {"top_k", "models", "output", "strict", "query_column", "read", "prices", *PRICE_FLAGS, *GUARD},
     "curve": {"models", "output", "prices", "tokens_per_query", "query_column"},
     "add_model": {"battles", "profile", "save", "query_column"},
     "export": set(),
@@ -47,7 +48,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--cost_weight and --budget exclude each other")
     if args.confidence is not None and args.fallback is None:
         parser.error("--confidence needs --fallback")
-    inputs = [args.checkpoint, args.input, args.prices, args.curve, args.battles, args.profile]
+    if args.embeddings is not None and args.model_path is not None:
+        parser.error("--embeddings and --model_path exclude each other")
+    inputs = [args.checkpoint, args.embeddings, args.input, args.prices, args.curve, args.battles, args.profile]
     for flag, output in (("--output", args.output), ("--save", args.save)):
         if output is not None and os.path.realpath(output) in [os.path.realpath(path) for path in inputs if path]:
             parser.error(f"{flag} {output} would replace an input; expected another file")
@@ -73,6 +76,8 @@ def _parser() -> OneLineParser:
     queries = "queries: a text per line, JSON lines, or a table with a column such as `prompt`; - is standard input"
     add("--input", **file, help=queries)
     add("--query_column", metavar="NAME", help="the column of the query; default: a usual name, such as prompt")
+    turns = "of chat messages, the user's turn or turns that the router reads; default: first, as in training"
+    add("--read", choices=READ, help=turns)
     add("--output", **file, help="JSON lines of query, ranking, scores, or of the curve; default: standard output")
     add("--strict", **switch, help="stop at the first malformed line")
 
@@ -107,6 +112,8 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument_group("encoder").add_argument
     add("--model_path", help="folder or hub id; default: that of training")
+    elsewhere = "embeddings of the queries, for a router that was trained with --embeddings"
+    add("--embeddings", **file, help=elsewhere)
     add("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: cuda, else mps, else cpu")
     add("--encode_tokens", metavar="N", type=count, help="tokens per batch of queries")
     add("--cache_dir", metavar="DIR", help="folder of cached embeddings; default: the user's cache folder")

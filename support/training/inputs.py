@@ -5,17 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data_loader import Split, data_files, load_battles, split_battles
 from support.data.battles import Battles
 from support.data.benchmarks import Profiles, read_profiles
 from support.data.demo import demo_folder
 from support.data.rows import read_and_dropped
+from support.encoding.encoder import QueryEncoder
 from support.encoding.huggingface import find_encoder
+from support.encoding.precomputed import PrecomputedEmbeddings
 from support.system.errors import UserError
-from support.system.files import content_hash
+from support.system.files import cache_folder, content_hash
 from support.system.hub import is_hub_id
 
+Encoder = QueryEncoder | PrecomputedEmbeddings
 DOWNLOAD = (
     "; for Chatbot Arena 33K accept its terms at https://huggingface.co/datasets/lmsys/chatbot_arena_conversations, "
     "log in with `hf auth login`, and run `hf download lmsys/chatbot_arena_conversations --repo-type dataset "
@@ -41,13 +45,39 @@ def find_inputs(args: argparse.Namespace) -> Path | None:
     is_demo, folder = args.data_path is None, None
     if not is_demo:
         data_files(args.data_path, DOWNLOAD)
-    if is_demo or args.model_path is None:
+    if args.embeddings is not None:
+        args.model_path = None
+    needs_encoder = args.embeddings is None
+    if is_demo or (needs_encoder and args.model_path is None):
         folder = demo_folder(args.demo_dir)
         args.data_path = str(folder / "battles.parquet") if is_demo else args.data_path
-        args.model_path = str(folder / "encoder") if args.model_path is None else args.model_path
-    if not is_hub_id(args.model_path):
+        if needs_encoder and args.model_path is None:
+            args.model_path = str(folder / "encoder")
+    if needs_encoder and not is_hub_id(args.model_path):
         find_encoder(args.model_path)  # a download can wait until the data are read
     return folder if is_demo else None
+
+
+def make_encoder(args: argparse.Namespace, prompt: str | None, device: torch.device) -> Encoder:
+    """The encoder of the flags, which then have its pooling, layers and prefix; or the file of --embeddings."""
+    if args.embeddings is not None:
+        args.query_prefix = ""
+        return PrecomputedEmbeddings.read(args.embeddings, device)
+    encoder = QueryEncoder(
+        args.model_path,
+        device,
+        dtype=args.dtype,
+        pooling=args.pooling,
+        layers=args.layers,
+        cache_layers=args.cache_layers,
+        max_length=args.max_length,
+        prefix=args.query_prefix,
+        prompt=prompt,
+        tokens_per_batch=args.encode_tokens,
+        cache_dir=cache_folder(args.cache_dir, args.no_cache),
+    )
+    args.pooling, args.layers, args.query_prefix = encoder.pooling, encoder.layers, encoder.prefix
+    return encoder
 
 
 def load_data(args: argparse.Namespace) -> Data:

@@ -17,7 +17,7 @@ from support.system.command_line import (
 NO_EXPERIMENT = {
     *("output_dir", "data_path", "model_path", "demo", "demo_dir", "cache_dir", "no_cache", "seed", "split_seed"),
     *("device", "dtype", "encode_tokens", "baselines", "deterministic", "accumulate", "gradient_checkpointing"),
-    *("resume", "overwrite", "prices", "tokens_per_query"),
+    *("resume", "overwrite", "prices", "tokens_per_query", "embeddings"),
     *("threads", "cache_layers"),
     *("checkpoint_minutes", "pairs_per_query"),  # of histories of earlier versions
 }
@@ -86,6 +86,20 @@ def _check(parser: OneLineParser, args: argparse.Namespace) -> None:
         parser.error("--query_prefix and --query_prompt exclude each other")
     if args.layers is not None and (args.finetune_layers or 0) > max(args.layers):
         parser.error(f"--finetune_layers {args.finetune_layers}: of --layers only {max(args.layers)} are computed")
+    if args.embeddings is not None:
+        of_encoder = (
+            "finetune_encoder",
+            "layers",
+            "cache_layers",
+            "query_prefix",
+            "query_prompt",
+            "cache_dir",
+            "no_cache",
+        )
+        given = [name for name in of_encoder if getattr(args, name) not in (None, False)]
+        given += [name for name in ("model_path", "pooling") if getattr(args, name) != parser.get_default(name)]
+        if given:
+            parser.error(f"--embeddings and --{given[0]} exclude each other: there is no encoder")
     if args.cache_layers is not None and args.no_cache:
         parser.error("--cache_layers and --no_cache exclude each other")
     if args.split_by == "task" and args.split_column is not None:
@@ -168,6 +182,10 @@ def _parser() -> OneLineParser:
     add("--encode_tokens", metavar="N", type=count, help=budgets)
     add("--cache_dir", metavar="DIR", help="folder of cached embeddings; default: the user's cache folder")
     add("--no_cache", **switch, help="neither read nor write cached embeddings")
+
+    elsewhere = "embeddings of the queries from elsewhere instead of an encoder: parquet with columns such as `prompt` "
+    elsewhere += "and `embedding`, or .npy beside a table of the queries"
+    add("--embeddings", metavar="FILE", type=some_path, help=elsewhere)
 
     add = parser.add_argument_group("finetuning", "only with --finetune_encoder").add_argument
     add("--finetune_encoder", **switch, help="train the encoder with the towers")

@@ -537,7 +537,7 @@ def test_rows_of_new_battles_that_cannot_be_used_are_counted(checkpoint, demo, t
 
 def test_bad_flags_end_in_one_line(checkpoint, refused):
     for flags, expected in (
-        ((), "expected one of queries, --input, --curve, --add_model, got none"),
+        ((), "expected one of queries, --input, --curve, --add_model, --export, got none"),
         (("q", "--input", "x"), "got queries and --input"),
         (("",), "query 1 is empty"),
         (("good", " \n"), "query 2 is empty"),

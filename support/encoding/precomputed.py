@@ -1,0 +1,135 @@
+"""Embeddings from elsewhere, such as an API or another machine: read from a file by query, in an encoder's place."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from support.data.cells import CONVERSATIONS, QUERIES, as_text
+from support.data.formats import SUFFIXES, open_table
+from support.data.layouts import listed
+from support.data.queries import query_hash
+from support.system.errors import UserError, one_line, reason, valid_unicode
+from support.system.files import content_hash
+
+EMBEDDINGS = ("embedding", "embeddings", "vector")  # columns of a parquet file
+HASH = "query_sha256"  # a column in the place of the query's text
+
+
+class PrecomputedEmbeddings:
+    """The embeddings of some queries, in the place of a `QueryEncoder`.
+
+    Args:
+        queries: Q texts, or the SHA-256 (hex) of each with white space folded.
+        vectors: float (Q, H).
+        path: where they are from, for messages and metadata.
+        fingerprint: of the file.
+        device: of what is computed from them.
+
+    Raises `UserError` where they do not fit together, a vector is not finite, or a query has two different ones.
+    """
+
+    def __init__(
+        self,
+        queries: list[str],
+        vectors: np.ndarray,
+        *,
+        are_hashes: bool = False,
+        path: str = "memory",
+        fingerprint: str = "",
+        device: str | torch.device = "cpu",
+    ):
+        vectors = torch.from_numpy(np.ascontiguousarray(vectors, np.float32))  # (Q, H)
+        if vectors.ndim != 2 or len(vectors) != len(queries) or not vectors.numel():
+            raise UserError(f"{path} has {len(queries)} queries and embeddings of shape {list(vectors.shape)}")
+        if len(bad := (~vectors.isfinite().all(1)).nonzero()):
+            raise UserError(f"{path}: the embedding in row {int(bad[0]) + 1} is not finite, as float32")
+        self.path, self.vectors, self.device, self.dtype = path, vectors, torch.device(device), "float32"
+        self.row_of_hash = {}
+        for row, query in enumerate(queries):
+            key = query.strip().lower() if are_hashes else query_hash(query).hex()
+            first = self.row_of_hash.setdefault(key, row)
+            if first != row and not torch.equal(vectors[first], vectors[row]):
+                raise UserError(f"{path} has two different embeddings of one query, in rows {first + 1} and {row + 1}")
+        self.usage = {"fingerprint": fingerprint, "dtype": self.dtype, "precomputed": True}
+        self.metadata = self.usage | {"path": path, "width": vectors.shape[1]}
+        self.description = f"none: embeddings of {len(self.row_of_hash)} queries from {path}"
+
+    @classmethod
+    def read(cls, path: str, device: str | torch.device = "cpu") -> "PrecomputedEmbeddings":
+        """The embeddings in a parquet file, or in an .npy file (Q, H) beside a table of its queries.
+
+        The parquet file has a column of the query, or of its hash, and one of `EMBEDDINGS`. The table has the name of
+        the .npy file with another suffix, and its rows are in the same order. Raises `UserError` where they are not so.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise UserError(f"no file of embeddings at {path}; expected parquet, or .npy beside a table of its queries")
+        files = [file]
+        if file.suffix == ".npy":
+            files += [beside for end in SUFFIXES if (beside := file.with_suffix(end)).is_file()]
+            if len(files) != 2:
+                found = listed(each.name for each in files[1:])
+                expected = f"{file.stem}.parquet, .csv or .jsonl, with the queries in the order of its rows"
+                raise UserError(f"beside {path} there is {found}; expected one table, {expected}")
+        vectors = _of_npy(file) if file.suffix == ".npy" else _of_parquet(file)  # (Q, H)
+        queries, are_hashes = _queries(files[-1])
+        named = {"path": str(path), "fingerprint": content_hash(files), "device": device}
+        return cls(queries, vectors, are_hashes=are_hashes, **named)
+
+    def embed(self, queries: list[str]) -> tuple[torch.Tensor, int]:
+        """Embeddings of queries, float32 (Q, H), and 0, as none is encoded. Raises `UserError` where one is missing."""
+        rows = [self.row_of_hash.get(query_hash(query).hex(), -1) for query in queries]  # (Q,)
+        if missing := [query for query, row in zip(queries, rows, strict=True) if row < 0]:
+            example = one_line(missing[0])[:60]
+            raise UserError(
+                f"{self.path} lacks {len(missing)} of {len(queries)} queries, such as {example!r}; add them"
+            )
+        return self.vectors[rows], 0  # (Q, H)
+
+    def release(self) -> None:
+        """Nothing to free."""
+
+
+def _queries(file: Path) -> tuple[list[str], bool]:
+    """The queries of a table, and whether they are hashes."""
+    table = open_table(file)
+    column = table.first(HASH) or table.first(*QUERIES)
+    if column is None:
+        expected = f"{HASH}, or one of {', '.join(QUERIES)}"
+        raise UserError(f"{file} has the columns {listed(table.columns)}; expected {expected}")
+    is_hash, is_conversation = column.lower() == HASH, column.lower() in CONVERSATIONS
+    cells = [cell for chunk in table.read([column]) for cell in chunk[column]]
+    return [valid_unicode(as_text(cell, is_conversation)) for cell in cells], is_hash
+
+
+def _of_npy(file: Path) -> np.ndarray:
+    try:
+        vectors = np.load(file, mmap_mode="r", allow_pickle=False)  # (Q, H)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} is no array that can be read ({reason(error)}); expected numbers (Q, H)") from error
+    if vectors.dtype.kind not in "fiu" or vectors.ndim != 2:
+        raise UserError(f"{file} holds {vectors.dtype} of shape {list(vectors.shape)}; expected numbers (Q, H)")
+    return vectors
+
+
+def _of_parquet(file: Path) -> np.ndarray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        names = pq.read_schema(file).names
+        column = next((name for name in names if name.strip().lower() in EMBEDDINGS), None)
+        if column is None:
+            raise UserError(f"{file} has the columns {listed(names)}; expected {' or '.join(EMBEDDINGS)}")
+        lists = pq.read_table(file, columns=[column])[column].combine_chunks()
+        values = lists.flatten()  # (Q H,), without those that are null
+        if len(lists) == 0 or len(values) % len(lists) or lists.null_count or values.null_count:
+            raise UserError(f"{file}: `{column}` has lists of different lengths or missing values; expected numbers")
+        widths = pc.list_value_length(lists).unique()
+        if len(widths) > 1:
+            raise UserError(f"{file}: `{column}` has lists of {listed(map(str, widths))} numbers; expected one width")
+        return values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(lists), -1)  # (Q, H)
+    except (OSError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be read as parquet with lists of numbers ({reason(error)})") from error
