@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.data.battles import Battles, Pairs, ScoreTable
+from support.data.battles import Battles, Pairs
 from support.data.columns import odd_scores
 from support.data.formats import SUFFIXES, find_files, open_table
 from support.data.layouts import find_layouts, listed
@@ -70,7 +70,7 @@ def load_battles(
     for table, layout in layouts.items():
         for chunk in table.read(layout.columns):
             rows.add(chunk, layout)
-    battles, outside_limit = _as_battles(rows, limit, seed, split_column is not None)
+    battles, outside_limit = _limited(Battles.from_rows(rows, split_column is not None), limit, seed)
     counts = {
         "path": str(path),
         "content_hash": content_hash(files),
@@ -89,34 +89,23 @@ def load_battles(
     odd = None if battles.table is None else odd_scores(battles.table.scores, battles.model_names)
     if odd and "wide" in counts["layouts"] and not score_columns:
         raise UserError(f"{path}: {odd}; name the columns of the models with --score_columns")
-    return battles, counts | {
-        "scores_odd": odd,
-        "battles": len(battles),
-        "ties": battles.num_ties,
-        "queries": len(battles.unique_queries),
-        "models": len(battles.unique_models),
-    }
+    return battles, counts | {"scores_odd": odd} | _sizes(battles)
 
 
-def _as_battles(rows: Rows, limit: int | None, seed: int, has_sides: bool) -> tuple[Battles, int]:
-    """The rows that were read, with models sorted by name, and the number of queries that `limit` leaves out."""
-    single, table = rows.battles_read(), rows.table_read()
-    model_names = sorted(rows.model_idx)
-    order = np.array([rows.model_idx[name] for name in model_names], np.int64)  # (M,)
-    query_idx, model_a_idx, model_b_idx = single[:, :3].astype(np.int64).T  # (N,) each
-    place = np.argsort(order)  # (M,) index -> place among the sorted names
-    battles = Battles(
-        queries=[text for _, text in rows.queries.values()],
-        model_names=model_names,
-        query_idx=query_idx,
-        model_a_idx=place[model_a_idx],
-        model_b_idx=place[model_b_idx],
-        outcome=single[:, 3].astype(np.float32),  # (N,)
-        table=None if table is None else ScoreTable(*table).select(slice(None), order),
-        side=single[:, 4].astype(np.int8) if has_sides else None,  # (N,)
-        group=single[:, 5].astype(np.int64),  # (N,)
-        group_names=tuple(rows.groups),
-    )
+def counts_in_memory(battles: Battles) -> dict:
+    """The counts of battles that are from no file, as `load_battles` has them."""
+    counts = Rows().counts() | {"path": "memory", "content_hash": battles.content_hash(), "files_skipped": []}
+    counts |= {"layouts": ["memory"], "columns": ["battles in memory"], "score_columns": [], "scores_odd": None}
+    return counts | {"rows_read": len(battles), "queries_outside_limit": 0} | _sizes(battles)
+
+
+def _sizes(battles: Battles) -> dict:
+    counts = {"battles": len(battles), "ties": battles.num_ties}
+    return counts | {"queries": len(battles.unique_queries), "models": len(battles.unique_models)}
+
+
+def _limited(battles: Battles, limit: int | None, seed: int) -> tuple[Battles, int]:
+    """The battles of at most `limit` queries, drawn with `seed`, and the number of queries that are left out."""
     outside_limit = max(0, len(battles.unique_queries) - limit) if limit else 0
     if outside_limit:
         kept = np.random.default_rng(seed).choice(battles.unique_queries, limit, replace=False)  # (limit,)

@@ -219,8 +219,8 @@ class RankRouter(nn.Module):
         self.encoder, self.model_blocks = encoder, None
         self.to(device)
 
-    def open_embeddings(self, embeddings: PrecomputedEmbeddings) -> None:
-        """Take embeddings from elsewhere in the encoder's place, for a router that was trained on such.
+    def open_embeddings(self, embeddings: PrecomputedEmbeddings | str | Path) -> None:
+        """Take embeddings from elsewhere, or a file of them, in the encoder's place, for a router trained on such.
 
         Raises `UserError` for another router, or where they are of another width. Embeddings of another encoder are
         not always recognized: there is a warning where they are unlike those of training.
@@ -228,6 +228,8 @@ class RankRouter(nn.Module):
         trained = self._trained().encoder
         if not trained.get("precomputed"):
             raise UserError(f"the router was trained with the encoder {trained['path']}; leave out --embeddings")
+        if isinstance(embeddings, (str, Path)):
+            embeddings = PrecomputedEmbeddings.read(str(embeddings))
         if embeddings.vectors.shape[1] != self.encoder_width:
             found = f"{embeddings.path} has embeddings of width {embeddings.vectors.shape[1]}"
             raise UserError(f"{found}, training had {self.encoder_width}; expected those of the same encoder")

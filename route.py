@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_loader import load_battles, query_ids
+from data_loader import load_battles
 from metrics import log_win_probability
 from rankrouter import RankRouter, best_first
 from support.data.benchmarks import read_profiles, standardize
 from support.data.cells import READ
-from support.data.layouts import listed
 from support.data.queries import read_queries
 from support.encoding.precomputed import PrecomputedEmbeddings
 from support.evaluation.comparison import all_and_samples, summarize
@@ -31,7 +30,7 @@ from support.evaluation.cost import CostEvaluation
 from support.reporting import console
 from support.reporting.card import model_card
 from support.routing.cost import cheapest_first, known_outcomes, mean_costs, read_prices, weight_for_budget
-from support.routing.new_model import battles_of, in_view_of, vector_from_battles
+from support.routing.new_model import add_from_battles
 from support.system import device
 from support.system.errors import UserError, one_line
 from support.system.files import atomic_file, cache_folder
@@ -228,15 +227,21 @@ def draw_curve(args: argparse.Namespace, router: RankRouter) -> None:
 def add_model(args: argparse.Namespace, router: RankRouter) -> None:
     """Write a checkpoint that knows one more model, from its benchmark scores or battles; nothing is retrained."""
     router.check_new_name(args.add_model)
-    from_source = vector_of_profile if args.battles is None else vector_of_battles
-    vector, source = from_source(args, router)  # (C,)
-    router.add_model(args.add_model, vector, source)
+    if args.battles is None:
+        router.add_model(args.add_model, vector_of_profile(args, router), {"from": "profile"})
+    else:
+        battles, counts = load_battles(args.battles, query_column=args.query_column)
+        console.print_rows(counts)
+        own = add_from_battles(router, args.add_model, battles, {"content_hash": counts["content_hash"]})
+        queries, opponents = len(own.unique_queries), len(own.unique_models) - 1
+        against = f"against {opponents} models; {len(battles) - len(own)} others left out"
+        print(f"battles  {len(own)} of {one_line(args.add_model)} on {queries} queries, {against}")
     router.save(args.save)
     print(f"saved    {one_line(args.save)}: {len(router.model_names)} models")
 
 
-def vector_of_profile(args: argparse.Namespace, router: RankRouter) -> tuple[torch.Tensor, dict]:
-    """The new model's capability vector (C,) from its benchmark scores, and what to record of it."""
+def vector_of_profile(args: argparse.Namespace, router: RankRouter) -> torch.Tensor:
+    """The new model's capability vector (C,) from its benchmark scores."""
     name, statistics = one_line(args.add_model), router.metadata.profiles
     if statistics["kind"] != "file":
         problem = "the router was not trained with --capability_file, so benchmark scores mean nothing to it"
@@ -255,28 +260,7 @@ def vector_of_profile(args: argparse.Namespace, router: RankRouter) -> tuple[tor
         values = f"{', '.join(map(one_line, far))} of {name}"
         raise UserError(f"{args.profile}: {values} {problem}; expected the unit of --capability_file")
     print(f"profile  {name} by {int((~np.isnan(vector)).sum())} of {len(vector)} benchmarks")
-    return torch.from_numpy(vector), {"from": "profile"}
-
-
-def vector_of_battles(args: argparse.Namespace, router: RankRouter) -> tuple[torch.Tensor, dict]:
-    """The new model's capability vector (C,) from battles against models that the router knows, and what to record."""
-    battles, counts = load_battles(args.battles, query_column=args.query_column)
-    console.print_rows(counts)
-    name = args.add_model
-    own = battles_of(battles, name, router.model_names)
-    if not len(own):
-        problem = f"has no battle of {one_line(name)} against a model of the router"
-        raise UserError(f"{args.battles} {problem}; it has {listed(map(one_line, battles.model_names))}")
-    queries = [battles.queries[i] for i in own.unique_queries]  # (Q,)
-    x, cluster_idx = router.embed(queries)  # (Q, F), (Q,)
-    _, opponents, outcome = in_view_of(name, own, router)  # (n,) each
-    against = f"against {len(opponents.unique())} models; {len(battles) - len(own)} others left out"
-    print(f"battles  {len(own)} of {one_line(name)} on {len(queries)} queries, {against}")
-    row = own.query_rows  # (n,)
-    vector = vector_from_battles(router, x[row], cluster_idx[row], opponents, outcome)  # (C,)
-    seen = torch.cat([router.metadata.seen_queries, torch.from_numpy(query_ids(queries))]).unique()  # (Qs,)
-    router.metadata = replace(router.metadata, seen_queries=seen)
-    return vector, {"from": "battles", "battles": len(own), "content_hash": counts["content_hash"]}
+    return torch.from_numpy(vector)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train RankRouter on battles between models and keep the checkpoint with the best validation AUC."""
 
 from support.system.command_line import run_command
-from support.training.options import parse_args, router_options
+from support.training.options import parse_args, parse_flags, router_options
 
 if __name__ == "__main__":
     run_command(parse_args)  # --help and mistyped flags are answered before torch is imported
@@ -19,6 +19,7 @@ from loss import LOSSES, link_margin
 from model_profiling import initial_capabilities
 from query_representation import SURFACE_FEATURES, query_features
 from rankrouter import Metadata, RankRouter, RouterConfig
+from support.data.battles import Battles
 from support.data.demo import true_skills
 from support.evaluation import baselines
 from support.evaluation.cold_start import cold_start, held_out_battles
@@ -28,7 +29,7 @@ from support.evaluation.guard import GuardedRows
 from support.reporting import console
 from support.system import device, distributed, signals
 from support.system.errors import UserError
-from support.system.files import locked, make_folder
+from support.system.files import cache_folder, locked, make_folder
 from support.training.batches import BattleBatches, QueryBatches
 from support.training.checkpoint import Checkpoint, TrainingState, check_outputs, experiment
 from support.training.history import Best, History
@@ -52,27 +53,67 @@ class Run:
 
 def main(argv: list[str] | None = None) -> None:
     """Train as the flags say. Raises `UserError` on anything the user can fix, `Stopped` on a signal."""
-    args = parse_args(argv)
+    run_training(parse_args(argv))
+
+
+def train_router(
+    battles: Battles | str,
+    model_path: str | None = None,
+    output_dir: str = "./outputs",
+    *,
+    loss_type: str = "bpr",
+    epochs: int = 10,
+    seed: int = 42,
+    **flags,
+) -> RankRouter:
+    """Train a router as the command does, with its output in `output_dir`, and return it, ready to rank.
+
+    Args:
+        battles: in memory, such as `Battles.from_tuples` makes them, or the path of a file, a folder, or a glob.
+        model_path: the encoder, a Hugging Face folder or hub id; None with `embeddings`, a file of them.
+        output_dir: folder of history and checkpoints; a finished run there is replaced.
+        loss_type: a name of `loss.LOSSES`.
+        epochs: passes over the training battles.
+        seed: of the split, clusters, weights, batches and bootstrap.
+        flags: all other flags of docs/options.md by name, such as `num_clusters=8` or `baselines="all"`.
+
+    Raises `UserError` on anything the user can fix.
+    """
+    is_file = isinstance(battles, str)
+    flags |= {"data_path": battles if is_file else None, "model_path": model_path, "output_dir": output_dir}
+    args = parse_flags(loss_type=loss_type, epochs=epochs, seed=seed, **flags)
+    run_training(args, None if is_file else battles)
+    router = RankRouter.load(Path(args.output_dir) / "best_model.pt")
+    if args.embeddings is not None:
+        router.open_embeddings(args.embeddings)
+    else:
+        cache_dir = cache_folder(args.cache_dir, args.no_cache)
+        router.open_encoder(args.model_path, device.pick_device(args.device), cache_dir=cache_dir)
+    return router
+
+
+def run_training(args: argparse.Namespace, battles: Battles | None = None) -> None:
+    """Train as the flags say, on battles in memory if there are any; one process writes to the output folder."""
     if args.loss_type not in LOSSES:
         raise UserError(f"--loss_type {args.loss_type!r} is unknown; expected one of {', '.join(LOSSES)}")
     with device.deterministic(args.deterministic), distributed.init():
         if distributed.rank():
-            train(args)
+            train(args, battles)
             return
         args.output_dir = str(make_folder(args.output_dir, "--output_dir"))
         with locked(Path(args.output_dir), "--output_dir"):
-            train(args)
+            train(args, battles)
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, battles: Battles | None) -> None:
     """Load data and encoder, start or resume the run, and print its test; the history records the outcome."""
     resume, overwrite = vars(args).pop("resume"), vars(args).pop("overwrite")  # not part of the experiment
     prompt = vars(args).pop("query_prompt")  # resolved below
     check_outputs(args.output_dir, resume, overwrite)
-    demo = find_inputs(args)
+    demo = find_inputs(args, battles)
     timing, chosen_device = device.Timing(), device.pick_device(args.device)
     with timing("load"):
-        data = load_data(args)
+        data = load_data(args, battles)
     console.print_data(data.counts)
     prices = None if args.prices is None else find_prices(args.prices, args.tokens_per_query, data.full_split)
     if data.profiles is not None:
@@ -104,7 +145,7 @@ def run_method(run: Run, demo: Path | None) -> None:
     run.checkpoint.start()  # an earlier run's checkpoints are kept until here
     row_of_query = {query: i for i, query in enumerate(queries)}
     split_features = features[[row_of_query[query] for query in split.train.queries]]  # (Q, F)
-    router, *pretrained = train_router(run, config, split, split_features)
+    router, *pretrained = train_towers_and_encoder(run, config, split, split_features)
     with history.timing("encode"):
         inputs = represent(router, encoder, split.train.queries, split_features)  # (Q, F), (Q,)
     if distributed.rank() == 0:
@@ -117,7 +158,7 @@ def run_method(run: Run, demo: Path | None) -> None:
     if args.hold_out_model is not None:  # compared with an upper bound: a router trained with that model's battles
         console.print_ceiling(args.hold_out_model)
         with history.timing("cold_start"):
-            ceiling, *_ = train_router(run, config, data.full_split, features, is_ceiling=True)
+            ceiling, *_ = train_towers_and_encoder(run, config, data.full_split, features, is_ceiling=True)
             both = [(each, *represent(each, encoder, queries, features)) for each in (router, ceiling)]
             if distributed.rank() == 0:
                 history.results["cold_start"] = cold_start(
@@ -137,7 +178,7 @@ def encode(run: Run, queries: list[str], surface_names: tuple[str, ...]) -> torc
     return features
 
 
-def train_router(
+def train_towers_and_encoder(
     run: Run, config: RouterConfig, split: Split, features: torch.Tensor, is_ceiling: bool = False
 ) -> tuple:
     """Build a router and fit its towers on frozen features (Q, F); with --finetune_encoder then its encoder, too.

@@ -65,7 +65,7 @@ def measure(path: str, flags: list[str]) -> dict[str, float]:
         run = train.Run(args, data, encoder, history, Checkpoint(history, {}, resume=False), device.tower_threads(None))
         config = RouterConfig(**router_options(args))  # on the embeddings alone
         with contextlib.redirect_stdout(sys.stderr):
-            router, *inputs = train.train_router(run, config, data.split, embeddings)
+            router, *inputs = train.train_towers_and_encoder(run, config, data.split, embeddings)
             train.test(run, router, inputs, inputs)
         seconds = history.as_dict()["timing"]
         stages |= {name: seconds[name] for name in ("cluster", "train", "evaluate", "baselines") if name in seconds}

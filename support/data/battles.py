@@ -1,12 +1,19 @@
 """Battles and score tables as arrays: their pairs of models listed in chunks, sampled, and counted."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
+from support.data.cells import outcome_of_label
+from support.data.layouts import Layout
+from support.data.rows import Rows
+from support.system.errors import UserError
+
+TUPLES = Layout("prompts", "query", ("model_a", "model_b", "winner"), outcome_of_label)  # of `Battles.from_tuples`
 COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, (N,) each
 PAIRS_AT_ONCE = 2**20  # pairs of models of a score table that are listed at once
 
@@ -138,6 +145,60 @@ class Battles:
     side: np.ndarray | None = None  # (N,) int8, of an official split: 0 training, 1 validation, 2 test
     group: np.ndarray | None = None  # (N,) int64 into group_names, -1 for none
     group_names: tuple[str, ...] = ()  # of tasks, or of other groups of queries
+
+    @classmethod
+    def from_tuples(cls, battles: Iterable[tuple[str, str, str, str]]) -> "Battles":
+        """Battles from (query, model a, model b, winner): `Battles.from_tuples([("Hi", "gpt-4", "llama", "gpt-4")])`.
+
+        The winner is "model_a", "model_b", "tie", or the name of the better model. Queries that differ only in white
+        space are the same. Raises `UserError` where a tuple is no battle.
+        """
+        rows = Rows()
+        for number, battle in enumerate(battles, start=1):
+            if len(battle) != 4 or not all(isinstance(part, str) for part in battle):
+                raise UserError(f"battle {number} is {str(battle)[:80]}; expected query, model_a, model_b, winner")
+            query, *others = battle
+            text = rows.clean(query).strip()
+            problem = rows.add_battle(text, (-1, -1), TUPLES, *others) if text else "without query text"
+            if problem:
+                raise UserError(
+                    f"battle {number} is {problem}: {str(battle)[:80]}; expected query, model_a, model_b, winner"
+                )
+        return cls.from_rows(rows, has_sides=False)
+
+    @classmethod
+    def from_rows(cls, rows: Rows, has_sides: bool) -> "Battles":
+        """The battles and score tables of rows that were read, with models sorted by name.
+
+        has_sides: whether the rows say on which side of the split they are.
+        """
+        single, table = rows.battles_read(), rows.table_read()
+        model_names = sorted(rows.model_idx)
+        order = np.array([rows.model_idx[name] for name in model_names], np.int64)  # (M,)
+        query_idx, model_a_idx, model_b_idx = single[:, :3].astype(np.int64).T  # (N,) each
+        place = np.argsort(order)  # (M,) index -> place among the sorted names
+        return cls(
+            queries=[text for _, text in rows.queries.values()],
+            model_names=model_names,
+            query_idx=query_idx,
+            model_a_idx=place[model_a_idx],
+            model_b_idx=place[model_b_idx],
+            outcome=single[:, 3].astype(np.float32),  # (N,)
+            table=None if table is None else ScoreTable(*table).select(slice(None), order),
+            side=single[:, 4].astype(np.int8) if has_sides else None,  # (N,)
+            group=single[:, 5].astype(np.int64),  # (N,)
+            group_names=tuple(rows.groups),
+        )
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of the battles, for those that are not from a file."""
+        digest = hashlib.sha256(repr((self.queries, self.model_names, self.group_names)).encode())
+        table = self.table or ScoreTable(np.empty(0), np.empty(0))
+        for column in (self.query_idx, self.model_a_idx, self.model_b_idx, self.outcome, self.side, self.group):
+            digest.update(b"none" if column is None else np.ascontiguousarray(column))
+        for column in (table.query_idx, table.scores, table.costs, table.side, table.group):
+            digest.update(b"none" if column is None else np.ascontiguousarray(column))
+        return digest.hexdigest()
 
     def query_columns(self) -> tuple[np.ndarray, np.ndarray]:
         """The queries of single battles (N,), and those of the table's rows (R,), none without a table."""

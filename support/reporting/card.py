@@ -28,7 +28,7 @@ In a checkout of RankRouter, with this folder or its hub id:
 from rankrouter import RankRouter
 
 router = RankRouter.from_pretrained("FOLDER")
-{opening}
+router.{opening}
 print(router.rank(["How do I invert a matrix?"], top_k=3))
 ```
 
@@ -49,8 +49,6 @@ P(a beats b) is sigmoid((s_a - s_b) / {temperature:.4g}). The best single model 
 `config.json` and `model.safetensors`; nothing in them is executed. They hold 64 bits of a hash of each training and
 validation query, so that an evaluation can leave these out: somebody who knows a query can see whether it is there.
 """
-OPEN_ENCODER = 'router.open_encoder("{}")'
-OPEN_EMBEDDINGS = "router.open_embeddings(PrecomputedEmbeddings.read({!r}))  # of support.encoding.precomputed"
 
 
 def model_card(router: RankRouter, history: dict | None) -> str:
@@ -59,23 +57,27 @@ def model_card(router: RankRouter, history: dict | None) -> str:
     path, is_precomputed = metadata.encoder["path"], metadata.encoder.get("precomputed", False)
     is_public = is_hub_id(path) and not is_precomputed
     added = ", ".join(_code(each["model"]) for each in metadata.added_models)
-    opening = (
-        OPEN_EMBEDDINGS.format(path) if is_precomputed else OPEN_ENCODER.format(path if is_public else f"../{path}")
-    )
+    place = path if is_public else f"../{path}"
     no_history = "No finished `training_history.json` of this router was beside its checkpoint."
     return CARD.format(
         base=f"base_model: {path}\n" if is_public else "",
         count=len(router.model_names),
         models=", ".join(map(_code, router.model_names)),
         added=f" Added after training, and not in the test below: {added}." if added else "",
-        opening=opening,
+        opening=f'open_embeddings("{place}")' if is_precomputed else f'open_encoder("{place}")',
         encoder=_encoder(metadata),
         temperature=metadata.temperature,
         single=_code(metadata.best_single_model),
-        guard=f'; `fallback="best"` leaves it where P > {metadata.confidence:g}' if metadata.confidence else "",
+        guard=_guard(metadata.confidence),
         test=no_history if history is None else _test(history),
         training=_training(metadata, history),
     )
+
+
+def _guard(confidence: float | None) -> str:
+    if confidence is None:
+        return ""
+    return f'; `fallback="best"` {"never leaves it" if confidence == 1 else f"leaves it where P > {confidence:g}"}'
 
 
 def _encoder(metadata: Metadata) -> str:

@@ -7,8 +7,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data_loader import query_ids
 from model_profiling import fitted_vector, win_rate_profiles
+from rankrouter import RankRouter
 from support.data.battles import COLUMNS, Battles, count_wins, outcomes
+from support.data.layouts import listed
+from support.system.errors import UserError, one_line
+
+
+def add_from_battles(router: RankRouter, name: str, battles: Battles, source: dict | None = None) -> Battles:
+    """Add a model to a trained router from its battles against models that it knows; nothing is retrained.
+
+    Their queries count as seen by the router. `source` is recorded of them, beside their number. Returns those battles,
+    all as single ones. Raises `UserError` where there are none, or the name cannot be new.
+    """
+    router.check_new_name(name)
+    own = battles_of(battles, name, router.model_names)
+    if not len(own):
+        problem = f"no battle of {one_line(name)} against a model of the router"
+        raise UserError(f"there is {problem}; models in the battles: {listed(map(one_line, battles.model_names))}")
+    queries = [own.queries[i] for i in own.unique_queries]  # (Q,)
+    x, cluster_idx = router.embed(queries)  # (Q, F), (Q,)
+    _, opponents, outcome = in_view_of(name, own, router)  # (n,) each
+    row = own.query_rows  # (n,)
+    vector = vector_from_battles(router, x[row], cluster_idx[row], opponents, outcome)  # (C,)
+    router.add_model(name, vector, {"from": "battles", "battles": len(own)} | (source or {}))
+    seen = torch.cat([router.metadata.seen_queries, torch.from_numpy(query_ids(queries))]).unique()  # (Qs,)
+    router.metadata = replace(router.metadata, seen_queries=seen)
+    return own
 
 
 def battles_of(battles: Battles, name: str, known: list[str]) -> Battles:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_loader import Split, data_files, load_battles, split_battles
+from data_loader import Split, counts_in_memory, data_files, load_battles, split_battles
 from support.data.battles import Battles
 from support.data.benchmarks import Profiles, read_profiles
 from support.data.demo import demo_folder
@@ -37,13 +37,18 @@ class Data:
     counts: dict  # the `data` of the history
 
 
-def find_inputs(args: argparse.Namespace) -> Path | None:
+def find_inputs(args: argparse.Namespace, battles: Battles | None) -> Path | None:
     """Fill in the demo's paths that `args` leaves open, and check that data and encoder exist, before anything slow.
+
+    `battles` are those in memory, if the data are not files.
 
     Returns the demo's folder if the battles are the demo's. Raises `UserError` where something is missing.
     """
+    if battles is not None:
+        _refuse_flags_of_files(args)
+        args.data_path = "memory"
     is_demo, folder = args.data_path is None, None
-    if not is_demo:
+    if not is_demo and battles is None:
         data_files(args.data_path, DOWNLOAD)
     if args.embeddings is not None:
         args.model_path = None
@@ -80,15 +85,25 @@ def make_encoder(args: argparse.Namespace, prompt: str | None, device: torch.dev
     return encoder
 
 
-def load_data(args: argparse.Namespace) -> Data:
+def _refuse_flags_of_files(args: argparse.Namespace) -> None:
+    of_files = ("score_columns", "query_column", "split_column", "group_column", "limit")
+    if given := [name for name in of_files if getattr(args, name) is not None]:
+        raise UserError(f"{', '.join(given)}: of files; expected none of them with battles in memory")
+
+
+def load_data(args: argparse.Namespace, battles: Battles | None) -> Data:
     """Read and split the battles, read the benchmarks, and set `args.capability_dim` and `args.eval_every`.
 
+    `battles` are those in memory, if the data are not files.
     Raises `UserError` where a file cannot be read or does not fit the flags.
     """
     columns = {"query_column": args.query_column, "split_column": args.split_column}
     columns |= {"group_column": args.group_column}
     columns["groups_apart"] = args.split_by == "task" or args.group_column is not None
-    battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed, **columns)
+    if battles is None:
+        battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed, **columns)
+    else:
+        counts = counts_in_memory(battles)
     is_pointwise = args.loss_type == "pointwise"
     if is_pointwise and (battles.table is None or len(battles.outcome)):
         raise UserError(f"--loss_type pointwise learns from the scores of a score table; {args.data_path} has battles")

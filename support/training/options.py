@@ -41,6 +41,20 @@ def with_defaults(args: dict) -> dict:
     return {name: value for name, value in vars(parse_args([])).items() if name not in NO_EXPERIMENT} | args
 
 
+def parse_flags(**flags) -> argparse.Namespace:
+    """The flags given by name, `parse_flags(epochs=3, score_columns=["a", "b"])`, and the defaults of the others.
+
+    None and False leave a flag out. Raises `UserError` as `parse_args` does.
+    """
+    argv = []
+    for name, value in flags.items():
+        if isinstance(value, (list, tuple)):  # as CSV has it, since a name may hold a comma
+            value = ",".join('"{}"'.format(str(part).replace('"', '""')) for part in value)
+        if value is not None and value is not False:
+            argv.append(f"--{name}" if value is True else f"--{name}={value}")
+    return parse_args(argv)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; with --demo, paths that are not given are None. Raises `UserError` where they exclude each other."""
     parser = _parser()

@@ -501,7 +501,12 @@ def test_a_new_model_that_cannot_be_added_is_refused(checkpoint, profiled, refus
     battles = new_battles(demo, tmp_path)
     for name, source, save, expected in (
         ("demo-model-c", ("--battles", battles), target, "knows demo-model-c already"),
-        ("newest", ("--battles", battles), target, "no battle of newest against a model of the router; it has demo-"),
+        (
+            "newest",
+            ("--battles", battles),
+            target,
+            "no battle of newest against a model of the router; models in the battles: demo-",
+        ),
         ("new\ud800", ("--battles", battles), target, "cannot name a model"),
         ("new", ("--profile", profiled[1]), target, "use --battles"),
         ("new", ("--battles", battles), checkpoint, f"--save {checkpoint} would replace an input"),
