@@ -28,7 +28,7 @@ Query = str | list[dict]  # a text, or chat messages
 FORMAT_VERSION = 4
 LIBRARY = "rankrouter"  # as the hub names it
 PLACES = ("data_path", "model_path", "output_dir", "cache_dir", "demo_dir", "capability_file", "prices", "embeddings")
-UNLIKE = 4.0  # a squared deviation so many times that of training, or less than its inverse, is worth a warning
+UNLIKE = 4.0  # embeddings with so many times the squared deviation of training are hardly of the same encoder
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on the number of models
 
 
@@ -235,7 +235,7 @@ class RankRouter(nn.Module):
             raise UserError(f"{found}, training had {self.encoder_width}; expected those of the same encoder")
         mean, scale = (each[: self.encoder_width].cpu() for each in (self.query_tower.mean, self.query_tower.scale))
         typical = float(((embeddings.vectors - mean) / scale).square().mean(0).median())  # about 1 in training
-        if not 1 / UNLIKE < typical < UNLIKE:
+        if typical > UNLIKE:
             found = f"their typical squared deviation is {typical:.3g} times that of training"
             print(f"warning: {embeddings.path}: {found}; are they of the same encoder?", file=sys.stderr)
         self.encoder, self.model_blocks = embeddings, None

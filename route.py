@@ -1,7 +1,7 @@
 """Rank the models for new queries with a trained router, weigh them by price, add a model without retraining."""
 
 from support.routing.options import parse_args
-from support.system.command_line import above_progress_bars, progress_bar, run_command
+from support.system.command_line import run_command
 
 if __name__ == "__main__":
     run_command(parse_args)  # --help and typos are answered before torch is imported
@@ -35,6 +35,7 @@ from support.system import device
 from support.system.errors import UserError, one_line
 from support.system.files import atomic_file, cache_folder
 from support.system.hub import is_hub_id
+from support.system.progress import above_progress_bars, progress_bar
 from support.training.history import is_history_of, read_history
 
 MAX_DEVIATION = 10  # standard deviations of a benchmark: a value beyond is in another unit

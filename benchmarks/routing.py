@@ -1,9 +1,13 @@
-"""Speed of routing, one new query and 10,000 cached ones: `python -m benchmarks.routing`."""
+"""Speed of routing, one new query and 10,000 cached ones: `python -m benchmarks.routing`.
+
+With `--checkpoint best_model.pt --input queries.jsonl` instead the time of each decision of a router of yours.
+"""
 
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,12 +72,43 @@ def benchmark_query(checkpoint: Path, number: int) -> None:
     report("rank one new query, 100 models", "its tokens and its encoder pass", measured, "<= 1 ms")
 
 
+def benchmark_decisions(checkpoint: str, path: str, model_path: str | None, count: int) -> None:
+    """The time from a query that was never seen to the name of its best model, one query at a time."""
+    import numpy as np
+
+    from rankrouter import RankRouter
+    from support.data.queries import read_queries
+
+    router = RankRouter.load(checkpoint)
+    router.open_encoder(model_path)
+    queries = [query for chunk in read_queries(path) for _, query, _ in chunk if query is not None][: 50 + count]
+    tokens = np.array([len(ids) for ids in router.encoder.tokenize(queries)])[50:]  # (Q,)
+    milliseconds = []
+    for query in queries:
+        start_time = time.perf_counter()
+        router.rank([query], top_k=1)
+        milliseconds.append((time.perf_counter() - start_time) * 1e3)
+    milliseconds = np.array(milliseconds)[50:]  # (Q,), without those that warm up
+    p50, p99 = np.percentile(milliseconds, (50, 99))
+    print(
+        f"{len(milliseconds)} decisions of {len(router.model_names)} models, queries of {np.median(tokens):.0f} tokens"
+    )
+    print(f"(99 % have at most {np.percentile(tokens, 99):.0f}): p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the rows of the table."""
     parser = OneLineParser("Measure the speed of routing, side by side in one run.")
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="of each comparison")
+    parser.add_argument("--checkpoint", metavar="FILE", help="measure single decisions of this router instead")
+    parser.add_argument("--input", metavar="FILE", help="its queries")
+    parser.add_argument("--model_path", help="its encoder; default: that of training")
+    parser.add_argument("--queries", type=whole_number(1), default=1000, help="so many of them, after 50")
     args = parser.parse_args(argv)
     tune_cpu()
+    if args.checkpoint is not None:
+        benchmark_decisions(args.checkpoint, args.input, args.model_path, args.queries)
+        return
     with tempfile.TemporaryDirectory() as work:
         checkpoint = train_wide(Path(work))
         print_header()

@@ -7,7 +7,7 @@ the demo's. A real one is downloaded by its hub id: train_router(battles, "sente
 import random
 
 import report
-from support.data.battles import Battles
+from data_loader import Battles
 from support.data.demo import demo_folder
 from support.routing.new_model import add_from_battles
 from train import train_router

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from support.system.command_line import OneLineParser, run_command
 from support.system.errors import UserError, one_line, reason
 from support.system.files import atomic_write, folder_path, make_folder, remove_leftovers, user_cache_folder
 
@@ -266,6 +265,8 @@ def _part(folder: Path) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     """List the cached embeddings by encoder, or delete one encoder's part."""
+    from support.system.command_line import OneLineParser
+
     parser = OneLineParser("List the cached embeddings, by encoder; or drop those of one encoder.")
     parser.add_argument("--cache_dir", metavar="DIR", help="where they are, else the user's cache folder")
     parser.add_argument("--drop", metavar="NAME", help="delete this encoder's part, named by its first letters")
@@ -298,4 +299,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    from support.system.command_line import run_command
+
     run_command(main)

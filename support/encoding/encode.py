@@ -8,8 +8,8 @@ import torch
 from support.encoding.batching import plan_batches
 from support.encoding.cache import CombinedCache, EmbeddingCache
 from support.system import distributed
-from support.system.command_line import progress_bar
 from support.system.errors import UserError, is_out_of_memory, reason
+from support.system.progress import progress_bar
 
 # Tokens per batch: enough to keep the device busy, few enough that long queries still fit.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768, "mps": 8192}

@@ -39,7 +39,8 @@ class PrecomputedEmbeddings:
         fingerprint: str = "",
         device: str | torch.device = "cpu",
     ):
-        vectors = torch.from_numpy(np.ascontiguousarray(vectors, np.float32))  # (Q, H)
+        with np.errstate(over="ignore"):  # refused below
+            vectors = torch.from_numpy(np.array(vectors, np.float32))  # (Q, H)
         if vectors.ndim != 2 or len(vectors) != len(queries) or not vectors.numel():
             raise UserError(f"{path} has {len(queries)} queries and embeddings of shape {list(vectors.shape)}")
         if len(bad := (~vectors.isfinite().all(1)).nonzero()):
@@ -130,6 +131,6 @@ def _of_parquet(file: Path) -> np.ndarray:
         widths = pc.list_value_length(lists).unique()
         if len(widths) > 1:
             raise UserError(f"{file}: `{column}` has lists of {listed(map(str, widths))} numbers; expected one width")
-        return values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(lists), -1)  # (Q, H)
+        return values.to_numpy(zero_copy_only=False).reshape(len(lists), -1)  # (Q, H)
     except (OSError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
         raise UserError(f"{file} cannot be read as parquet with lists of numbers ({reason(error)})") from error

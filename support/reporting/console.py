@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from support.system import distributed
-from support.system.command_line import above_progress_bars, progress_bar
 from support.system.errors import one_line
+from support.system.progress import above_progress_bars, progress_bar
 
 MOST_SHOWN = 4  # models of choice shares
 MIN_QUERIES = 30  # below, a bootstrap interval gives no verdict

@@ -75,7 +75,12 @@ def project(demo, tiny_run, tmp_path_factory):
     pd.DataFrame(prices).assign(price_per_query=lambda t: 0.001 * (1 + t.index)).to_csv(
         here / "prices.csv", index=False
     )
-    (here / "queries.txt").write_text("".join(f"How do I invert matrix {i}?\n" for i in range(20)))
+    queries = [f"How do I invert matrix {i}?" for i in range(20)]
+    (here / "queries.txt").write_text("".join(f"{query}\n" for query in queries))
+    chats = [{"messages": [{"role": "user", "content": query}] * 2} for query in queries]
+    (here / "chats.jsonl").write_text("".join(f"{json.dumps(chat)}\n" for chat in chats))
+    embedded = pd.DataFrame({"prompt": [*prompts.unique(), *queries]})
+    embedded.assign(embedding=[*rng.normal(size=(len(embedded), 6))]).to_parquet(here / "embeddings.parquet")
     shutil.copytree(demo / "encoder", here / "../model/Qwen2-0.5B")
     return here
 
@@ -97,7 +102,8 @@ def test_the_commands_and_examples_of_a_page_run(page, folder, demo, demo_dir, c
         if script == "train.py" and "--help" not in args:
             layers = ["--layers", "1,2"] if "--layers" in args else []  # the demo's encoder has two
             layers += ["--cache_layers", "1,2"] if "--cache_layers" in args else []
-            train.main([*args, *QUICK, *places, *layers])
+            encoder = places[2:] if "--embeddings" in args else places
+            train.main([*args, *QUICK, *encoder, *layers])
         elif script == "route.py" and "--help" not in args:
             route.main(args)
         elif script == "report.py" and "--help" not in args:
@@ -155,7 +161,7 @@ def test_the_reference_of_flags_is_the_help(command, monkeypatch, capsys):
 
 def test_the_tree_names_every_file():
     (tree,) = (block for block in blocks(PAGES["README.md"], "text") if "support/" in block)
-    rows = {line.split()[0]: line for line in tree.splitlines()}
+    rows = {line.split()[0]: line for line in re.sub(r"\n {20,}", " ", tree).splitlines()}
     assert {name for name in rows if name.endswith(".py")} == {path.name for path in ROOT.glob("*.py")}
     for folder in (path for path in (ROOT / "support").iterdir() if (path / "__init__.py").is_file()):
         for path in folder.glob("[a-z]*.py"):

@@ -14,8 +14,9 @@ from sklearn.linear_model import LogisticRegression
 import metrics
 import support.data.battles
 import train
-from data_loader import Battles, ScoreTable, Split
+from data_loader import Battles, Split
 from rankrouter import Metadata, RankRouter, RouterConfig
+from support.data.battles import ScoreTable
 from support.evaluation import baselines
 from support.evaluation.comparison import TestEvaluation, summarize
 from support.reporting.console import verdict

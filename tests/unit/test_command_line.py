@@ -8,8 +8,9 @@ import warnings
 import pytest
 
 from support.system import command_line
-from support.system.command_line import comma_separated, progress_bar, run_command
+from support.system.command_line import comma_separated, run_command
 from support.system.errors import UserError
+from support.system.progress import progress_bar
 
 
 class Full(io.StringIO):

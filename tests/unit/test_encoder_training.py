@@ -9,10 +9,11 @@ import torch
 from transformers import AlbertConfig, AlbertModel, BartConfig, BartModel, BertConfig, BertModel
 
 import train
-from data_loader import ScoreTable, load_battles, split_battles
+from data_loader import load_battles, split_battles
 from loss import bpr
 from query_representation import query_features
 from rankrouter import RankRouter, RouterConfig
+from support.data.battles import ScoreTable
 from support.encoding.encoder import QueryEncoder
 from support.encoding.huggingface import load_encoder
 from support.encoding.lora import load_weights, make_trainable, weights_hash

@@ -11,8 +11,9 @@ import loss
 import rankrouter
 import support.training.items
 import train
-from data_loader import Battles, ScoreTable
+from data_loader import Battles
 from rankrouter import RankRouter, RouterConfig
+from support.data.battles import ScoreTable
 from support.training.batches import BattleBatches
 from support.training.checkpoint import TrainingState
 from support.training.history import LearningCurves

@@ -1,0 +1,86 @@
+"""The examples: the tour finds what its battles say, and LiteLLM's Router asks RankRouter for each conversation."""
+
+import asyncio
+import runpy
+
+import pytest
+import torch
+
+from rankrouter import RankRouter
+
+
+def test_the_tour_finds_what_its_battles_say(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_module("examples.tour")
+    rankings = [line.split(" -> ")[1].split(", ") for line in capsys.readouterr().out.splitlines() if " -> " in line]
+    firsts = [ranking[0].split()[0] for ranking in rankings]
+    lasts = [ranking[-1].split()[0] for ranking in rankings]
+    assert firsts == ["mathematician", "cook", "chef"]
+    assert lasts == ["cook", "mathematician", "mathematician"]
+    assert (tmp_path / "outputs/tour/training.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def gateway(tiny_run, monkeypatch):
+    """A router, and a LiteLLM Router that asks it, with deployments of three of its models and an unknown one."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it is downloaded on import
+    litellm = pytest.importorskip("litellm")
+    from examples.litellm_router import RankRouterStrategy
+
+    router = RankRouter.load(tiny_run[1] / "best_model.pt")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(router.query_tower.mlp[-1].weight)  # so that rankings differ by query
+    groups = [("best", "unknown"), *(("best", name) for name in router.model_names[2:5]), ("other", "stranger")]
+    parts = [
+        {
+            "model_name": group,
+            "litellm_params": {"model": f"openai/{name}", "mock_response": name},
+            "model_info": {"id": name},
+        }
+        for group, name in groups
+    ]
+    gateway = litellm.Router(model_list=parts)
+    gateway.register_plugin(RankRouterStrategy(router, gateway))
+    return router, gateway
+
+
+def answer(reply):
+    return reply.choices[0].message.content
+
+
+def test_each_conversation_goes_to_the_model_that_ranks_first(gateway):
+    router, gateway = gateway
+    allowed = router.model_names[2:5]
+    questions = [f"{what} number {i}?" for i in range(6) for what in ("How do I invert matrix", "Is soup", "Sing")]
+    expected = [ranking[0][0] for ranking in router.rank(questions, models=allowed)]
+    assert len(set(expected)) > 1
+    chats = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": query}] for query in questions]
+    assert [answer(gateway.completion(model="best", messages=chat)) for chat in chats] == expected
+    more = [{"role": "assistant", "content": "Hm."}, {"role": "user", "content": "And then, for all of them?"}]
+
+    async def together():
+        return await asyncio.gather(*(gateway.acompletion(model="best", messages=chat + more) for chat in chats))
+
+    assert list(map(answer, asyncio.run(together()))) == expected  # a session keeps its model
+
+
+def test_requests_that_cannot_be_ranked_go_to_the_first_deployment(gateway):
+    _, gateway = gateway
+    hello = [{"role": "user", "content": "Hello"}]
+    assert answer(gateway.completion(model="other", messages=hello)) == "stranger"
+    only_system = [{"role": "system", "content": "Be kind."}]
+    assert answer(gateway.completion(model="best", messages=only_system)) == "unknown"
+
+
+def test_the_example_routes_two_requests(tiny_run, monkeypatch, capsys):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    pytest.importorskip("litellm")
+    from examples.litellm_router import main
+
+    checkpoint = tiny_run[1] / "best_model.pt"
+    main(str(checkpoint))
+    questions = ["How do I invert a matrix?", "Which spices go with lentil soup?"]
+    best = [ranking[0][0] for ranking in RankRouter.load(checkpoint).rank(questions)]
+    shown = [f"{query} -> an answer of {name}" for query, name in zip(questions, best, strict=True)]
+    assert capsys.readouterr().out.splitlines() == shown
