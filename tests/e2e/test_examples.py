@@ -4,9 +4,12 @@ import asyncio
 import runpy
 
 import pytest
-import torch
 
+from data_loader import Battles
 from rankrouter import RankRouter
+from train import train_router
+
+TEXTS = ("Invert matrix", "Cook soup")
 
 
 def test_the_tour_finds_what_its_battles_say(tmp_path, monkeypatch, capsys):
@@ -21,17 +24,27 @@ def test_the_tour_finds_what_its_battles_say(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "outputs/tour/training.png").stat().st_size > 10_000
 
 
+@pytest.fixture(scope="module")
+def checkpoint(demo, tmp_path_factory):
+    """Of a router that has learned which of four models are best at matrices, and which at soup."""
+    output, pairs = tmp_path_factory.mktemp("outputs"), [("m1", "s1"), ("m1", "s2"), ("m2", "s1"), ("m2", "s2")]
+    rows = [
+        (f"{text} number {i}", *pair, pair[TEXTS.index(text)]) for i in range(30) for pair in pairs for text in TEXTS
+    ]
+    tiny = {"embedding_dim": 8, "lr": 0.01, "epochs": 2, "num_clusters": 2, "baselines": "none", "dtype": "float32"}
+    train_router(Battles.from_tuples(rows), str(demo / "encoder"), str(output), **tiny)
+    return output / "best_model.pt"
+
+
 @pytest.fixture
-def gateway(tiny_run, monkeypatch):
-    """A router, and a LiteLLM Router that asks it, with deployments of three of its models and an unknown one."""
+def gateway(checkpoint, monkeypatch):
+    """A router, and a LiteLLM Router that asks it, with deployments of two of its models and an unknown one."""
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it is downloaded on import
     litellm = pytest.importorskip("litellm")
     from examples.litellm_router import RankRouterStrategy
 
-    router = RankRouter.load(tiny_run[1] / "best_model.pt")
-    torch.manual_seed(0)
-    torch.nn.init.normal_(router.query_tower.mlp[-1].weight)  # so that rankings differ by query
-    groups = [("best", "unknown"), *(("best", name) for name in router.model_names[2:5]), ("other", "stranger")]
+    router = RankRouter.load(checkpoint)
+    groups = [("best", "unknown"), ("best", "m1"), ("best", "s2"), ("other", "stranger")]
     parts = [
         {
             "model_name": group,
@@ -42,7 +55,7 @@ def gateway(tiny_run, monkeypatch):
     ]
     gateway = litellm.Router(model_list=parts)
     gateway.register_plugin(RankRouterStrategy(router, gateway))
-    return router, gateway
+    return gateway
 
 
 def answer(reply):
@@ -50,14 +63,10 @@ def answer(reply):
 
 
 def test_each_conversation_goes_to_the_model_that_ranks_first(gateway):
-    router, gateway = gateway
-    allowed = router.model_names[2:5]
-    questions = [f"{what} number {i}?" for i in range(6) for what in ("How do I invert matrix", "Is soup", "Sing")]
-    expected = [ranking[0][0] for ranking in router.rank(questions, models=allowed)]
-    assert len(set(expected)) > 1
+    questions, expected = [f"{text} number {-i}" for i in range(6) for text in TEXTS], ["m1", "s2"] * 6
     chats = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": query}] for query in questions]
     assert [answer(gateway.completion(model="best", messages=chat)) for chat in chats] == expected
-    more = [{"role": "assistant", "content": "Hm."}, {"role": "user", "content": "And then, for all of them?"}]
+    more = [{"role": "assistant", "content": "Hm."}, {"role": "user", "content": "And soup?"}]
 
     async def together():
         return await asyncio.gather(*(gateway.acompletion(model="best", messages=chat + more) for chat in chats))
@@ -66,19 +75,17 @@ def test_each_conversation_goes_to_the_model_that_ranks_first(gateway):
 
 
 def test_requests_that_cannot_be_ranked_go_to_the_first_deployment(gateway):
-    _, gateway = gateway
     hello = [{"role": "user", "content": "Hello"}]
     assert answer(gateway.completion(model="other", messages=hello)) == "stranger"
     only_system = [{"role": "system", "content": "Be kind."}]
     assert answer(gateway.completion(model="best", messages=only_system)) == "unknown"
 
 
-def test_the_example_routes_two_requests(tiny_run, monkeypatch, capsys):
+def test_the_example_routes_two_requests(checkpoint, monkeypatch, capsys):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     pytest.importorskip("litellm")
     from examples.litellm_router import main
 
-    checkpoint = tiny_run[1] / "best_model.pt"
     main(str(checkpoint))
     questions = ["How do I invert a matrix?", "Which spices go with lentil soup?"]
     best = [ranking[0][0] for ranking in RankRouter.load(checkpoint).rank(questions)]

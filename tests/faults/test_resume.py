@@ -308,11 +308,11 @@ def test_a_signal_is_forgotten_when_its_run_has_ended(small, forked, tmp_path):
     def patch():
         run, calls = train.train, []
 
-        def interrupted_once(args):
+        def interrupted_once(*args):
             calls.append(None)
             if len(calls) == 1:
                 send(signal.SIGTERM)()
-            run(args)
+            run(*args)
 
         train.train = interrupted_once
 

@@ -105,9 +105,7 @@ def test_a_checkpoint_keeps_its_surface_features_and_names_those_that_are_no_lon
         if features == names:
             loaded = RankRouter.load(path)
             assert loaded.config.surface_features == names
-            loaded.encoder = SimpleNamespace(
-                device="cpu", embed=lambda queries, read: (torch.zeros(len(queries), 8), 0)
-            )
+            loaded.encoder = SimpleNamespace(device="cpu", embed=lambda queries: (torch.zeros(len(queries), 8), 0))
             x, _ = loaded.embed(["a b 1", "22"])
             expected = torch.tensor([[3 / 5, 1 / 5], [1 / 2, 1.0]])
             scale, mean = loaded.query_tower.scale[8:], loaded.query_tower.mean[8:]
