@@ -28,7 +28,7 @@ Query = str | list[dict]  # a text, or chat messages
 FORMAT_VERSION = 4
 LIBRARY = "rankrouter"  # as the hub names it
 PLACES = ("data_path", "model_path", "output_dir", "cache_dir", "demo_dir", "capability_file", "prices", "embeddings")
-UNLIKE = 4.0  # embeddings with so many times the squared deviation of training are hardly of the same encoder
+MAX_SQUARED_DEVIATION = 4.0  # of precomputed embeddings, relative to training: beyond, the encoder may be another one
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on the number of models
 
 
@@ -189,7 +189,7 @@ class RankRouter(nn.Module):
         trained = self._trained().encoder
         if trained.get("precomputed"):
             raise UserError(
-                "the router was trained on embeddings from elsewhere; give those of these queries: --embeddings"
+                "the router was trained on precomputed embeddings; give those of these queries by --embeddings"
             )
         path = trained["path"] if model_path is None else model_path
         if model_path is None and not (os.path.isdir(os.path.expanduser(path)) or hub.is_hub_id(path)):
@@ -220,7 +220,7 @@ class RankRouter(nn.Module):
         self.to(device)
 
     def open_embeddings(self, embeddings: PrecomputedEmbeddings | str | Path) -> None:
-        """Take embeddings from elsewhere, or a file of them, in the encoder's place, for a router trained on such.
+        """Take precomputed embeddings, or a file of them, in the encoder's place, for a router trained on such.
 
         Raises `UserError` for another router, or where they are of another width. Embeddings of another encoder are
         not always recognized: there is a warning where they are unlike those of training.
@@ -235,7 +235,7 @@ class RankRouter(nn.Module):
             raise UserError(f"{found}, training had {self.encoder_width}; expected those of the same encoder")
         mean, scale = (each[: self.encoder_width].cpu() for each in (self.query_tower.mean, self.query_tower.scale))
         typical = float(((embeddings.vectors - mean) / scale).square().mean(0).median())  # about 1 in training
-        if typical > UNLIKE:
+        if typical > MAX_SQUARED_DEVIATION:
             found = f"their typical squared deviation is {typical:.3g} times that of training"
             print(f"warning: {embeddings.path}: {found}; are they of the same encoder?", file=sys.stderr)
         self.encoder, self.model_blocks = embeddings, None

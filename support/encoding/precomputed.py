@@ -1,4 +1,4 @@
-"""Embeddings from elsewhere, such as an API or another machine: read from a file by query, in an encoder's place."""
+"""Precomputed embeddings, of an API or another machine: read from a file by query, in the place of an encoder."""
 
 from pathlib import Path
 

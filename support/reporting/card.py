@@ -84,7 +84,7 @@ def _encoder(metadata: Metadata) -> str:
     encoder = metadata.encoder
     if encoder.get("precomputed"):
         file = f"of the file {_code(encoder['path'])}, SHA-256 `{encoder['fingerprint']}`"
-        return f"It was trained on embeddings from elsewhere, {file}, and needs such of its queries."
+        return f"It was trained on precomputed embeddings, {file}, and needs those of new queries."
     prefix = f", prefix {_code(encoder['prefix'])}" if encoder.get("prefix") else ""
     weights = "its trained weights are in this folder" if metadata.trained else "it is frozen, and not in this folder"
     settings = f"{encoder['pooling']} pooling{prefix}, {encoder['dtype']}, at most {encoder['max_length']} tokens"

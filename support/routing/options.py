@@ -112,8 +112,8 @@ def _parser() -> OneLineParser:
 
     add = parser.add_argument_group("encoder").add_argument
     add("--model_path", help="folder or hub id; default: that of training")
-    elsewhere = "embeddings of the queries, for a router that was trained with --embeddings"
-    add("--embeddings", **file, help=elsewhere)
+    precomputed = "precomputed embeddings of the queries, for a router that was trained with --embeddings"
+    add("--embeddings", **file, help=precomputed)
     add("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: cuda, else mps, else cpu")
     add("--encode_tokens", metavar="N", type=count, help="tokens per batch of queries")
     add("--cache_dir", metavar="DIR", help="folder of cached embeddings; default: the user's cache folder")

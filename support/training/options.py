@@ -197,9 +197,11 @@ def _parser() -> OneLineParser:
     add("--cache_dir", metavar="DIR", help="folder of cached embeddings; default: the user's cache folder")
     add("--no_cache", **switch, help="neither read nor write cached embeddings")
 
-    elsewhere = "embeddings of the queries from elsewhere instead of an encoder: parquet with columns such as `prompt` "
-    elsewhere += "and `embedding`, or .npy beside a table of the queries"
-    add("--embeddings", metavar="FILE", type=some_path, help=elsewhere)
+    precomputed = (
+        "precomputed embeddings instead of an encoder: parquet with columns such as `prompt` and `embedding`, "
+    )
+    precomputed += "or .npy beside a table of the queries"
+    add("--embeddings", metavar="FILE", type=some_path, help=precomputed)
 
     add = parser.add_argument_group("finetuning", "only with --finetune_encoder").add_argument
     add("--finetune_encoder", **switch, help="train the encoder with the towers")

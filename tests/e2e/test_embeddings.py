@@ -1,4 +1,4 @@
-"""Training and routing on embeddings from elsewhere: as with the encoder that made them, and what does not fit."""
+"""Training and routing on precomputed embeddings: as with the encoder that made them, and what does not fit."""
 
 import json
 

@@ -140,6 +140,48 @@ def test_rank_takes_any_iterable_of_queries_and_refuses_a_single_text(checkpoint
             router.rank(*arguments)
 
 
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": " How do I invert a matrix? "},
+    {"role": "assistant", "content": "With a solver."},
+    {"role": "user", "content": [{"type": "image_url", "image_url": "x"}, {"type": "text", "text": "Who ruled Rome?"}]},
+]
+READ = {"first": QUERIES[0], "last": QUERIES[2], "all": f"{QUERIES[0]} \n\n{QUERIES[2]}"}
+
+
+@pytest.mark.parametrize("read", READ)
+def test_of_a_conversation_the_turns_of_the_user_are_read(read, checkpoint, routed, tmp_path):
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    (line,) = jsonl(routed("--checkpoint", checkpoint, "--input", str(tmp_path / "chats.jsonl"), "--read", read))
+    assert line["query"] == READ[read]
+    router = RankRouter.load(checkpoint)
+    assert router.rank([CHAT], read=read) == router.rank([READ[read]])
+    assert np.array_equal(router.scores_of([CHAT], read=read), router.scores_of([READ[read]]))
+
+
+def test_the_first_turn_is_read_by_default_as_in_training(checkpoint, routed, tmp_path):
+    pd.DataFrame({"conversation": [CHAT[:3], CHAT[1:2]]}).to_parquet(tmp_path / "chats.parquet")
+    lines = jsonl(routed("--checkpoint", checkpoint, "--input", str(tmp_path / "chats.parquet")))
+    assert [line["query"] for line in lines] == [QUERIES[0]] * 2
+    router = RankRouter.load(checkpoint)
+    assert router.rank([CHAT]) == router.rank([QUERIES[0]])
+
+
+@pytest.mark.parametrize(
+    ("queries", "read", "message"),
+    [
+        (CHAT, "first", "queries is one list of chat messages, expected a list of such lists"),
+        ([CHAT[:1]], "last", r"query 1 is without text in the user's turn \(last\) of its 1 messages"),
+        (["text", []], "first", "query 2 is \\[\\], expected text or a list of chat messages"),
+        ([["text"]], "first", "expected text or a list of chat messages"),
+        (["text"], "second", "read is 'second', expected one of first, last, all"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(queries, read, message, checkpoint):
+    with pytest.raises(UserError, match=message):
+        RankRouter.load(checkpoint).rank(queries, read=read)
+
+
 def test_scores_and_their_probabilities_are_printed(checkpoint, routed):
     router = RankRouter.load(checkpoint)
     printed = routed("--checkpoint", checkpoint, QUERIES[0], "--no_cache", "--top_k", "4").splitlines()

@@ -1,4 +1,4 @@
-"""Embeddings from elsewhere: files of them read by query, and everything in them that is refused."""
+"""Precomputed embeddings: files of them read by query, and everything in them that is refused."""
 
 import hashlib
 
