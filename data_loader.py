@@ -92,11 +92,13 @@ def load_battles(
     return battles, counts | {"scores_odd": odd} | _sizes(battles)
 
 
-def counts_in_memory(battles: Battles) -> dict:
-    """The counts of battles that are from no file, as `load_battles` has them."""
+def battles_in_memory(battles: Battles, limit: int | None = None, seed: int = 42) -> tuple[Battles, dict]:
+    """What `load_battles` returns, of battles that are from no file."""
     counts = Rows().counts() | {"path": "memory", "content_hash": battles.content_hash(), "files_skipped": []}
-    counts |= {"layouts": ["memory"], "columns": ["battles in memory"], "score_columns": [], "scores_odd": None}
-    return counts | {"rows_read": len(battles), "queries_outside_limit": 0} | _sizes(battles)
+    counts |= {"layouts": ["memory"], "columns": [], "score_columns": [], "scores_odd": None}
+    counts["rows_read"] = len(battles)
+    battles, counts["queries_outside_limit"] = _limited(battles, limit, seed)
+    return battles, counts | _sizes(battles)
 
 
 def _sizes(battles: Battles) -> dict:

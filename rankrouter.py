@@ -27,8 +27,19 @@ from support.system.safe_torch import is_plain, not_ours, read_checkpoint, write
 Query = str | list[dict]  # a text, or chat messages
 FORMAT_VERSION = 4
 LIBRARY = "rankrouter"  # as the hub names it
-PLACES = ("data_path", "model_path", "output_dir", "cache_dir", "demo_dir", "capability_file", "prices", "embeddings")
-MAX_SQUARED_DEVIATION = 4.0  # of precomputed embeddings, relative to training: beyond, the encoder may be another one
+BEST = "best_model.pt"  # in a run's output folder
+PATH_FLAGS = (
+    "data_path",
+    "model_path",
+    "output_dir",
+    "cache_dir",
+    "demo_dir",
+    "capability_file",
+    "prices",
+    "embeddings",
+)
+# Precomputed embeddings whose standardized dimensions are typically beyond these may be those of another encoder.
+MAX_SQUARED, MIN_VARIANCE, MANY_QUERIES = 4.0, 0.05, 30
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on the number of models
 
 
@@ -234,11 +245,14 @@ class RankRouter(nn.Module):
             found = f"{embeddings.path} has embeddings of width {embeddings.vectors.shape[1]}"
             raise UserError(f"{found}, training had {self.encoder_width}; expected those of the same encoder")
         mean, scale = (each[: self.encoder_width].cpu() for each in (self.query_tower.mean, self.query_tower.scale))
-        typical = float(((embeddings.vectors - mean) / scale).square().mean(0).median())  # about 1 in training
-        if typical > MAX_SQUARED_DEVIATION:
-            found = f"their typical squared deviation is {typical:.3g} times that of training"
+        x = (embeddings.vectors - mean) / scale  # (Q, H)
+        squared, variance = (float(each.median()) for each in (x.square().mean(0), x.var(0, correction=0)))
+        if squared > MAX_SQUARED or (len(x) >= MANY_QUERIES and variance < MIN_VARIANCE):
+            found = f"their typical square is {squared:.3g}, and their variance {variance:.3g}, where training has 1"
             print(f"warning: {embeddings.path}: {found}; are they of the same encoder?", file=sys.stderr)
-        self.encoder, self.model_blocks = embeddings, None
+        if embeddings.device != self.query_tower.mean.device:
+            self.model_blocks = None
+        self.encoder = embeddings
         self.to(embeddings.device)
 
     def embed(self, queries: list[Query], read: str = "first") -> tuple[torch.Tensor, torch.Tensor]:
@@ -406,40 +420,51 @@ class RankRouter(nn.Module):
         """Write a checkpoint. Raises `UserError` where it cannot be written, or the router is not trained."""
         write_checkpoint(path, self._as_checkpoint())
 
-    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
         """Write a new folder for `from_pretrained`, as the Hugging Face hub keeps models.
 
-        It holds `model.safetensors`, `config.json` and the card as `README.md`. Of paths, only the last part is kept.
-        Raises `UserError` where the folder cannot be written or is not empty, or the router is not trained.
+        It holds `model.safetensors`, `config.json` and, where there is one, the card as `README.md`, such as
+        `support.reporting.card.model_card` writes it. Of local paths, only the last part is kept. Raises `UserError`
+        where the folder cannot be written or is not empty, or the router is not trained.
         """
-        content = self._as_checkpoint() | vars(without_folders(self._trained()))
+        content = self._as_checkpoint() | vars(without_local_paths(self._trained()))
         hub.write_folder(folder, content.pop("model_state_dict"), {"library_name": LIBRARY} | content, card)
 
-    def push_to_hub(self, hub_id: str, card: str = "", private: bool = False, token: str | None = None) -> str:
-        """Upload the folder that `save_pretrained` writes; returns its URL. Raises `UserError` where that fails."""
+    def push_to_hub(
+        self, hub_id: str, card: str | None = None, private: bool = False, token: str | None = None, **options
+    ) -> str:
+        """Upload what `save_pretrained` writes to a hub repository, created where there is none; returns its URL.
+
+        The options are those of `HfApi.upload_folder`, such as `commit_message`. Raises `UserError` where that fails.
+        """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, card)
-            return hub.push_folder(Path(folder), hub_id, private=private, token=token)
+            return hub.push_folder(Path(folder), hub_id, private=private, token=token, **options)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, revision: str | None = None, token: str | None = None) -> "RankRouter":
+    def from_pretrained(cls, name: str | Path, **options) -> "RankRouter":
         """The router of a folder that `save_pretrained` wrote, or of a hub id, as `load` returns it.
 
-        Of a hub repository only `config.json` and `model.safetensors` are downloaded, and nothing is executed. Raises
-        `UserError` where there is no such router.
+        The options are those of `huggingface_hub.snapshot_download`, such as `revision`. Only `config.json` and
+        `model.safetensors` are downloaded, and nothing is executed. Raises `UserError` where there is no such router.
         """
         folder = Path(os.path.expanduser(name))
         if hub.is_hub_id(str(name)):
-            folder = hub.download(str(name), allow_patterns=[hub.CONFIG, hub.WEIGHTS], revision=revision, token=token)
+            folder = hub.download(str(name), allow_patterns=[hub.CONFIG, hub.WEIGHTS], **options)
         weights, content = hub.read_folder(folder, LIBRARY, FORMAT_VERSION)
         return cls._checked(folder, content | {"model_state_dict": weights})
 
     @classmethod
     def load(cls, path: str | Path) -> "RankRouter":
-        """The router of a checkpoint, on the CPU, in evaluation mode.
+        """The router of a checkpoint or of a run's output folder, on the CPU, in evaluation mode.
 
-        Nothing in the file is executed. Raises `UserError` where it is not a checkpoint that training wrote.
+        Other folders and hub ids are read by `from_pretrained`. Nothing in a file is executed. Raises `UserError` where
+        there is no router that training wrote.
         """
+        path = Path(os.path.expanduser(path))
+        path = path / BEST if (path / BEST).is_file() else path
+        if path.is_dir() or (hub.is_hub_id(str(path)) and path.suffix != ".pt" and not path.parent.is_dir()):
+            return cls.from_pretrained(path)
         return cls._checked(path, read_checkpoint(path, FORMAT_VERSION))
 
     @classmethod
@@ -493,7 +518,7 @@ class RankRouter(nn.Module):
         yield "the temperature", 0 < metadata.temperature < np.inf
         yield "the encoder", all(isinstance(encoder[name], str) for name in ("path", "fingerprint"))
         yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
-        yield "the encoder", type(encoder.get("precomputed", False)) is bool
+        yield "the encoder", all(type(encoder.get(name, False)) is bool for name in ("precomputed", "from_hub"))
         yield "--pooling", args["pooling"] in POOLINGS or encoder.get("precomputed", False)
         layers = args.get("layers")
         yield "--layers", layers is None or (type(layers) is list and layers == sorted(set(layers)) != [])
@@ -527,13 +552,14 @@ class RankRouter(nn.Module):
             yield "a profile", all(len(profiles[key]) == width for key in ("columns", "mean", "scale"))
 
 
-def without_folders(metadata: Metadata) -> Metadata:
-    """The same with the last part only of each path, as folders are of this machine; hub ids stay."""
-    paths = {name: metadata.args[name] for name in PLACES if metadata.args.get(name)}
-    paths["encoder"] = metadata.encoder["path"]
-    names = {name: path if hub.is_hub_id(path) else Path(os.path.abspath(path)).name for name, path in paths.items()}
-    encoder = metadata.encoder | {"path": names.pop("encoder")}
-    return replace(metadata, args=metadata.args | names, encoder=encoder)
+def without_local_paths(metadata: Metadata) -> Metadata:
+    """The same with the last part only of each path, as the others are of this machine; an encoder's hub id stays."""
+    args, encoder = metadata.args, metadata.encoder
+    names = {name: Path(os.path.abspath(args[name])).name for name in PATH_FLAGS if args.get(name)}
+    name = encoder["path"] if encoder.get("from_hub") else Path(os.path.abspath(encoder["path"])).name
+    if args["model_path"] is not None:
+        names["model_path"] = name
+    return replace(metadata, args=args | names, encoder=encoder | {"path": name})
 
 
 def best_first(scores: np.ndarray, top_k: int | None = None) -> np.ndarray:

@@ -8,7 +8,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ import torch
 
 from data_loader import load_battles
 from metrics import log_win_probability
-from rankrouter import RankRouter, best_first
+from rankrouter import BEST, RankRouter, best_first
 from support.data.benchmarks import read_profiles, standardize
 from support.data.cells import READ
 from support.data.queries import read_queries
@@ -45,8 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     """Do what the flags say; exit code 1 if a line was left out. Raises `UserError` on what the user can fix."""
     args = parse_args(argv)
     device.tune_cpu()
-    is_shared = os.path.isdir(args.checkpoint) or (is_hub_id(args.checkpoint) and not args.checkpoint.endswith(".pt"))
-    router = RankRouter.from_pretrained(args.checkpoint) if is_shared else RankRouter.load(args.checkpoint)
+    router = RankRouter.load(args.checkpoint)
     if args.embeddings is not None:
         router.open_embeddings(PrecomputedEmbeddings.read(args.embeddings, device.pick_device(args.device)))
     elif args.profile is None and (args.export is None or args.model_path is not None):  # the others need no encoder
@@ -70,8 +68,12 @@ def main(argv: list[str] | None = None) -> None:
 def export(args: argparse.Namespace, router: RankRouter) -> None:
     """Write the router as a folder for the hub, with a card of its test."""
     if args.model_path is not None:  # whose fingerprint was checked
-        router.metadata = replace(router.metadata, encoder=router.metadata.encoder | {"path": args.model_path})
-    history = read_history(Path(args.checkpoint).parent)
+        encoder = router.metadata.encoder | {"path": args.model_path, "from_hub": is_hub_id(args.model_path)}
+        router.metadata = replace(router.metadata, encoder=encoder)
+    checkpoint = Path(args.checkpoint)
+    if not (checkpoint.is_file() or (checkpoint / BEST).is_file()):
+        raise UserError(f"{args.checkpoint} is exported already; copy it, or get it by `hf download`")
+    history = read_history(checkpoint.parent if checkpoint.is_file() else checkpoint)
     if not is_history_of(history, router.metadata):
         history = None
     router.save_pretrained(args.export, model_card(router, history))

@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_router(
-    battles: Battles | str,
-    model_path: str | None = None,
-    output_dir: str = "./outputs",
+    battles: Battles | str | Path,
+    model_path: str | Path | None = None,
+    output_dir: str | Path = "./outputs",
     *,
     loss_type: str = "bpr",
     epochs: int = 10,
@@ -67,6 +67,9 @@ def train_router(
     **flags,
 ) -> RankRouter:
     """Train a router as the command does, with its output in `output_dir`, and return it, ready to rank.
+
+    The result of the test is in `training_history.json` there; `resume=True` continues a run that was stopped. As with
+    the command, the global random state of torch is seeded, and denormal numbers are flushed to zero.
 
     Args:
         battles: in memory, such as `Battles.from_tuples` makes them, or the path of a file, a folder, or a glob.
@@ -79,11 +82,13 @@ def train_router(
 
     Raises `UserError` on anything the user can fix.
     """
-    is_file = isinstance(battles, str)
-    flags |= {"data_path": battles if is_file else None, "model_path": model_path, "output_dir": output_dir}
-    args = parse_flags(loss_type=loss_type, epochs=epochs, seed=seed, **flags)
-    run_training(args, None if is_file else battles)
-    router = RankRouter.load(Path(args.output_dir) / "best_model.pt")
+    if not isinstance(battles, (Battles, str, Path)):
+        raise UserError(f"battles are {type(battles).__name__}; expected a path, or Battles, as of Battles.from_tuples")
+    in_memory = isinstance(battles, Battles)
+    flags |= {"loss_type": loss_type, "epochs": epochs, "seed": seed, "model_path": model_path}
+    args = parse_flags(**flags, output_dir=output_dir, data_path=None if in_memory else battles)
+    run_training(args, battles if in_memory else None)
+    router = RankRouter.load(args.output_dir)
     if args.embeddings is not None:
         router.open_embeddings(args.embeddings)
     else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.common import ROOT, median, print_header, report, rounds
 from support.system.command_line import OneLineParser, run_command, whole_number
 from support.system.device import tune_cpu
+from support.system.errors import UserError
 
 start = partial(subprocess.run, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
@@ -82,6 +83,8 @@ def benchmark_decisions(checkpoint: str, path: str, model_path: str | None, coun
     router = RankRouter.load(checkpoint)
     router.open_encoder(model_path)
     queries = [query for chunk in read_queries(path) for _, query, _ in chunk if query is not None][: 50 + count]
+    if len(queries) <= 50:
+        raise UserError(f"{path} has {len(queries)} queries; expected more than the 50 that warm up")
     tokens = np.array([len(ids) for ids in router.encoder.tokenize(queries)])[50:]  # (Q,)
     milliseconds = []
     for query in queries:
@@ -106,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--queries", type=whole_number(1), default=1000, help="so many of them, after 50")
     args = parser.parse_args(argv)
     tune_cpu()
+    if (args.checkpoint is None) != (args.input is None):
+        parser.error("--checkpoint and --input need each other")
     if args.checkpoint is not None:
         benchmark_decisions(args.checkpoint, args.input, args.model_path, args.queries)
         return

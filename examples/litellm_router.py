@@ -6,12 +6,13 @@ requests with mock responses. A deployment belongs to the model of the router th
 
 import asyncio
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import litellm
 from litellm.types.router import CustomRoutingStrategyBase
 
 from rankrouter import RankRouter
+from support.system.command_line import run_command
 from support.system.errors import UserError
 
 
@@ -19,36 +20,40 @@ class RankRouterStrategy(CustomRoutingStrategyBase):
     """Ranks the deployments of the requested group; for `litellm.Router.register_plugin`."""
 
     def __init__(self, router: RankRouter, gateway: litellm.Router):
-        self.router, self.gateway = router, gateway
-        self.one_at_a_time = ThreadPoolExecutor(1)  # so that the event loop is free meanwhile
-        router.rank(["load the encoder before the first request"])
+        self.router, self.gateway, self.lock = router, gateway, Lock()
+        router.rank(["the first query loads the encoder"])
 
     def get_available_deployment(
         self, model, messages=None, input=None, specific_deployment=False, request_kwargs=None
     ):
-        """The deployment in the group `model` for chat messages: by the user's first turn, as in training.
+        """The deployment in the group `model` for chat messages, of those that are not cooling down after failures.
 
-        So all turns of a session go to one model, and its provider can reuse the cached prompt.
+        Ranked by the user's first turn, as in training, so that a session keeps its model, which has its prompt cached.
         """
         deployments = {each["model_info"]["id"]: each for each in self.gateway.registry().deployments(model)}
-        names = [name for name in deployments if name in self.router.model_names]
+        if not deployments:
+            raise litellm.BadRequestError(f"there is no deployment of {model}", model=model, llm_provider="")
+        cooling = {name for name, _ in self.gateway.health().cooldowns.get_active_cooldowns(list(deployments), None)}
+        names = [name for name in deployments if name not in cooling] or list(deployments)
         try:
-            (ranking,) = self.router.rank([messages], top_k=1, models=names)
+            with self.lock:  # one at a time, as tokenizers are not made for several threads
+                known = [name for name in names if name in self.router.model_names]
+                (ranking,) = self.router.rank([messages], top_k=1, models=known)
         except UserError:  # there is no text of a user
             ranking = []
-        return deployments[ranking[0][0] if ranking else next(iter(deployments))]
+        return deployments[ranking[0][0] if ranking else names[0]]
 
     async def async_get_available_deployment(self, *args, **kwargs):
-        """The same, for `acompletion`."""
-        decide = asyncio.get_running_loop().run_in_executor
-        return await decide(self.one_at_a_time, lambda: self.get_available_deployment(*args, **kwargs))
+        """The same for `acompletion`; the event loop is free meanwhile."""
+        return await asyncio.to_thread(self.get_available_deployment, *args, **kwargs)
 
 
-def main(checkpoint: str, model_path: str | None = None) -> None:
+def main() -> None:
     """Route two requests to mock deployments, one for each model that the checkpoint knows."""
+    checkpoint, *model_path = sys.argv[1:]
     router = RankRouter.load(checkpoint)
-    router.open_encoder(model_path)
-    parts = [
+    router.open_encoder(*model_path)
+    model_list = [
         {
             "model_name": "best",  # what clients request
             "litellm_params": {"model": f"openai/{name}", "mock_response": f"an answer of {name}"},
@@ -56,7 +61,7 @@ def main(checkpoint: str, model_path: str | None = None) -> None:
         }
         for name in router.model_names
     ]
-    gateway = litellm.Router(model_list=parts)
+    gateway = litellm.Router(model_list=model_list)
     gateway.register_plugin(RankRouterStrategy(router, gateway))
     for question in ("How do I invert a matrix?", "Which spices go with lentil soup?"):
         reply = gateway.completion(model="best", messages=[{"role": "user", "content": question}])
@@ -64,4 +69,4 @@ def main(checkpoint: str, model_path: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(main)

@@ -10,8 +10,9 @@ import numpy as np
 
 from support.data.cells import outcome_of_label
 from support.data.layouts import Layout
+from support.data.queries import as_query
 from support.data.rows import Rows
-from support.system.errors import UserError
+from support.system.errors import UserError, one_line
 
 TUPLES = Layout("prompts", "query", ("model_a", "model_b", "winner"), outcome_of_label)  # of `Battles.from_tuples`
 COLUMNS = ("query_idx", "model_a_idx", "model_b_idx", "outcome")  # of Battles, (N,) each
@@ -147,23 +148,26 @@ class Battles:
     group_names: tuple[str, ...] = ()  # of tasks, or of other groups of queries
 
     @classmethod
-    def from_tuples(cls, battles: Iterable[tuple[str, str, str, str]]) -> "Battles":
+    def from_tuples(cls, battles: Iterable[tuple[str | list[dict], str, str, str]]) -> "Battles":
         """Battles from (query, model a, model b, winner): `Battles.from_tuples([("Hi", "gpt-4", "llama", "gpt-4")])`.
 
-        The winner is "model_a", "model_b", "tie", or the name of the better model. Queries that differ only in white
-        space are the same. Raises `UserError` where a tuple is no battle.
+        The query is a text, or chat messages, of which the user's first turn counts. The winner is "model_a",
+        "model_b", "tie", or the name of the better model. Queries that differ only in white space are the same. Raises
+        `UserError` where a tuple is no battle, or there is none.
         """
         rows = Rows()
         for number, battle in enumerate(battles, start=1):
-            if len(battle) != 4 or not all(isinstance(part, str) for part in battle):
-                raise UserError(f"battle {number} is {str(battle)[:80]}; expected query, model_a, model_b, winner")
+            found = f"battle {number}, {one_line(battle)[:80]},"
+            if not isinstance(battle, (tuple, list)) or len(battle) != 4:
+                raise UserError(f"{found} is no tuple of query, model a, model b and winner")
             query, *others = battle
-            text = rows.clean(query).strip()
-            problem = rows.add_battle(text, (-1, -1), TUPLES, *others) if text else "without query text"
-            if problem:
+            text = as_query(query, "first", f"the query of battle {number}")
+            if problem := rows.add_battle(text, (-1, -1), TUPLES, *others):
                 raise UserError(
-                    f"battle {number} is {problem}: {str(battle)[:80]}; expected query, model_a, model_b, winner"
+                    f"{found} is {problem}; expected as winner model_a, model_b, tie, or one of the two names"
                 )
+        if not rows.battles:
+            raise UserError("there is no battle; expected tuples of query, model a, model b and winner")
         return cls.from_rows(rows, has_sides=False)
 
     @classmethod

@@ -38,6 +38,7 @@ from support.encoding.sentence_transformers import (
 )
 from support.system import distributed
 from support.system.errors import UserError
+from support.system.hub import is_hub_id
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, skipped: int = 0) -> torch.Tensor:
@@ -138,6 +139,7 @@ class QueryEncoder:
         download: bool = True,
         finetuned: dict | None = None,
     ):
+        self.from_hub = is_hub_id(str(model_path))
         self.path, self.folder, self.device = str(model_path), find_encoder(model_path, download), device
         settings = read_settings(self.folder)
         if include_prompt is not None:
@@ -345,5 +347,10 @@ class QueryEncoder:
             for each in cache.caches[len(self.states) :]:
                 read_everywhere(each, keys)
         self.metadata = {"prefix": "", "include_prompt": True} | self.usage
-        self.metadata |= {"path": self.path, "max_length": tokens_read, "width": embeddings.shape[1]}
+        self.metadata |= {
+            "path": self.path,
+            "from_hub": self.from_hub,
+            "max_length": tokens_read,
+            "width": embeddings.shape[1],
+        }
         return embeddings, num_encoded

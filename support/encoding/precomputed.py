@@ -14,6 +14,7 @@ from support.system.files import content_hash
 
 EMBEDDINGS = ("embedding", "embeddings", "vector")  # columns of a parquet file
 HASH = "query_sha256"  # a column in the place of the query's text
+MAX_DISTANCE = 0.5  # between embeddings of one query, relative to their norm: those of an API differ a little
 
 
 class PrecomputedEmbeddings:
@@ -26,7 +27,8 @@ class PrecomputedEmbeddings:
         fingerprint: of the file.
         device: of what is computed from them.
 
-    Raises `UserError` where they do not fit together, a vector is not finite, or a query has two different ones.
+    Raises `UserError` where they do not fit together, a vector is not finite, or a query is empty or has two very
+    different ones.
     """
 
     def __init__(
@@ -48,13 +50,19 @@ class PrecomputedEmbeddings:
         self.path, self.vectors, self.device, self.dtype = path, vectors, torch.device(device), "float32"
         self.row_of_hash = {}
         for row, query in enumerate(queries):
+            if not query.strip():
+                raise UserError(f"{path} has no query in row {row + 1}; expected text, or its hash")
             key = query.strip().lower() if are_hashes else query_hash(query).hex()
             first = self.row_of_hash.setdefault(key, row)
-            if first != row and not torch.equal(vectors[first], vectors[row]):
-                raise UserError(f"{path} has two different embeddings of one query, in rows {first + 1} and {row + 1}")
+            distance = (vectors[row] - vectors[first]).norm()
+            if distance > MAX_DISTANCE * vectors[first].norm():
+                rows = f"in rows {first + 1} and {row + 1}"
+                raise UserError(f"{path} has two different embeddings of one query, {rows}; keep one row per query")
         self.usage = {"fingerprint": fingerprint, "dtype": self.dtype, "precomputed": True}
         self.metadata = self.usage | {"path": path, "width": vectors.shape[1]}
+        repeated = len(queries) - len(self.row_of_hash)
         self.description = f"none: embeddings of {len(self.row_of_hash)} queries from {path}"
+        self.description += f"; of {repeated} rows with a query again, the first counts" if repeated else ""
 
     @classmethod
     def read(cls, path: str, device: str | torch.device = "cpu") -> "PrecomputedEmbeddings":

@@ -1,12 +1,13 @@
 """The model card of an exported router: what it routes, how it was trained, and what its test showed."""
 
+import csv
+import io
 import re
 import shlex
 
-from rankrouter import Metadata, RankRouter, without_folders
+from rankrouter import Metadata, RankRouter, without_local_paths
 from support.reporting.console import LABELS, bounds
 from support.system.errors import one_line
-from support.system.hub import is_hub_id
 from support.training.options import with_defaults
 
 CARD = """---
@@ -18,7 +19,7 @@ tags:
 
 # RankRouter of {count} models
 
-Ranks these models for a query, the best first: {models}.{added}
+Given a query, it ranks these models, the best for it first: {models}.{added}
 
 ## Use
 
@@ -27,14 +28,15 @@ In a checkout of RankRouter, with this folder or its hub id:
 ```python
 from rankrouter import RankRouter
 
-router = RankRouter.from_pretrained("FOLDER")
+router = RankRouter.from_pretrained("FOLDER_OR_HUB_ID")
 router.{opening}
 print(router.rank(["How do I invert a matrix?"], top_k=3))
 ```
 
 {encoder}
 
-P(a beats b) is sigmoid((s_a - s_b) / {temperature:.4g}). The best single model of training is {single}{guard}.
+P(a beats b) is sigmoid((s_a - s_b) / {temperature:.4g}) of their scores. The best single model of training is
+{single}{guard}.
 
 ## Test
 
@@ -49,52 +51,59 @@ P(a beats b) is sigmoid((s_a - s_b) / {temperature:.4g}). The best single model 
 `config.json` and `model.safetensors`; nothing in them is executed. They hold 64 bits of a hash of each training and
 validation query, so that an evaluation can leave these out: somebody who knows a query can see whether it is there.
 """
+NO_TEST = "No finished `training_history.json` of this router was beside its checkpoint."
 
 
 def model_card(router: RankRouter, history: dict | None) -> str:
     """The card in Markdown, with the metadata that the hub reads; `history` is that of the training, if it is known."""
-    metadata = without_folders(router.metadata)
-    path, is_precomputed = metadata.encoder["path"], metadata.encoder.get("precomputed", False)
-    is_public = is_hub_id(path) and not is_precomputed
+    metadata = without_local_paths(router.metadata)
+    encoder, from_hub = metadata.encoder, metadata.encoder.get("from_hub", False)
     added = ", ".join(_code(each["model"]) for each in metadata.added_models)
-    place = path if is_public else f"../{path}"
-    no_history = "No finished `training_history.json` of this router was beside its checkpoint."
+    method = "open_embeddings" if encoder.get("precomputed") else "open_encoder"
+    place = encoder["path"] if from_hub else f"PATH/TO/{encoder['path']}"
     return CARD.format(
-        base=f"base_model: {path}\n" if is_public else "",
+        base=f"base_model: {encoder['path']}\n" if from_hub else "",
         count=len(router.model_names),
         models=", ".join(map(_code, router.model_names)),
         added=f" Added after training, and not in the test below: {added}." if added else "",
-        opening=f'open_embeddings("{place}")' if is_precomputed else f'open_encoder("{place}")',
-        encoder=_encoder(metadata),
+        opening=f'{method}("{place}")',
+        encoder=_encoder(metadata, router.config.surface_features),
         temperature=metadata.temperature,
         single=_code(metadata.best_single_model),
         guard=_guard(metadata.confidence),
-        test=no_history if history is None else _test(history),
+        test=NO_TEST if history is None else _test(history),
         training=_training(metadata, history),
     )
+
+
+def _code(text: str) -> str:
+    """A text as code of Markdown."""
+    return f"`{one_line(text).replace('`', '')}`"
 
 
 def _guard(confidence: float | None) -> str:
     if confidence is None:
         return ""
-    return f'; `fallback="best"` {"never leaves it" if confidence == 1 else f"leaves it where P > {confidence:g}"}'
+    call = '; `rank(queries, fallback="best")`'
+    if confidence == 1:
+        return f"{call} never leaves it, as nothing was gained on validation"
+    return f"{call} leaves it only for a model that beats it with P > {confidence:g}, chosen on validation"
 
 
-def _encoder(metadata: Metadata) -> str:
+def _encoder(metadata: Metadata, surface_features: tuple[str, ...]) -> str:
     encoder = metadata.encoder
+    beside = "; beside it, surface features of the text" if surface_features else ""
     if encoder.get("precomputed"):
         file = f"of the file {_code(encoder['path'])}, SHA-256 `{encoder['fingerprint']}`"
-        return f"It was trained on precomputed embeddings, {file}, and needs those of new queries."
+        return f"It was trained on precomputed embeddings, {file}, and needs those of new queries{beside}."
+    layers = f"layers {', '.join(map(str, encoder['layers']))}, " if encoder.get("layers") else ""
     prefix = f", prefix {_code(encoder['prefix'])}" if encoder.get("prefix") else ""
     weights = "its trained weights are in this folder" if metadata.trained else "it is frozen, and not in this folder"
-    settings = f"{encoder['pooling']} pooling{prefix}, {encoder['dtype']}, at most {encoder['max_length']} tokens"
-    text = f"The encoder is {_code(encoder['path'])}, {settings}; {weights}. Another one than that with the fingerprint"
-    return f"{text} `{encoder['fingerprint']}` is refused."
-
-
-def _code(text: str) -> str:
-    """A name as code of Markdown."""
-    return f"`{one_line(text).replace('`', '')}`"
+    settings = (
+        f"{layers}{encoder['pooling']} pooling{prefix}, {encoder['dtype']}, at most {encoder['max_length']} tokens"
+    )
+    text = f"The encoder is {_code(encoder['path'])}, {settings}{beside}; {weights}. Another one than that with the"
+    return f"{text} fingerprint `{encoder['fingerprint']}` is refused."
 
 
 def _table(lines: list[list[str]]) -> str:
@@ -104,22 +113,27 @@ def _table(lines: list[list[str]]) -> str:
 
 def _test(history: dict) -> str:
     """The test of one run: RankRouter's metrics, and the baselines compared with it."""
-    size, intervals = history["data"]["split"]["test"], history["test_intervals"]
-    metrics = [["metric", "RankRouter", "95 %"]]
+    data, intervals = history["data"], history["test_intervals"]
+    metrics = [["metric", "RankRouter", "95 % interval"]]
     for name, value in history["test_metrics"].items():
         if value is not None:
             metrics.append([name, f"{value:.4f}", bounds(intervals[name]) if intervals[name] else ""])
     shown = [name for name in ("auc", "mean_score") if name in history["test_metrics"]]
-    compared = [["compared with", *(head for name in shown for head in (name, "RankRouter minus it, 95 %"))]]
+    compared = [["compared with", *(head for name in shown for head in (name, "RankRouter minus it, 95 % interval"))]]
     for name, row in history["baselines"].items():
         cells = [LABELS.get(name, name)]
         for metric in shown:
             interval = bounds(row["difference_intervals"][metric], "+")
             cells += [f"{row[metric]:.4f}", f"{row['difference'][metric]:+.4f} {interval}"]
         compared.append(cells)
-    text = f"Once, on {size['battles']} battles of {size['queries']} queries that training did not see; one run, with "
-    text += f"seed {history['args']['seed']}. Intervals are over the test queries, and do not count what another "
-    text += f"training or split would change.\n\n{_table(metrics)}"
+    size = data["split"]["test"]
+    rows = f" in {data['table_rows']['test']} rows of a score table," if data["table_rows"] else ""
+    text = f"Once, on {size['battles']} decisive battles of {size['queries']} queries,{rows} split by "
+    text += f"{history['args']['split_by']}; one run, with seed {history['args']['seed']}. Intervals are over the test "
+    text += (
+        "queries, and do not count what another training or split would change. RankRouter's docs/method.md defines "
+    )
+    text += f"the metrics and the baselines.\n\n{_table(metrics)}"
     return text + (f"\n\n{_table(compared)}" if history["baselines"] else "")
 
 
@@ -127,16 +141,27 @@ def _training(metadata: Metadata, history: dict | None) -> str:
     """The data, the flags that differ from their defaults, and the commit."""
     args, defaults = metadata.args, with_defaults({})
     changed = {name: value for name, value in args.items() if name in defaults and value != defaults[name]}
-    places = {"demo": True} if args["demo"] else {name: args[name] for name in ("data_path", "model_path")}
-    flags = places | {"seed": args["seed"]} | changed
+    places = {name: args.get(name) for name in ("data_path", "model_path", "embeddings")}
+    in_memory = args["data_path"] == "memory"
+    if in_memory:
+        places.pop("data_path")
     words = ["python", "train.py"]
-    for name, value in flags.items():
+    for name, value in (places | {"seed": args["seed"]} | changed).items():
         if value is not None and value is not False:
-            value = ",".join(map(str, value)) if isinstance(value, list) else value
-            words += [f"--{name}"] if value is True else [f"--{name}", shlex.quote(one_line(value))]
-    data = f"Data: {_code(args['data_path'])}, content hash `{metadata.content_hash}`"
+            words += [f"--{name}"] if value is True else [f"--{name}", shlex.quote(_as_flag(value))]
+    demo = ", of `--demo`" if args["demo"] else ""
+    data = "Data: battles in memory" if in_memory else f"Data: {_code(args['data_path'])}{demo}"
+    data += f", content hash `{metadata.content_hash}`"
     if history is not None:
-        counts, commit = history["data"], history["environment"]["commit"]
-        data += f", {counts['battles']} battles on {counts['queries']} queries"
-        data += f". Commit of RankRouter: {_code(str(commit))}"
+        data += f", {history['data']['battles']} battles on {history['data']['queries']} queries"
+        if commit := history["environment"]["commit"]:
+            data += f". Commit of RankRouter: {_code(commit)}"
     return f"{data}.\n\n```bash\n{' '.join(words)}\n```"
+
+
+def _as_flag(value: object) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(value)
+    return text.getvalue()

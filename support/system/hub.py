@@ -22,7 +22,10 @@ def is_hub_id(name: str) -> bool:
 
 
 def download(hub_id: str, **options) -> Path:
-    """The local copy of a hub repository; the options are those of `snapshot_download`. Raises `UserError`."""
+    """The local copy of a hub repository; the options are those of `snapshot_download`.
+
+    Raises `UserError` where there is none.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -32,7 +35,7 @@ def download(hub_id: str, **options) -> Path:
         raise UserError(problem) from error
 
 
-def write_folder(folder: str | Path, weights: dict, metadata: dict, card: str) -> None:
+def write_folder(folder: str | Path, weights: dict, metadata: dict, card: str | None) -> None:
     """Write a new folder, completely or not at all, from weights by name and nested metadata of values and tensors.
 
     Raises `UserError` where it cannot be written, or holds something already.
@@ -45,7 +48,8 @@ def write_folder(folder: str | Path, weights: dict, metadata: dict, card: str) -
     plain, tensors = _without_tensors(metadata, IN_METADATA)
     content = save({name: weight.contiguous() for name, weight in (weights | tensors).items()})
     plain |= {"weights_sha256": hashlib.sha256(content).hexdigest()}
-    files = {WEIGHTS: content, CONFIG: json.dumps(plain, indent=1, allow_nan=False).encode(), CARD: card.encode()}
+    files = {WEIGHTS: content, CONFIG: json.dumps(plain, indent=1, allow_nan=False).encode()}
+    files |= {} if card is None else {CARD: card.encode()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
@@ -69,8 +73,11 @@ def read_folder(folder: Path, library: str, version: int) -> tuple[dict, dict]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    if not folder.is_dir():
+        found = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {found}; expected a folder that `save_pretrained` wrote, or a hub id (owner/name)")
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
-        raise UserError(f"{folder} lacks {' and '.join(missing)}; expected a folder that `route.py --export` wrote")
+        raise UserError(f"{folder} lacks {' and '.join(missing)}; expected a folder that `save_pretrained` wrote")
     try:
         with open(folder / CONFIG, "rb") as file:
             plain = json.loads(file.read(LARGEST_CONFIG))
@@ -79,7 +86,7 @@ def read_folder(folder: Path, library: str, version: int) -> tuple[dict, dict]:
             raise UserError(f"{folder} is a model of {one_line(plain['library_name'])[:40]}, expected one of {library}")
         found = plain.pop("format_version")
         if found != version:
-            raise UserError(f"{folder} has format {one_line(found)[:40]}, expected {version}; export it again")
+            raise UserError(f"{folder} has format {one_line(found)[:40]}, expected {version}; write it again")
         if plain.pop("weights_sha256") != hashlib.sha256(content).hexdigest():
             raise UserError(f"{folder / WEIGHTS} is damaged, or not the file of {CONFIG}; get both again")
         tensors = load(content)
@@ -97,14 +104,17 @@ def read_folder(folder: Path, library: str, version: int) -> tuple[dict, dict]:
     return weights, plain
 
 
-def push_folder(folder: Path, hub_id: str, *, private: bool, token: str | None) -> str:
-    """Upload a folder to a hub repository, created where there is none; returns its URL. Raises `UserError`."""
+def push_folder(folder: Path, hub_id: str, *, private: bool, token: str | None, **options) -> str:
+    """Upload a folder to a hub repository, created where there is none; returns its URL.
+
+    The options are those of `HfApi.upload_folder`. Raises `UserError` where the upload fails.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     try:
         url = api.create_repo(hub_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, **options)
     except Exception as error:  # the hub's client raises errors without a common base class
         advice = "log in with `hf auth login`, or pass a token that may write"
         raise UserError(f"{hub_id} could not be uploaded: {reason(error)}; {advice}") from error

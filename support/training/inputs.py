@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_loader import Split, counts_in_memory, data_files, load_battles, split_battles
+from data_loader import Split, battles_in_memory, data_files, load_battles, split_battles
 from support.data.battles import Battles
 from support.data.benchmarks import Profiles, read_profiles
 from support.data.demo import demo_folder
@@ -47,18 +47,16 @@ def find_inputs(args: argparse.Namespace, battles: Battles | None) -> Path | Non
     if battles is not None:
         _refuse_flags_of_files(args)
         args.data_path = "memory"
-    is_demo, folder = args.data_path is None, None
+    is_demo, needs_encoder, folder = args.data_path is None, args.embeddings is None, None
     if not is_demo and battles is None:
         data_files(args.data_path, DOWNLOAD)
-    if args.embeddings is not None:
-        args.model_path = None
-    needs_encoder = args.embeddings is None
     if is_demo or (needs_encoder and args.model_path is None):
         folder = demo_folder(args.demo_dir)
         args.data_path = str(folder / "battles.parquet") if is_demo else args.data_path
-        if needs_encoder and args.model_path is None:
-            args.model_path = str(folder / "encoder")
-    if needs_encoder and not is_hub_id(args.model_path):
+        args.model_path = str(folder / "encoder") if args.model_path is None else args.model_path
+    if not needs_encoder:
+        args.model_path = None
+    elif not is_hub_id(args.model_path):
         find_encoder(args.model_path)  # a download can wait until the data are read
     return folder if is_demo else None
 
@@ -86,9 +84,9 @@ def make_encoder(args: argparse.Namespace, prompt: str | None, device: torch.dev
 
 
 def _refuse_flags_of_files(args: argparse.Namespace) -> None:
-    of_files = ("score_columns", "query_column", "split_column", "group_column", "limit")
+    of_files = ("score_columns", "query_column", "split_column", "group_column")
     if given := [name for name in of_files if getattr(args, name) is not None]:
-        raise UserError(f"{', '.join(given)}: of files; expected none of them with battles in memory")
+        raise UserError(f"{', '.join(given)}: columns of files; leave them out with battles in memory")
 
 
 def load_data(args: argparse.Namespace, battles: Battles | None) -> Data:
@@ -103,7 +101,7 @@ def load_data(args: argparse.Namespace, battles: Battles | None) -> Data:
     if battles is None:
         battles, counts = load_battles(args.data_path, args.score_columns, args.limit, args.split_seed, **columns)
     else:
-        counts = counts_in_memory(battles)
+        battles, counts = battles_in_memory(battles, args.limit, args.split_seed)
     is_pointwise = args.loss_type == "pointwise"
     if is_pointwise and (battles.table is None or len(battles.outcome)):
         raise UserError(f"--loss_type pointwise learns from the scores of a score table; {args.data_path} has battles")

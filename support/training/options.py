@@ -12,6 +12,7 @@ from support.system.command_line import (
     unicode_text,
     whole_number,
 )
+from support.system.errors import UserError
 
 # Flags that do not define an experiment: places, seeds, speed. Data and encoder count by content.
 NO_EXPERIMENT = {
@@ -46,7 +47,9 @@ def parse_flags(**flags) -> argparse.Namespace:
 
     None and False leave a flag out. Raises `UserError` as `parse_args` does.
     """
-    argv = []
+    argv, known = [], vars(parse_args([]))
+    if unknown := [name for name in flags if name not in known]:
+        raise UserError(f"{', '.join(unknown)}: no flag of that name; expected some of {', '.join(known)}")
     for name, value in flags.items():
         if isinstance(value, (list, tuple)):  # as CSV has it, since a name may hold a comma
             value = ",".join('"{}"'.format(str(part).replace('"', '""')) for part in value)

@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused(small, tiny_run, trained, file, fails, cap
         return line
 
     own, other = ["--checkpoint", str(trained / "best_model.pt")], ["--checkpoint", str(tiny_run[1] / "best_model.pt")]
-    assert "give those of these queries: --embeddings" in refused(*own, NEW[0])
+    assert "give those of these queries by --embeddings" in refused(*own, NEW[0])
     assert "lacks 1 of 1 queries, such as 'unknown'; add them" in refused(*own, "--embeddings", str(file), "unknown")
     assert "leave out --embeddings" in refused(*other, "--embeddings", str(file), NEW[0])
     for flags in (
@@ -101,10 +101,12 @@ def test_what_does_not_fit_is_refused(small, tiny_run, trained, file, fails, cap
         RankRouter.load(trained / "best_model.pt").open_embeddings(narrow)
 
 
-def test_embeddings_unlike_those_of_training_are_worth_a_warning(trained, file, capsys):
+def test_a_warning_names_embeddings_unlike_those_of_training(trained, file, capsys):
     router = RankRouter.load(trained / "best_model.pt")
     router.open_embeddings(file)
     assert capsys.readouterr().err == ""
     vectors = np.stack(pd.read_parquet(file)["embedding"])
-    router.open_embeddings(PrecomputedEmbeddings(NEW, 3 * vectors[-2:, ::-1] + 1))
-    assert "are they of the same encoder?" in capsys.readouterr().err
+    many = [str(i) for i in range(len(vectors))]
+    for unlike in (PrecomputedEmbeddings(NEW, 3 * vectors[-2:, ::-1] + 1), PrecomputedEmbeddings(many, 0.1 * vectors)):
+        router.open_embeddings(unlike)
+        assert "are they of the same encoder?" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The examples: the tour finds what its battles say, and LiteLLM's Router asks RankRouter for each conversation."""
+"""The examples: the tour finds what its battles say, and LiteLLM's Router sends each conversation to the best model."""
 
 import asyncio
 import runpy
@@ -81,12 +81,36 @@ def test_requests_that_cannot_be_ranked_go_to_the_first_deployment(gateway):
     assert answer(gateway.completion(model="best", messages=only_system)) == "unknown"
 
 
+def test_a_group_without_deployments_and_one_that_fails(gateway, checkpoint):
+    import litellm
+
+    from examples.litellm_router import RankRouterStrategy
+
+    hello = [{"role": "user", "content": "Invert matrix number 7"}]
+    with pytest.raises(litellm.BadRequestError, match="no deployment of nope"):
+        gateway.completion(model="nope", messages=hello)
+    with pytest.raises(litellm.BadRequestError, match="no deployment of nope"):
+        asyncio.run(asyncio.wait_for(gateway.acompletion(model="nope", messages=hello), 60))
+    model_list = [
+        {
+            "model_name": "best",
+            "litellm_params": {"model": f"openai/{name}", "mock_response": answered},
+            "model_info": {"id": name},
+        }
+        for name, answered in (("m1", "litellm.RateLimitError"), ("s2", "s2"))
+    ]
+    failing = litellm.Router(model_list=model_list, num_retries=1, allowed_fails=0, cooldown_time=600)
+    failing.register_plugin(RankRouterStrategy(RankRouter.load(checkpoint), failing))
+    assert [answer(failing.completion(model="best", messages=hello)) for _ in range(2)] == ["s2", "s2"]
+
+
 def test_the_example_routes_two_requests(checkpoint, monkeypatch, capsys):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     pytest.importorskip("litellm")
     from examples.litellm_router import main
 
-    main(str(checkpoint))
+    monkeypatch.setattr("sys.argv", ["litellm_router", str(checkpoint)])
+    main()
     questions = ["How do I invert a matrix?", "Which spices go with lentil soup?"]
     best = [ranking[0][0] for ranking in RankRouter.load(checkpoint).rank(questions)]
     shown = [f"{query} -> an answer of {name}" for query, name in zip(questions, best, strict=True)]

@@ -46,17 +46,25 @@ def test_winners_are_sides_or_names_and_spellings_of_white_space_are_one_query()
 @pytest.mark.parametrize(
     ("battle", "message"),
     [
-        (("q", "x", "y"), "battle 2 is .*; expected query, model_a, model_b, winner"),
-        (("q", "x", "y", 1), "battle 2 is .*; expected query, model_a, model_b, winner"),
-        ((" ", "x", "y", "x"), "battle 2 is without query text"),
-        (("q", "x", "x", "x"), "battle 2 is model against itself"),
-        (("q", "x", "y", "z"), "battle 2 is with an unknown winner"),
-        (("q", "", "y", "y"), "battle 2 is without a model name"),
+        (("q", "x", "y"), r"battle 2, \('q', 'x', 'y'\), is no tuple of query, model a, model b and winner"),
+        ("text", "battle 2, text, is no tuple of query, model a, model b and winner"),
+        ((" ", "x", "y", "x"), "the query of battle 2 is empty, expected text"),
+        (("q", "x", "x", "x"), "battle 2, .*, is model against itself"),
+        (("q", "x", "y", 1), "battle 2, .*, is with an unknown winner; expected as winner model_a, model_b, tie"),
+        (("q", "b", "a", "a"), "battle 2, .*, is with an unknown winner; expected as winner model_a, model_b, tie"),
+        (("q", "", "y", "y"), "battle 2, .*, is without a model name"),
     ],
 )
 def test_a_tuple_that_is_no_battle_is_named(battle, message):
     with pytest.raises(UserError, match=message):
         Battles.from_tuples([("q", "x", "y", "tie"), battle])
+
+
+def test_no_battles_are_refused_and_chat_messages_are_queries():
+    with pytest.raises(UserError, match="there is no battle; expected tuples"):
+        Battles.from_tuples([])
+    chat = [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Bye"}]
+    assert Battles.from_tuples([(chat, "x", "y", "x")]).queries == ["Hi"]
 
 
 def test_a_router_of_python_is_that_of_the_command(rows, demo, tmp_path, capsys):
@@ -76,7 +84,7 @@ def test_a_router_of_python_is_that_of_the_command(rows, demo, tmp_path, capsys)
     assert router.rank(["A query"]) == loaded.rank(["A query"])
 
     again = train_router(
-        str(tmp_path / "battles.csv"), encoder, str(tmp_path / "file"), epochs=2, seed=3, cache_dir=cache, **TINY
+        tmp_path / "battles.csv", encoder, tmp_path / "file", epochs=2, seed=3, cache_dir=cache, **TINY
     )
     assert again.rank(["A query"]) == router.rank(["A query"])
     new = [(query, "new", b, "new") for query, _, b, _ in rows[:20]]
@@ -91,18 +99,22 @@ def test_memory_resumes_only_with_the_same_battles(rows, demo, tmp_path, capsys)
     train_router(Battles.from_tuples(rows), *places, epochs=1, baselines="none", **TINY)
     train_router(Battles.from_tuples(rows), *places, epochs=1, baselines="none", resume=True, **TINY)
     assert "finished already" in capsys.readouterr().out
-    other = [(query, b, a, "model_a") for query, a, b, _ in rows]
-    with pytest.raises(UserError, match="of another experiment: the content of --data_path"):
-        train_router(Battles.from_tuples(other), *places, epochs=1, baselines="none", resume=True, **TINY)
+    for other in ([(query, b, a, "tie") for query, a, b, _ in rows[:1]], [(f"{rows[0][0]}!", *rows[0][1:])]):
+        with pytest.raises(UserError, match="of another experiment: the content of --data_path"):
+            battles = Battles.from_tuples(other + rows[1:])
+            train_router(battles, *places, epochs=1, baselines="none", resume=True, **TINY)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"epoch": 3}, "unrecognized arguments: --epoch=3"),
+        ({"epoch": None}, "epoch: no flag of that name; expected some of data_path"),
         ({"epochs": 0}, "--epochs: expected a whole number of at least 1"),
         ({"loss_type": "nope"}, "'nope' is unknown; expected one of bpr"),
-        ({"query_column": "prompt", "limit": 3}, "query_column, limit: of files"),
+        (
+            {"query_column": "prompt", "split_column": "x"},
+            "query_column, split_column: columns of files; leave them out",
+        ),
         ({"layers": [7]}, "the encoder has the layers 1 to 2, not 7"),
         ({"split_by": "task"}, "needs two groups of queries or more"),
     ],
@@ -110,6 +122,19 @@ def test_memory_resumes_only_with_the_same_battles(rows, demo, tmp_path, capsys)
 def test_what_does_not_fit_is_refused(flags, message, rows, demo, tmp_path):
     with pytest.raises(UserError, match=message):
         train_router(Battles.from_tuples(rows), str(demo / "encoder"), str(tmp_path), **TINY | flags)
+
+
+def test_other_data_than_battles_and_paths_are_refused(rows, demo):
+    for battles in (rows, None):
+        with pytest.raises(UserError, match=r"battles are (list|NoneType); expected a path, or Battles, as of Battles"):
+            train_router(battles, str(demo / "encoder"))
+
+
+def test_a_limit_holds_in_memory(rows, demo, tmp_path):
+    places, flags = (str(demo / "encoder"), str(tmp_path)), TINY | {"epochs": 1, "baselines": "none", "limit": 60}
+    train_router(Battles.from_tuples(rows), *places, **flags)
+    counts = json.loads((tmp_path / "training_history.json").read_text())["data"]
+    assert (counts["queries"], counts["queries_outside_limit"]) == (60, 127 - 60)
 
 
 def test_the_package_needs_no_command_line():

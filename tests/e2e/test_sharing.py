@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import train
 from rankrouter import RankRouter
 from support.system.command_line import run_command
 from support.system.errors import UserError
+from support.training.options import with_defaults
 
 ROOT = Path(__file__).parent.parent.parent
 QUERIES = ["How do I invert a matrix?", "What is in lentil soup?"]
@@ -126,21 +129,23 @@ def test_a_hub_id_downloads_two_files_and_no_encoder(tiny_run, exported, monkeyp
     requested = []
 
     def snapshot_download(hub_id, **options):
-        requested.append((hub_id, options.get("allow_patterns"), options.get("local_files_only")))
+        requested.append((hub_id, options))
         return str(exported)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert RankRouter.from_pretrained("owner/router").model_names == tiny_run[0]["data"] or requested
+    expected = RankRouter.load(tiny_run[1] / "best_model.pt").model_names
+    assert RankRouter.from_pretrained("owner/router", revision="v1").model_names == expected
     with pytest.raises(SystemExit):
         run_command(lambda: route.main(["--checkpoint", "owner/router", QUERIES[0]]))
     assert "name its folder or hub id with --model_path" in capsys.readouterr().err
-    assert requested == [("owner/router", ["config.json", "model.safetensors"], None)] * 2
+    only = {"allow_patterns": ["config.json", "model.safetensors"]}
+    assert requested == [("owner/router", only | {"revision": "v1"}), ("owner/router", only)]
 
 
 class Client:
     """A stand-in for `HfApi`: repositories are folders."""
 
-    folder, tokens, fails = None, [], False
+    folder, tokens, messages, fails = None, [], [], False
 
     def __init__(self, token=None):
         self.tokens.append(token)
@@ -153,7 +158,8 @@ class Client:
         (self.folder / hub_id / "private").write_text(str(private))
         return type("RepoUrl", (str,), {"repo_id": hub_id})(f"https://hub/{hub_id}")
 
-    def upload_folder(self, repo_id, folder_path):
+    def upload_folder(self, repo_id, folder_path, commit_message=None):
+        self.messages.append(commit_message)
         shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
 
 
@@ -161,8 +167,11 @@ def test_a_pushed_router_is_that_of_the_folder(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Client)
     monkeypatch.setattr(Client, "folder", tmp_path)
     router = RankRouter.load(tiny_run[1] / "best_model.pt")
-    assert router.push_to_hub("owner/router", card="# Mine", private=True, token="secret") == "https://hub/owner/router"
-    assert Client.tokens[-1] == "secret"
+    named = {"private": True, "token": "secret", "commit_message": "Better"}
+    assert router.push_to_hub("owner/router", card="# Mine", **named) == "https://hub/owner/router"
+    assert (Client.tokens[-1], Client.messages[-1]) == ("secret", "Better")
+    router.push_to_hub("owner/without")
+    assert not (tmp_path / "owner/without/README.md").exists()
     assert (tmp_path / "owner/router/private").read_text() == "True"
     assert (tmp_path / "owner/router/README.md").read_text() == "# Mine"
     pushed = RankRouter.from_pretrained(tmp_path / "owner/router")
@@ -170,6 +179,40 @@ def test_a_pushed_router_is_that_of_the_folder(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(Client, "fails", True)
     with pytest.raises(UserError, match="owner/other could not be uploaded: 401 the token may not; log in"):
         router.push_to_hub("owner/other")
+
+
+def test_a_card_has_the_command_of_its_training(small, demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private").mkdir()
+    shutil.copy(small[small.index("--data_path") + 1], tmp_path / "private/battles.parquet")
+    shutil.copytree(demo / "encoder", tmp_path / "private/enc")
+    flags = ["--data_path", "private/battles.parquet", "--model_path", "private/enc", *small[4:], "--layers", "1"]
+    train.main([*flags, "--demo", "--output_dir", "out"])
+    monkeypatch.chdir(tmp_path / "out")
+    card = (export(tmp_path / "out", tmp_path / "router") / "README.md").read_text()
+    assert "private" not in card + (tmp_path / "router/config.json").read_text()
+    (command,) = re.findall(r"^python train.py (.*)$", card, re.MULTILINE)
+    then, now = train.parse_args(flags), train.parse_args(shlex.split(command))
+    assert (now.data_path, now.model_path) == ("battles.parquet", "enc")
+    resolved = ("pooling", "query_prefix", "eval_every")
+    for name in with_defaults({}):
+        assert name in resolved or getattr(now, name) == getattr(then, name), name
+    assert "layers 1, mean pooling" in card
+    assert 'open_encoder("PATH/TO/enc")' in card
+
+
+def test_an_exported_router_is_not_exported_again(exported, tmp_path, capsys):
+    with pytest.raises(UserError, match="is exported already; copy it"):
+        route.main(["--checkpoint", str(exported), "--export", str(tmp_path / "again")])
+    assert RankRouter.load(exported).model_names == RankRouter.from_pretrained(exported).model_names
+
+
+def test_a_missing_folder_and_a_file_are_named(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="gone does not exist; expected a folder that `save_pretrained` wrote"):
+        RankRouter.from_pretrained(tmp_path / "gone")
+    with pytest.raises(UserError, match="is a file, not a folder; expected a folder that `save_pretrained` wrote"):
+        RankRouter.from_pretrained(tiny_run[1] / "best_model.pt")
+    assert RankRouter.load(tiny_run[1]).model_names == RankRouter.load(tiny_run[1] / "best_model.pt").model_names
 
 
 def change(folder, **values):

@@ -59,11 +59,13 @@ def test_a_missing_query_is_named(tmp_path):
         embeddings.embed(["new\none", QUERIES[0], "newer"])
 
 
-def test_a_repeated_query_needs_one_vector(tmp_path):
+def test_of_a_repeated_query_the_first_counts_unless_they_are_of_two_encoders(tmp_path):
     twice = [*QUERIES, "How do I invert a matrix?"]
-    same, other = np.vstack([VECTORS, VECTORS[:1]]), np.vstack([VECTORS, VECTORS[1:2]])
-    assert PrecomputedEmbeddings.read(parquet(tmp_path, twice, same)).embed(QUERIES)[0].tolist() == VECTORS.tolist()
-    with pytest.raises(UserError, match="two different embeddings of one query, in rows 1 and 4"):
+    near, other = np.vstack([VECTORS, VECTORS[:1] + 0.01]), np.vstack([VECTORS, VECTORS[1:2]])
+    embeddings = PrecomputedEmbeddings.read(parquet(tmp_path, twice, near))
+    assert embeddings.embed(QUERIES)[0].tolist() == VECTORS.tolist()
+    assert "of 1 rows with a query again, the first counts" in embeddings.description
+    with pytest.raises(UserError, match="two different embeddings of one query, in rows 1 and 4; keep one row"):
         PrecomputedEmbeddings.read(parquet(tmp_path, twice, other))
 
 
@@ -75,9 +77,9 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     refused(str(tmp_path / "gone.parquet"), "no file of embeddings at .*; expected parquet")
     refused(parquet(tmp_path, column="text"), "has the columns embedding, text; expected query_sha256, or one of")
     refused(parquet(tmp_path, name="numbers"), "expected embedding or embeddings or vector")
-    refused(
-        parquet(tmp_path, vectors=[[1.0, 2.0], [3.0], [4.0, 5.0, 6.0]]), "lists of 1, 2, 3 numbers|different lengths"
-    )
+    refused(parquet(tmp_path, vectors=[[1.0, 2.0], [3.0], [4.0, 5.0, 6.0]]), "lists of 1, 2, 3 numbers")
+    refused(parquet(tmp_path, vectors=[[1.0, 2.0], [3.0], [4.0, 5.0]]), "different lengths")
+    refused(parquet(tmp_path, ["a", " ", "c"]), "has no query in row 2; expected text")
     refused(parquet(tmp_path, vectors=[[1.0, 2.0], None, [4.0, 5.0]]), "missing values")
     refused(parquet(tmp_path, vectors=[[1.0, 2.0], [np.inf, 1.0], [4.0, 5.0]]), "in row 2 is not finite")
     refused(parquet(tmp_path, vectors=[[1.0, 2.0], [1e300, 1.0], [4.0, 5.0]]), "in row 2 is not finite, as float32")
