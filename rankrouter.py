@@ -375,8 +375,8 @@ class RankRouter(nn.Module):
 
     def check_new_name(self, name: str) -> None:
         """Raise `UserError` where a new model cannot have this name, or the router has no capability vectors."""
-        if not name.strip() or name != valid_unicode(name):
-            raise UserError(f"{name!r} cannot name a model; expected text, in valid Unicode")
+        if not isinstance(name, str) or not name or name != valid_unicode(name.strip()):
+            raise UserError(f"{name!r} cannot name a model; expected text in valid Unicode, without spaces around it")
         if name in self.model_names:
             raise UserError(f"the router knows {one_line(name)} already; a new model needs a name of its own")
         if self.model_tower.capability is None:
@@ -493,6 +493,8 @@ class RankRouter(nn.Module):
         checkpoint = dict.fromkeys(("label_range", "label_temperature", "confidence")) | checkpoint  # of later versions
         metadata = Metadata(**{each.name: checkpoint[each.name] for each in fields(Metadata)})
         with torch.device("meta"):  # takes no memory, whatever widths the file claims
+            if type(checkpoint["model_names"]) is not list:
+                raise TypeError("model_names is no list")
             router = cls(checkpoint["model_names"], metadata.encoder["width"], config)
         dtypes = {name: tensor.dtype for name, tensor in router.state_dict().items()}
         router.load_state_dict(checkpoint["model_state_dict"], assign=True)
@@ -503,6 +505,8 @@ class RankRouter(nn.Module):
         """Names, sizes and finiteness of what routing relies on; raises anything where a part is missing."""
         names, metadata, weights = self.model_names, self.metadata, self.state_dict()
         args, encoder, profiles, trained = metadata.args, metadata.encoder, metadata.profiles, metadata.trained
+        yield "the encoder", all(type(encoder.get(name, False)) is bool for name in ("precomputed", "from_hub"))
+        yield "a path", all(isinstance(args.get(name), str | None) for name in PATH_FLAGS)
         yield "a model's name", all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
         yield "the best single model", metadata.best_single_model in names
         yield "a weight", all(is_plain(weight) and weight.dtype == dtypes[name] for name, weight in weights.items())
@@ -515,10 +519,13 @@ class RankRouter(nn.Module):
         yield "the list of surface features", all(type(name) is str for name in features)
         yield "the list of surface features", len(set(features)) == len(features)
         yield "the dropout", 0 <= self.config.dropout < 1
-        yield "the temperature", 0 < metadata.temperature < np.inf
-        yield "the encoder", all(isinstance(encoder[name], str) for name in ("path", "fingerprint"))
+        yield "the temperature", type(metadata.temperature) is float and 0 < metadata.temperature < np.inf
+        added = metadata.added_models
+        yield "an added model", type(added) is list and all(each["model"] in names for each in added)
+        texts = metadata.content_hash, encoder["path"], encoder["fingerprint"], encoder.get("pooling", "")
+        yield "the encoder", all(isinstance(text, str) and text == valid_unicode(text) for text in texts)
+        yield "the encoder", encoder.get("precomputed", False) or {"pooling", "max_length"} <= encoder.keys()
         yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
-        yield "the encoder", all(type(encoder.get(name, False)) is bool for name in ("precomputed", "from_hub"))
         yield "--pooling", args["pooling"] in POOLINGS or encoder.get("precomputed", False)
         layers = args.get("layers")
         yield "--layers", layers is None or (type(layers) is list and layers == sorted(set(layers)) != [])
@@ -531,6 +538,7 @@ class RankRouter(nn.Module):
         if metadata.label_range is not None:
             low, high = metadata.label_range
             yield "the label range", type(low) is type(high) is float and -np.inf < low < high < np.inf
+            yield "the label temperature", type(metadata.label_temperature) is float
             yield "the label temperature", 0 < metadata.label_temperature < np.inf
         if metadata.confidence is not None:
             yield "the confidence", type(metadata.confidence) is float and 0.5 <= metadata.confidence <= 1

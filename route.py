@@ -28,6 +28,7 @@ from support.evaluation.comparison import all_and_samples, summarize
 from support.evaluation.cost import CostEvaluation
 from support.reporting import console
 from support.reporting.card import model_card
+from support.reporting.runs import NO_HISTORY
 from support.routing.cost import cheapest_first, known_outcomes, mean_costs, read_prices, weight_for_budget
 from support.routing.new_model import add_from_battles
 from support.system import device
@@ -76,7 +77,11 @@ def export(args: argparse.Namespace, router: RankRouter) -> None:
     history = read_history(checkpoint.parent if checkpoint.is_file() else checkpoint)
     if not is_history_of(history, router.metadata):
         history = None
-    router.save_pretrained(args.export, model_card(router, history))
+    try:
+        card = model_card(router, history)
+    except NO_HISTORY as error:
+        raise UserError(f"training_history.json beside {args.checkpoint} is damaged ({one_line(error)})") from error
+    router.save_pretrained(args.export, card)
     print(f"saved    {one_line(args.export)}: model.safetensors, config.json, README.md, the card", end="")
     print("" if history else " without a test, as no finished training_history.json is beside the checkpoint")
 

@@ -69,7 +69,8 @@ def train_router(
     """Train a router as the command does, with its output in `output_dir`, and return it, ready to rank.
 
     The result of the test is in `training_history.json` there; `resume=True` continues a run that was stopped. As with
-    the command, the global random state of torch is seeded, and denormal numbers are flushed to zero.
+    the command, the global random state of torch is seeded, and denormal numbers are flushed to zero: one training at a
+    time in a process.
 
     Args:
         battles: in memory, such as `Battles.from_tuples` makes them, or the path of a file, a folder, or a glob.
@@ -125,7 +126,7 @@ def train(args: argparse.Namespace, battles: Battles | None) -> None:
         console.print_profiles(data.profiles, data.full_split.train.model_names)
     if args.hold_out_model is not None:
         held_out_battles(args.hold_out_model, data.split, data.full_split)  # raises where there are none
-    encoder = make_encoder(args, prompt, chosen_device)
+    encoder = make_encoder(args, prompt, chosen_device, data.full_split.train.queries)
     console.print_encoder(encoder.description)
     data.counts["surface_features"] = list(SURFACE_FEATURES) if args.surface_features else []
     history = History(args.output_dir, vars(args), data.counts, timing)

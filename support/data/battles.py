@@ -152,8 +152,8 @@ class Battles:
         """Battles from (query, model a, model b, winner): `Battles.from_tuples([("Hi", "gpt-4", "llama", "gpt-4")])`.
 
         The query is a text, or chat messages, of which the user's first turn counts. The winner is "model_a",
-        "model_b", "tie", or the name of the better model. Queries that differ only in white space are the same. Raises
-        `UserError` where a tuple is no battle, or there is none.
+        "model_b", "tie", or the name of the better model where that is not ambiguous. Queries that differ only in white
+        space are the same. Raises `UserError` where a tuple is no battle, or there is none.
         """
         rows = Rows()
         for number, battle in enumerate(battles, start=1):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from support.data.cells import CONVERSATIONS, QUERIES, READ, as_text
+from support.data.cells import CONVERSATION, CONVERSATIONS, QUERIES, READ, as_text
 from support.data.formats import open_table
 from support.data.layouts import listed
 from support.system.errors import UserError, one_line, valid_unicode
@@ -140,6 +140,8 @@ def _parsed(
     except UnicodeDecodeError as error:
         advice = "convert it, with `iconv -t UTF-8` for example"
         raise UserError(f"{name} is not UTF-8 in line {number}; {advice}") from error
+    if column is None and CONVERSATION.fullmatch(text):
+        return _checked(text, "messages", read)
     if not is_json or not text.strip():
         query = valid_unicode(text).strip()
         return (query, None) if query else (None, "empty")

@@ -1,18 +1,20 @@
 """Precomputed embeddings, of an API or another machine: read from a file by query, in the place of an encoder."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from support.data.cells import CONVERSATIONS, QUERIES, as_text
-from support.data.formats import SUFFIXES, open_table
+from support.data.formats import open_table
 from support.data.layouts import listed
 from support.data.queries import query_hash
 from support.system.errors import UserError, one_line, reason, valid_unicode
 from support.system.files import content_hash
 
 EMBEDDINGS = ("embedding", "embeddings", "vector")  # columns of a parquet file
+TABLES = (".parquet", ".csv", ".tsv", ".jsonl")  # of the queries beside an .npy file: their rows have an order
 HASH = "query_sha256"  # a column in the place of the query's text
 MAX_DISTANCE = 0.5  # between embeddings of one query, relative to their norm: those of an API differ a little
 
@@ -41,10 +43,14 @@ class PrecomputedEmbeddings:
         fingerprint: str = "",
         device: str | torch.device = "cpu",
     ):
+        if isinstance(queries, str):
+            raise UserError("queries is one text, expected a list of texts")
+        vectors = np.asarray(vectors)  # (Q, H)
+        if vectors.dtype.kind not in "fiu" or vectors.ndim != 2 or len(vectors) != len(queries) or not vectors.size:
+            found = f"{len(queries)} queries and {vectors.dtype} of shape {list(vectors.shape)}"
+            raise UserError(f"{path} has {found}; expected numbers (Q, H) for Q queries")
         with np.errstate(over="ignore"):  # refused below
             vectors = torch.from_numpy(np.array(vectors, np.float32))  # (Q, H)
-        if vectors.ndim != 2 or len(vectors) != len(queries) or not vectors.numel():
-            raise UserError(f"{path} has {len(queries)} queries and embeddings of shape {list(vectors.shape)}")
         if len(bad := (~vectors.isfinite().all(1)).nonzero()):
             raise UserError(f"{path}: the embedding in row {int(bad[0]) + 1} is not finite, as float32")
         self.path, self.vectors, self.device, self.dtype = path, vectors, torch.device(device), "float32"
@@ -52,7 +58,7 @@ class PrecomputedEmbeddings:
         for row, query in enumerate(queries):
             if not query.strip():
                 raise UserError(f"{path} has no query in row {row + 1}; expected text, or its hash")
-            key = query.strip().lower() if are_hashes else query_hash(query).hex()
+            key = query.strip().lower() if are_hashes else query_hash(valid_unicode(query)).hex()
             first = self.row_of_hash.setdefault(key, row)
             distance = (vectors[row] - vectors[first]).norm()
             if distance > MAX_DISTANCE * vectors[first].norm():
@@ -71,12 +77,12 @@ class PrecomputedEmbeddings:
         The parquet file has a column of the query, or of its hash, and one of `EMBEDDINGS`. The table has the name of
         the .npy file with another suffix, and its rows are in the same order. Raises `UserError` where they are not so.
         """
-        file = Path(path)
-        if not file.is_file():
+        file = Path(os.path.expanduser(path))
+        if not os.path.isfile(file):
             raise UserError(f"no file of embeddings at {path}; expected parquet, or .npy beside a table of its queries")
         files = [file]
         if file.suffix == ".npy":
-            files += [beside for end in SUFFIXES if (beside := file.with_suffix(end)).is_file()]
+            files += [beside for end in TABLES if (beside := file.with_suffix(end)).is_file()]
             if len(files) != 2:
                 found = listed(each.name for each in files[1:])
                 expected = f"{file.stem}.parquet, .csv or .jsonl, with the queries in the order of its rows"
@@ -109,16 +115,16 @@ def _queries(file: Path) -> tuple[list[str], bool]:
         raise UserError(f"{file} has the columns {listed(table.columns)}; expected {expected}")
     is_hash, is_conversation = column.lower() == HASH, column.lower() in CONVERSATIONS
     cells = [cell for chunk in table.read([column]) for cell in chunk[column]]
-    return [valid_unicode(as_text(cell, is_conversation)) for cell in cells], is_hash
+    return [as_text(cell, is_conversation) for cell in cells], is_hash
 
 
 def _of_npy(file: Path) -> np.ndarray:
     try:
         vectors = np.load(file, mmap_mode="r", allow_pickle=False)  # (Q, H)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a file of another kind raises anything
         raise UserError(f"{file} is no array that can be read ({reason(error)}); expected numbers (Q, H)") from error
-    if vectors.dtype.kind not in "fiu" or vectors.ndim != 2:
-        raise UserError(f"{file} holds {vectors.dtype} of shape {list(vectors.shape)}; expected numbers (Q, H)")
+    if not isinstance(vectors, np.ndarray):
+        raise UserError(f"{file} holds several arrays; expected one of numbers (Q, H)")
     return vectors
 
 
@@ -128,17 +134,24 @@ def _of_parquet(file: Path) -> np.ndarray:
     import pyarrow.parquet as pq
 
     try:
-        names = pq.read_schema(file).names
-        column = next((name for name in names if name.strip().lower() in EMBEDDINGS), None)
-        if column is None:
-            raise UserError(f"{file} has the columns {listed(names)}; expected {' or '.join(EMBEDDINGS)}")
-        lists = pq.read_table(file, columns=[column])[column].combine_chunks()
-        values = lists.flatten()  # (Q H,), without those that are null
-        if len(lists) == 0 or len(values) % len(lists) or lists.null_count or values.null_count:
-            raise UserError(f"{file}: `{column}` has lists of different lengths or missing values; expected numbers")
-        widths = pc.list_value_length(lists).unique()
-        if len(widths) > 1:
-            raise UserError(f"{file}: `{column}` has lists of {listed(map(str, widths))} numbers; expected one width")
-        return values.to_numpy(zero_copy_only=False).reshape(len(lists), -1)  # (Q, H)
-    except (OSError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read as parquet with lists of numbers ({reason(error)})") from error
+        schema = pq.read_schema(file)
+        columns = [name for name in schema.names if name.strip().lower() in EMBEDDINGS]
+        if len(columns) != 1:
+            found = f"{file} has the columns {listed(schema.names)}"
+            raise UserError(f"{found}; expected one named {' or '.join(EMBEDDINGS)}")
+        (column,) = columns
+        kind = schema.field(column).type
+        number = kind.value_type if pa.types.is_nested(kind) and hasattr(kind, "value_type") else None
+        if number is None or not (pa.types.is_floating(number) or pa.types.is_integer(number)):
+            raise UserError(f"{file}: `{column}` holds {kind}; expected lists of numbers")
+        lists = pq.read_table(file, columns=columns)[column].combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be read as parquet ({reason(error)}); or give an .npy") from error
+    values = lists.flatten()  # (Q H,), without those that are null
+    if lists.null_count or values.null_count:
+        raise UserError(f"{file}: `{column}` has missing values; expected numbers")
+    widths = pc.list_value_length(lists).unique()
+    if len(widths) > 1:
+        raise UserError(f"{file}: `{column}` has lists of {listed(map(str, widths))} numbers; expected one width")
+    width = widths[0].as_py() if len(widths) else 0
+    return values.to_numpy(zero_copy_only=False).reshape(len(lists), width)  # (Q, H)

@@ -1,14 +1,12 @@
 """The model card of an exported router: what it routes, how it was trained, and what its test showed."""
 
-import csv
-import io
 import re
 import shlex
 
 from rankrouter import Metadata, RankRouter, without_local_paths
 from support.reporting.console import LABELS, bounds
 from support.system.errors import one_line
-from support.training.options import with_defaults
+from support.training.options import as_word, with_defaults
 
 CARD = """---
 library_name: rankrouter
@@ -142,13 +140,15 @@ def _training(metadata: Metadata, history: dict | None) -> str:
     args, defaults = metadata.args, with_defaults({})
     changed = {name: value for name, value in args.items() if name in defaults and value != defaults[name]}
     places = {name: args.get(name) for name in ("data_path", "model_path", "embeddings")}
+    places["dtype"] = metadata.encoder["dtype"] if args["model_path"] else None
     in_memory = args["data_path"] == "memory"
     if in_memory:
         places.pop("data_path")
     words = ["python", "train.py"]
-    for name, value in (places | {"seed": args["seed"]} | changed).items():
+    seeds = {"seed": args["seed"], "split_seed": args["split_seed"] if args["split_seed"] != args["seed"] else None}
+    for name, value in (places | seeds | changed).items():
         if value is not None and value is not False:
-            words += [f"--{name}"] if value is True else [f"--{name}", shlex.quote(_as_flag(value))]
+            words += [f"--{name}"] if value is True else [f"--{name}", shlex.quote(as_word(value))]
     demo = ", of `--demo`" if args["demo"] else ""
     data = "Data: battles in memory" if in_memory else f"Data: {_code(args['data_path'])}{demo}"
     data += f", content hash `{metadata.content_hash}`"
@@ -157,11 +157,3 @@ def _training(metadata: Metadata, history: dict | None) -> str:
         if commit := history["environment"]["commit"]:
             data += f". Commit of RankRouter: {_code(commit)}"
     return f"{data}.\n\n```bash\n{' '.join(words)}\n```"
-
-
-def _as_flag(value: object) -> str:
-    if not isinstance(value, list):
-        return str(value)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(value)
-    return text.getvalue()

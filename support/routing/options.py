@@ -50,7 +50,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--confidence needs --fallback")
     if args.embeddings is not None and args.model_path is not None:
         parser.error("--embeddings and --model_path exclude each other")
-    inputs = [args.checkpoint, args.embeddings, args.input, args.prices, args.curve, args.battles, args.profile]
+    inside = [os.path.join(args.checkpoint, name) for name in ("best_model.pt", "config.json", "model.safetensors")]
+    inputs = [
+        args.checkpoint,
+        *inside,
+        args.embeddings,
+        args.input,
+        args.prices,
+        args.curve,
+        args.battles,
+        args.profile,
+    ]
     for flag, output in (("--output", args.output), ("--save", args.save)):
         if output is not None and os.path.realpath(output) in [os.path.realpath(path) for path in inputs if path]:
             parser.error(f"{flag} {output} would replace an input; expected another file")

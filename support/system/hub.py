@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from support.system.errors import UserError, one_line, reason
+from support.system.errors import UserError, one_line, reason, valid_unicode
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 LARGEST_CONFIG = 2**26  # bytes
@@ -43,14 +43,14 @@ def write_folder(folder: str | Path, weights: dict, metadata: dict, card: str | 
     from safetensors.torch import save
 
     folder = Path(os.path.expanduser(folder))
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder; move it away, or choose another")
     plain, tensors = _without_tensors(metadata, IN_METADATA)
     content = save({name: weight.contiguous() for name, weight in (weights | tensors).items()})
     plain |= {"weights_sha256": hashlib.sha256(content).hexdigest()}
-    files = {WEIGHTS: content, CONFIG: json.dumps(plain, indent=1, allow_nan=False).encode()}
-    files |= {} if card is None else {CARD: card.encode()}
+    files = {WEIGHTS: content, CONFIG: json.dumps(plain, indent=1).encode()}
+    files |= {} if card is None else {CARD: valid_unicode(card).encode()}
     try:
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is not an empty folder; move it away, or choose another")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
             complete = Path(beside) / "complete"
@@ -73,10 +73,10 @@ def read_folder(folder: Path, library: str, version: int) -> tuple[dict, dict]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    if not folder.is_dir():
-        found = "is a file, not a folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        found = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
         raise UserError(f"{folder} {found}; expected a folder that `save_pretrained` wrote, or a hub id (owner/name)")
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+    if missing := [name for name in (CONFIG, WEIGHTS) if not os.path.isfile(folder / name)]:
         raise UserError(f"{folder} lacks {' and '.join(missing)}; expected a folder that `save_pretrained` wrote")
     try:
         with open(folder / CONFIG, "rb") as file:

@@ -61,11 +61,16 @@ def find_inputs(args: argparse.Namespace, battles: Battles | None) -> Path | Non
     return folder if is_demo else None
 
 
-def make_encoder(args: argparse.Namespace, prompt: str | None, device: torch.device) -> Encoder:
-    """The encoder of the flags, which then have its pooling, layers and prefix; or the file of --embeddings."""
+def make_encoder(args: argparse.Namespace, prompt: str | None, device: torch.device, queries: list[str]) -> Encoder:
+    """The encoder of the flags, which then have its pooling, layers and prefix; or the file of --embeddings.
+
+    Raises `UserError` where there is no such encoder, or the file lacks one of the queries.
+    """
     if args.embeddings is not None:
         args.query_prefix = ""
-        return PrecomputedEmbeddings.read(args.embeddings, device)
+        embeddings = PrecomputedEmbeddings.read(args.embeddings, device)
+        embeddings.embed(queries)  # raises now, before an earlier run in the folder is replaced
+        return embeddings
     encoder = QueryEncoder(
         args.model_path,
         device,

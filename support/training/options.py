@@ -1,6 +1,8 @@
 """The flags of `train.py`, and which of them exclude each other."""
 
 import argparse
+import csv
+import io
 
 from support.system.command_line import (
     OneLineParser,
@@ -51,11 +53,19 @@ def parse_flags(**flags) -> argparse.Namespace:
     if unknown := [name for name in flags if name not in known]:
         raise UserError(f"{', '.join(unknown)}: no flag of that name; expected some of {', '.join(known)}")
     for name, value in flags.items():
-        if isinstance(value, (list, tuple)):  # as CSV has it, since a name may hold a comma
-            value = ",".join('"{}"'.format(str(part).replace('"', '""')) for part in value)
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
         if value is not None and value is not False:
-            argv.append(f"--{name}" if value is True else f"--{name}={value}")
+            argv.append(f"--{name}" if value is True else f"--{name}={as_word(value)}")
     return parse_args(argv)
+
+
+def as_word(value: object) -> str:
+    """The value of a flag as a word of the command line."""
+    if not isinstance(value, (list, tuple)):
+        return str(value)
+    text = io.StringIO()  # as CSV has it, since a name may hold a comma
+    csv.writer(text, lineterminator="").writerow(value)
+    return text.getvalue()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -113,7 +123,7 @@ def _check(parser: OneLineParser, args: argparse.Namespace) -> None:
             "cache_dir",
             "no_cache",
         )
-        given = [name for name in of_encoder if getattr(args, name) not in (None, False)]
+        given = [name for name in of_encoder if getattr(args, name) not in (None, False, "")]
         given += [name for name in ("model_path", "pooling") if getattr(args, name) != parser.get_default(name)]
         if given:
             parser.error(f"--embeddings and --{given[0]} exclude each other: there is no encoder")

@@ -75,6 +75,14 @@ def test_a_run_resumes_with_the_same_file_only(small, trained, file, tmp_path, f
     assert "the encoder's fingerprint was" in fails(*flags, "--embeddings", str(tmp_path / "e.parquet"))
 
 
+def test_a_file_that_lacks_a_query_leaves_the_run_of_the_folder_alone(small, trained, file, tmp_path, fails):
+    before = (trained / "training_history.json").read_bytes()
+    pd.read_parquet(file)[5:].to_parquet(tmp_path / "e.parquet")
+    flags = [*without_encoder(small), "--output_dir", str(trained), "--embeddings", str(tmp_path / "e.parquet")]
+    assert "lacks" in fails(*flags)
+    assert (trained / "training_history.json").read_bytes() == before
+
+
 def test_what_does_not_fit_is_refused(small, tiny_run, trained, file, fails, capsys):
     def refused(*flags):
         with pytest.raises(SystemExit) as stopped:

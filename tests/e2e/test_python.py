@@ -115,7 +115,8 @@ def test_memory_resumes_only_with_the_same_battles(rows, demo, tmp_path, capsys)
             {"query_column": "prompt", "split_column": "x"},
             "query_column, split_column: columns of files; leave them out",
         ),
-        ({"layers": [7]}, "the encoder has the layers 1 to 2, not 7"),
+        ({"hold_out_model": ["gone"]}, "no model is named 'gone'"),
+        ({"layers": np.array([7])}, "the encoder has the layers 1 to 2, not 7"),
         ({"split_by": "task"}, "needs two groups of queries or more"),
     ],
 )

@@ -159,6 +159,13 @@ def test_of_a_conversation_the_turns_of_the_user_are_read(read, checkpoint, rout
     assert np.array_equal(router.scores_of([CHAT], read=read), router.scores_of([READ[read]]))
 
 
+def test_a_line_that_is_a_list_of_messages_is_a_conversation(checkpoint, routed, tmp_path):
+    for name in ("chats.txt", "chats.jsonl"):
+        (tmp_path / name).write_text(json.dumps(CHAT) + "\n")
+        (line,) = jsonl(routed("--checkpoint", checkpoint, "--input", str(tmp_path / name), "--read", "last"))
+        assert line["query"] == QUERIES[2]
+
+
 def test_the_first_turn_is_read_by_default_as_in_training(checkpoint, routed, tmp_path):
     pd.DataFrame({"conversation": [CHAT[:3], CHAT[1:2]]}).to_parquet(tmp_path / "chats.parquet")
     lines = jsonl(routed("--checkpoint", checkpoint, "--input", str(tmp_path / "chats.parquet")))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -201,6 +202,25 @@ def test_a_card_has_the_command_of_its_training(small, demo, tmp_path, monkeypat
     assert 'open_encoder("PATH/TO/enc")' in card
 
 
+def test_a_damaged_history_is_named_and_odd_benchmarks_are_exported(small, tiny_run, tmp_path, capsys):
+    history, output = tiny_run
+    shutil.copytree(output, tmp_path / "run")
+    (tmp_path / "run/training_history.json").write_text(json.dumps(history | {"test_intervals": 3}))
+    with pytest.raises(UserError, match=r"training_history.json beside .* is damaged"):
+        export(tmp_path / "run", tmp_path / "router")
+    names = RankRouter.load(output).model_names
+    pd.DataFrame({"model": names, "same": 1.0, "other": range(len(names))}).to_csv(tmp_path / "bench.csv")
+    without = [word for word in small if word not in ("--capability_dim", "4")]
+    train.main([*without, "--capability_file", str(tmp_path / "bench.csv"), "--output_dir", str(tmp_path / "bench")])
+    one = RankRouter.load(tmp_path / "bench").metadata.profiles
+    assert RankRouter.load(export(tmp_path / "bench", tmp_path / "shared")).metadata.profiles == one
+
+
+def test_an_output_does_not_replace_a_part_of_the_router(exported, capsys):
+    with pytest.raises(UserError, match="would replace an input"):
+        route.main(["--checkpoint", str(exported), "--output", str(exported / "config.json"), QUERIES[0]])
+
+
 def test_an_exported_router_is_not_exported_again(exported, tmp_path, capsys):
     with pytest.raises(UserError, match="is exported already; copy it"):
         route.main(["--checkpoint", str(exported), "--export", str(tmp_path / "again")])
@@ -250,7 +270,13 @@ def not_finite(folder):
         (lambda folder: change(folder, format_version=99), "has format 99, expected"),
         (lambda folder: change(folder, model_names=["a", "a"]), "RankRouter checkpoint"),
         (lambda folder: change(folder, config={"embedding_dim": 10**9}), "RankRouter checkpoint"),
-        (lambda folder: change(folder, temperature="hot"), "RankRouter checkpoint"),
+        (lambda folder: change(folder, temperature="hot"), "the temperature is not what training writes"),
+        (lambda folder: change(folder, temperature=10**400), "the temperature is not what training writes"),
+        (lambda folder: change(folder, added_models=[1]), "RankRouter checkpoint"),
+        (lambda folder: change(folder, added_models=None), "an added model is not what training writes"),
+        (lambda folder: change(folder, model_names="abc"), "RankRouter checkpoint"),
+        (lambda folder: change(folder, content_hash="\ud800"), "the encoder is not what training writes"),
+        (lambda folder: change(folder, args={"data_path": 1}), "RankRouter checkpoint"),
         (lambda folder: rewrite(folder, {"metadata/seen_queries": torch.zeros(1)}), "RankRouter checkpoint"),
         (not_finite, "a weight is not what training writes"),
     ],
