@@ -524,7 +524,6 @@ class RankRouter(nn.Module):
         yield "an added model", type(added) is list and all(each["model"] in names for each in added)
         texts = metadata.content_hash, encoder["path"], encoder["fingerprint"], encoder.get("pooling", "")
         yield "the encoder", all(isinstance(text, str) and text == valid_unicode(text) for text in texts)
-        yield "the encoder", encoder.get("precomputed", False) or {"pooling", "max_length"} <= encoder.keys()
         yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
         yield "--pooling", args["pooling"] in POOLINGS or encoder.get("precomputed", False)
         layers = args.get("layers")

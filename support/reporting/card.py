@@ -89,7 +89,7 @@ def _guard(confidence: float | None) -> str:
 
 
 def _encoder(metadata: Metadata, surface_features: tuple[str, ...]) -> str:
-    encoder = metadata.encoder
+    args, encoder = metadata.args, metadata.encoder
     beside = "; beside it, surface features of the text" if surface_features else ""
     if encoder.get("precomputed"):
         file = f"of the file {_code(encoder['path'])}, SHA-256 `{encoder['fingerprint']}`"
@@ -97,9 +97,8 @@ def _encoder(metadata: Metadata, surface_features: tuple[str, ...]) -> str:
     layers = f"layers {', '.join(map(str, encoder['layers']))}, " if encoder.get("layers") else ""
     prefix = f", prefix {_code(encoder['prefix'])}" if encoder.get("prefix") else ""
     weights = "its trained weights are in this folder" if metadata.trained else "it is frozen, and not in this folder"
-    settings = (
-        f"{layers}{encoder['pooling']} pooling{prefix}, {encoder['dtype']}, at most {encoder['max_length']} tokens"
-    )
+    tokens = encoder.get("max_length", args["max_length"])
+    settings = f"{layers}{args['pooling']} pooling{prefix}, {encoder['dtype']}, at most {tokens} tokens"
     text = f"The encoder is {_code(encoder['path'])}, {settings}{beside}; {weights}. Another one than that with the"
     return f"{text} fingerprint `{encoder['fingerprint']}` is refused."
 
