@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -197,11 +197,9 @@ class Battles:
     def content_hash(self) -> str:
         """SHA-256 (hex) of the battles, for those that are not from a file."""
         digest = hashlib.sha256(repr((self.queries, self.model_names, self.group_names)).encode())
-        table = self.table or ScoreTable(np.empty(0), np.empty(0))
-        for column in (self.query_idx, self.model_a_idx, self.model_b_idx, self.outcome, self.side, self.group):
-            digest.update(b"none" if column is None else np.ascontiguousarray(column))
-        for column in (table.query_idx, table.scores, table.costs, table.side, table.group):
-            digest.update(b"none" if column is None else np.ascontiguousarray(column))
+        for part in (self,) if self.table is None else (self, self.table):
+            for column in (getattr(part, each.name) for each in fields(part)):
+                digest.update(np.ascontiguousarray(column) if isinstance(column, np.ndarray) else b"none")
         return digest.hexdigest()
 
     def query_columns(self) -> tuple[np.ndarray, np.ndarray]:

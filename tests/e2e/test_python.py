@@ -60,6 +60,14 @@ def test_a_tuple_that_is_no_battle_is_named(battle, message):
         Battles.from_tuples([("q", "x", "y", "tie"), battle])
 
 
+def test_the_hash_of_battles_is_of_their_content(rows):
+    one, other = Battles.from_tuples(rows), Battles.from_tuples(rows[:-1])
+    before = one.content_hash()
+    assert len(one.unique_queries) > 0  # is then cached
+    assert one.content_hash() == before == Battles.from_tuples(rows).content_hash()
+    assert other.content_hash() != before
+
+
 def test_no_battles_are_refused_and_chat_messages_are_queries():
     with pytest.raises(UserError, match="there is no battle; expected tuples"):
         Battles.from_tuples([])

@@ -184,6 +184,7 @@ def test_the_history_is_complete_and_consistent(demo, default):
     assert data["embeddings_hash"] == hashlib.sha256(default.features[:, :128].numpy().tobytes()).hexdigest()
     assert default.router.metadata.encoder == {
         "path": str(demo / "encoder"),
+        "from_hub": False,
         "fingerprint": encoder_fingerprint(demo / "encoder"),
         "width": 128,
         "pooling": "mean",
