@@ -60,8 +60,7 @@ class PrecomputedEmbeddings:
                 raise UserError(f"{path} has no query in row {row + 1}; expected text, or its hash")
             key = query.strip().lower() if are_hashes else query_hash(valid_unicode(query)).hex()
             first = self.row_of_hash.setdefault(key, row)
-            distance = (vectors[row] - vectors[first]).norm()
-            if distance > MAX_DISTANCE * vectors[first].norm():
+            if first != row and (vectors[row] - vectors[first]).norm() > MAX_DISTANCE * vectors[first].norm():
                 rows = f"in rows {first + 1} and {row + 1}"
                 raise UserError(f"{path} has two different embeddings of one query, {rows}; keep one row per query")
         self.usage = {"fingerprint": fingerprint, "dtype": self.dtype, "precomputed": True}

@@ -127,10 +127,8 @@ def _test(history: dict) -> str:
     rows = f" in {data['table_rows']['test']} rows of a score table," if data["table_rows"] else ""
     text = f"Once, on {size['battles']} decisive battles of {size['queries']} queries,{rows} split by "
     text += f"{history['args']['split_by']}; one run, with seed {history['args']['seed']}. Intervals are over the test "
-    text += (
-        "queries, and do not count what another training or split would change. RankRouter's docs/method.md defines "
-    )
-    text += f"the metrics and the baselines.\n\n{_table(metrics)}"
+    text += "queries, and do not count what another training or split would change. Metrics and baselines are those of "
+    text += f"RankRouter's docs/method.md.\n\n{_table(metrics)}"
     return text + (f"\n\n{_table(compared)}" if history["baselines"] else "")
 
 
@@ -148,7 +146,7 @@ def _training(metadata: Metadata, history: dict | None) -> str:
     for name, value in (places | seeds | changed).items():
         if value is not None and value is not False:
             words += [f"--{name}"] if value is True else [f"--{name}", shlex.quote(as_word(value))]
-    demo = ", of `--demo`" if args["demo"] else ""
+    demo = " of `train.py --demo`" if history is not None and "demo" in history else ""
     data = "Data: battles in memory" if in_memory else f"Data: {_code(args['data_path'])}{demo}"
     data += f", content hash `{metadata.content_hash}`"
     if history is not None:
