@@ -39,7 +39,7 @@ PATH_FLAGS = (
     "embeddings",
 )
 # Precomputed embeddings whose standardized dimensions are typically beyond these may be those of another encoder.
-MAX_SQUARED, MIN_VARIANCE, MANY_QUERIES = 4.0, 0.05, 30
+MAX_SQUARE, MIN_VARIANCE, MANY_QUERIES = 4.0, 0.05, 30
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on the number of models
 
 
@@ -199,13 +199,12 @@ class RankRouter(nn.Module):
         """
         trained = self._trained().encoder
         if trained.get("precomputed"):
-            raise UserError(
-                "the router was trained on precomputed embeddings; give those of these queries by --embeddings"
-            )
+            advice = "give those of these queries by --embeddings, in Python by open_embeddings"
+            raise UserError(f"the router was trained on precomputed embeddings; {advice}")
         path = trained["path"] if model_path is None else model_path
         if model_path is None and not (os.path.isdir(os.path.expanduser(path)) or hub.is_hub_id(path)):
-            problem = f"the encoder that the router was trained with, {path}, is not here"
-            raise UserError(f"{problem}; name its folder or hub id with --model_path")
+            problem = f"the router's encoder {path!r} was not found here"
+            raise UserError(f"{problem}; name its folder or hub id by --model_path, in Python by open_encoder")
         encoder = QueryEncoder(
             path,
             torch.device(device),
@@ -246,10 +245,11 @@ class RankRouter(nn.Module):
             raise UserError(f"{found}, training had {self.encoder_width}; expected those of the same encoder")
         mean, scale = (each[: self.encoder_width].cpu() for each in (self.query_tower.mean, self.query_tower.scale))
         x = (embeddings.vectors - mean) / scale  # (Q, H)
-        squared, variance = (float(each.median()) for each in (x.square().mean(0), x.var(0, correction=0)))
-        if squared > MAX_SQUARED or (len(x) >= MANY_QUERIES and variance < MIN_VARIANCE):
-            found = f"their typical square is {squared:.3g}, and their variance {variance:.3g}, where training has 1"
-            print(f"warning: {embeddings.path}: {found}; are they of the same encoder?", file=sys.stderr)
+        square, variance = (float(each.median()) for each in (x.square().mean(0), x.var(0, correction=0)))
+        if square > MAX_SQUARE or (len(x) >= MANY_QUERIES and variance < MIN_VARIANCE):
+            found = f"mean square {square:.3g} and variance {variance:.3g}, medians over dimensions; training has 1"
+            advice = "are they of the same encoder?"
+            print(f"warning: {embeddings.path}, standardized as in training: {found}; {advice}", file=sys.stderr)
         if embeddings.device != self.query_tower.mean.device:
             self.model_blocks = None
         self.encoder = embeddings
@@ -278,8 +278,8 @@ class RankRouter(nn.Module):
         embeddings, _ = self.encoder.embed(distinct)  # (q, H)
         if embeddings.shape[1] != self.encoder_width:
             raise UserError(
-                f"the encoder's embeddings are {embeddings.shape[1]} wide, in training they were {self.encoder_width}: "
-                "the checkpoint is damaged"
+                f"the encoder's embeddings are {embeddings.shape[1]} wide, in training {self.encoder_width}: it is another "
+                "one, or the checkpoint is damaged"
             )
         features = query_features(distinct, embeddings, self.config.surface_features)  # (q, F)
         x, cluster_idx = self.query_tower.inputs(features.to(self.encoder.device))  # (q, F), (q,)

@@ -82,8 +82,12 @@ def export(args: argparse.Namespace, router: RankRouter) -> None:
     except NO_HISTORY as error:
         raise UserError(f"training_history.json beside {args.checkpoint} is damaged ({one_line(error)})") from error
     router.save_pretrained(args.export, card)
-    print(f"saved    {one_line(args.export)}: model.safetensors, config.json, README.md, the card", end="")
-    print("" if history else " without a test, as no finished training_history.json is beside the checkpoint")
+    test = "" if history else ", without a test: no finished training_history.json is beside the checkpoint"
+    print(f"saved    {one_line(args.export)}: model.safetensors, config.json, README.md (the model card{test})")
+    encoder = router.metadata.encoder
+    if not (encoder.get("from_hub") or encoder.get("precomputed")):
+        name = one_line(Path(encoder["path"]).name)
+        print(f"encoder  is named {name} there, as it is a folder; --model_path OWNER/NAME writes its hub id instead")
 
 
 def candidates(

@@ -1,18 +1,17 @@
 """RankRouter inside LiteLLM's Router: each conversation goes to the deployment of the model that ranks first for it.
 
-`pip install litellm`, then `python -m examples.litellm_router outputs/best_model.pt` in this project's folder shows two
-requests with mock responses. A deployment belongs to the model of the router that its `model_info.id` names.
+`pip install litellm==1.110.2`, then `python -m examples.litellm_router outputs/best_model.pt` in this project's folder
+shows two requests with mock responses. A deployment belongs to the model of the router that its `model_info.id` names.
 """
 
 import asyncio
-import sys
 from threading import Lock
 
 import litellm
 from litellm.types.router import CustomRoutingStrategyBase
 
 from rankrouter import RankRouter
-from support.system.command_line import run_command
+from support.system.command_line import OneLineParser, run_command
 from support.system.errors import UserError
 
 
@@ -50,9 +49,12 @@ class RankRouterStrategy(CustomRoutingStrategyBase):
 
 def main() -> None:
     """Route two requests to mock deployments, one for each model that the checkpoint knows."""
-    checkpoint, *model_path = sys.argv[1:]
-    router = RankRouter.load(checkpoint)
-    router.open_encoder(*model_path)
+    parser = OneLineParser("Route two requests to mock deployments in LiteLLM's Router.")
+    parser.add_argument("checkpoint", help="best_model.pt, or what else `RankRouter.load` takes")
+    parser.add_argument("--model_path", help="folder or hub id of its encoder; default: that of training")
+    args = parser.parse_args()
+    router = RankRouter.load(args.checkpoint)
+    router.open_encoder(args.model_path)
     model_list = [
         {
             "model_name": "best",  # what clients request

@@ -145,7 +145,9 @@ def _of_parquet(file: Path) -> np.ndarray:
             raise UserError(f"{file}: `{column}` holds {kind}; expected lists of numbers")
         lists = pq.read_table(file, columns=columns)[column].combine_chunks()
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read as parquet ({reason(error)}); or give an .npy") from error
+        raise UserError(
+            f"{file} is not parquet ({reason(error)}); expected parquet, or an .npy beside a table"
+        ) from error
     values = lists.flatten()  # (Q H,), without those that are null
     if lists.null_count or values.null_count:
         raise UserError(f"{file}: `{column}` has missing values; expected numbers")

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 from rankrouter import Metadata, RankRouter, without_local_paths
 from support.reporting.console import LABELS, bounds
@@ -21,7 +22,7 @@ Given a query, it ranks these models, the best for it first: {models}.{added}
 
 ## Use
 
-In a checkout of RankRouter, with this folder or its hub id:
+In a clone of RankRouter, with its `requirements.txt` installed:
 
 ```python
 from rankrouter import RankRouter
@@ -63,14 +64,14 @@ def model_card(router: RankRouter, history: dict | None) -> str:
         base=f"base_model: {encoder['path']}\n" if from_hub else "",
         count=len(router.model_names),
         models=", ".join(map(_code, router.model_names)),
-        added=f" Added after training, and not in the test below: {added}." if added else "",
+        added=f" Added after training, and in no test: {added}." if added else "",
         opening=f'{method}("{place}")',
         encoder=_encoder(metadata, router.config.surface_features),
         temperature=metadata.temperature,
         single=_code(metadata.best_single_model),
         guard=_guard(metadata.confidence),
         test=NO_TEST if history is None else _test(history),
-        training=_training(metadata, history),
+        training=_training(metadata, history, is_demo=_is_demo(router.metadata.args)),
     )
 
 
@@ -99,8 +100,10 @@ def _encoder(metadata: Metadata, surface_features: tuple[str, ...]) -> str:
     weights = "its trained weights are in this folder" if metadata.trained else "it is frozen, and not in this folder"
     tokens = encoder.get("max_length", args["max_length"])
     settings = f"{layers}{args['pooling']} pooling{prefix}, {encoder['dtype']}, at most {tokens} tokens"
-    text = f"The encoder is {_code(encoder['path'])}, {settings}{beside}; {weights}. Another one than that with the"
-    return f"{text} fingerprint `{encoder['fingerprint']}` is refused."
+    text = (
+        f"The encoder is {_code(encoder['path'])}, {settings}{beside}; {weights}. Its fingerprint, a hash of its files,"
+    )
+    return f"{text} is `{encoder['fingerprint']}`; one with another is refused."
 
 
 def _table(lines: list[list[str]]) -> str:
@@ -132,25 +135,35 @@ def _test(history: dict) -> str:
     return text + (f"\n\n{_table(compared)}" if history["baselines"] else "")
 
 
-def _training(metadata: Metadata, history: dict | None) -> str:
+def _is_demo(args: dict) -> bool:
+    """Whether data and encoder are both the demo's, which has them in one folder."""
+    folders = {Path(str(args[name])).parent for name in ("data_path", "model_path")}
+    return bool(args.get("demo")) and len(folders) == 1 and folders.pop().name.startswith("demo-")
+
+
+def _training(metadata: Metadata, history: dict | None, is_demo: bool) -> str:
     """The data, the flags that differ from their defaults, and the commit."""
     args, defaults = metadata.args, with_defaults({})
     changed = {name: value for name, value in args.items() if name in defaults and value != defaults[name]}
     places = {name: args.get(name) for name in ("data_path", "model_path", "embeddings")}
+    places = {"demo": True} if is_demo else places
     places["dtype"] = metadata.encoder["dtype"] if args["model_path"] else None
     in_memory = args["data_path"] == "memory"
     if in_memory:
-        places.pop("data_path")
+        del places["data_path"]
     words = ["python", "train.py"]
     seeds = {"seed": args["seed"], "split_seed": args["split_seed"] if args["split_seed"] != args["seed"] else None}
     for name, value in (places | seeds | changed).items():
         if value is not None and value is not False:
             words += [f"--{name}"] if value is True else [f"--{name}", shlex.quote(as_word(value))]
-    demo = " of `train.py --demo`" if history is not None and "demo" in history else ""
-    data = "Data: battles in memory" if in_memory else f"Data: {_code(args['data_path'])}{demo}"
+    data = (
+        "Data: battles in memory"
+        if in_memory
+        else f"Data: {_code(args['data_path'])}{' of the demo' if is_demo else ''}"
+    )
     data += f", content hash `{metadata.content_hash}`"
     if history is not None:
         data += f", {history['data']['battles']} battles on {history['data']['queries']} queries"
         if commit := history["environment"]["commit"]:
             data += f". Commit of RankRouter: {_code(commit)}"
-    return f"{data}.\n\n```bash\n{' '.join(words)}\n```"
+    return f"{data}. Of paths, only the last part is shown.\n\n```bash\n{' '.join(words)}\n```"

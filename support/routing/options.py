@@ -104,8 +104,9 @@ def _parser() -> OneLineParser:
     fixed = "rank others above this model only where they beat it with --confidence; best: the best single one"
     add("--fallback", metavar="MODEL", type=some_text, help=fixed)
     sure = (
-        "probability from 0.5 to 1, at which none does; default with the best single model: the one chosen in training"
+        "probability from 0.5 to 1 that must be exceeded; at 1 none does; default with the best single model: the one "
     )
+    sure += "chosen in training"
     add("--confidence", metavar="P", type=real_number("from 0.5 to 1", lambda x: 0.5 <= x <= 1), help=sure)
 
     add = parser.add_argument_group("a new model").add_argument

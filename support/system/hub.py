@@ -32,6 +32,7 @@ def download(hub_id: str, **options) -> Path:
         return Path(snapshot_download(hub_id, **options))
     except Exception as error:  # the hub's client raises errors without a common base class
         problem = f"{hub_id} is not a local folder and could not be downloaded as a hub id: {reason(error)}"
+        problem += "; name a folder, or see that the hub can be reached and that you may read it"
         raise UserError(problem) from error
 
 

@@ -67,7 +67,7 @@ def make_encoder(args: argparse.Namespace, prompt: str | None, device: torch.dev
     Raises `UserError` where there is no such encoder, or the file lacks one of the queries.
     """
     if args.embeddings is not None:
-        args.query_prefix = ""
+        args.pooling, args.query_prefix = None, ""
         embeddings = PrecomputedEmbeddings.read(args.embeddings, device)
         embeddings.embed(queries)  # raises now, before an earlier run in the folder is replaced
         return embeddings

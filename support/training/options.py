@@ -182,7 +182,8 @@ def _parser() -> OneLineParser:
     add("--limit", metavar="N", type=count, help="only N queries: a quick look")
     add("--demo", **switch, help="synthetic battles, tiny Qwen2; paths that are given are used")
     add("--demo_dir", metavar="DIR", help="folder of the demo; default: the user's cache folder")
-    add("--output_dir", default="./outputs", help="folder of history and checkpoints; one run at a time")
+    place = "folder of history and checkpoints; one run at a time; a finished run there is replaced"
+    add("--output_dir", default="./outputs", help=place)
 
     add = parser.add_argument_group("encoder").add_argument
     add("--model_path", default="../model/Qwen2-0.5B", help="Hugging Face encoder: a folder or hub id")
@@ -235,7 +236,13 @@ def _parser() -> OneLineParser:
     add("--embedding_dim", type=dim, default=512, help="width of the shared space and the ID embedding")
     looks = "what a query's text looks like, beside its embedding; better on tasks of training, worse on other ones"
     add("--surface_features", **switch, help=looks)
-    add("--no_surface_features", dest="surface_features", action="store_false", help="without them: the default")
+    add(
+        "--no_surface_features",
+        dest="surface_features",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="without them: the default",
+    )
     add("--num_clusters", type=whole_number(0), default=50, help="K-means clusters; 0: no cluster features")
     add("--cluster_dim", type=dim, default=32, help="width of a cluster's learned embedding")
     add("--capability_dim", type=dim, default=64, help="width of a random capability vector")

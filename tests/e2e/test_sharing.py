@@ -116,7 +116,7 @@ def test_a_card_compares_with_the_baselines_and_names_an_added_model(small_table
     row = json.loads((tmp_path / "training_history.json").read_text())["baselines"]["best_single"]
     low, high = row["difference_intervals"]["mean_score"]
     assert f"{row['mean_score']:.4f} | {row['difference']['mean_score']:+.4f} [{low:+.4f}, {high:+.4f}] |" in card
-    assert "Added after training, and not in the test below: `new | model`" in card
+    assert "Added after training, and in no test: `new | model`" in card
 
 
 def test_the_encoder_has_its_hub_id_where_that_was_given(tiny_run, demo, tmp_path, monkeypatch, capsys):
@@ -138,7 +138,7 @@ def test_a_hub_id_downloads_two_files_and_no_encoder(tiny_run, exported, monkeyp
     assert RankRouter.from_pretrained("owner/router", revision="v1").model_names == expected
     with pytest.raises(SystemExit):
         run_command(lambda: route.main(["--checkpoint", "owner/router", QUERIES[0]]))
-    assert "name its folder or hub id with --model_path" in capsys.readouterr().err
+    assert "name its folder or hub id by --model_path" in capsys.readouterr().err
     only = {"allow_patterns": ["config.json", "model.safetensors"]}
     assert requested == [("owner/router", only | {"revision": "v1"}), ("owner/router", only)]
 

@@ -105,4 +105,4 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "e.csv").unlink(), (tmp_path / "e.jsonl").unlink()
     refused(str(tmp_path / "e.npy"), "there is none; expected one table")
     (tmp_path / "text").write_text("hello")
-    refused(str(tmp_path / "text"), "cannot be read as parquet")
+    refused(str(tmp_path / "text"), "is not parquet")
