@@ -277,10 +277,8 @@ class RankRouter(nn.Module):
         distinct = list(row_of_query)
         embeddings, _ = self.encoder.embed(distinct)  # (q, H)
         if embeddings.shape[1] != self.encoder_width:
-            raise UserError(
-                f"the encoder's embeddings are {embeddings.shape[1]} wide, in training {self.encoder_width}: it is another "
-                "one, or the checkpoint is damaged"
-            )
+            found = f"the encoder's embeddings are {embeddings.shape[1]} wide, in training {self.encoder_width}"
+            raise UserError(f"{found}; expected the same encoder, or the checkpoint is damaged")
         features = query_features(distinct, embeddings, self.config.surface_features)  # (q, F)
         x, cluster_idx = self.query_tower.inputs(features.to(self.encoder.device))  # (q, F), (q,)
         return x[rows], cluster_idx[rows]  # (Q, F), (Q,)
