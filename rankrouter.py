@@ -241,15 +241,15 @@ class RankRouter(nn.Module):
         if isinstance(embeddings, (str, Path)):
             embeddings = PrecomputedEmbeddings.read(str(embeddings))
         if embeddings.vectors.shape[1] != self.encoder_width:
-            found = f"{embeddings.path} has embeddings of width {embeddings.vectors.shape[1]}"
-            raise UserError(f"{found}, training had {self.encoder_width}; expected those of the same encoder")
+            problem = f"{embeddings.path} has embeddings of width {embeddings.vectors.shape[1]}"
+            raise UserError(f"{problem}, training had {self.encoder_width}; expected those of the same encoder")
         mean, scale = (each[: self.encoder_width].cpu() for each in (self.query_tower.mean, self.query_tower.scale))
         x = (embeddings.vectors - mean) / scale  # (Q, H)
         square, variance = (float(each.median()) for each in (x.square().mean(0), x.var(0, correction=0)))
         if square > MAX_SQUARE or (len(x) >= MANY_QUERIES and variance < MIN_VARIANCE):
-            found = f"mean square {square:.3g} and variance {variance:.3g}, medians over dimensions; training has 1"
+            message = f"mean square {square:.3g} and variance {variance:.3g}, medians over dimensions; training has 1"
             advice = "are they of the same encoder?"
-            print(f"warning: {embeddings.path}, standardized as in training: {found}; {advice}", file=sys.stderr)
+            print(f"warning: {embeddings.path}, standardized as in training: {message}; {advice}", file=sys.stderr)
         if embeddings.device != self.query_tower.mean.device:
             self.model_blocks = None
         self.encoder = embeddings
@@ -277,8 +277,8 @@ class RankRouter(nn.Module):
         distinct = list(row_of_query)
         embeddings, _ = self.encoder.embed(distinct)  # (q, H)
         if embeddings.shape[1] != self.encoder_width:
-            found = f"the encoder's embeddings are {embeddings.shape[1]} wide, in training {self.encoder_width}"
-            raise UserError(f"{found}; expected the same encoder, or the checkpoint is damaged")
+            problem = f"the encoder's embeddings are {embeddings.shape[1]} wide, in training {self.encoder_width}"
+            raise UserError(f"{problem}; expected the same encoder, or the checkpoint is damaged")
         features = query_features(distinct, embeddings, self.config.surface_features)  # (q, F)
         x, cluster_idx = self.query_tower.inputs(features.to(self.encoder.device))  # (q, F), (q,)
         return x[rows], cluster_idx[rows]  # (Q, F), (Q,)

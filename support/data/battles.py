@@ -157,14 +157,14 @@ class Battles:
         """
         rows = Rows()
         for number, battle in enumerate(battles, start=1):
-            found = f"battle {number}, {one_line(battle)[:80]},"
+            shown = f"battle {number}, {one_line(battle)[:80]},"
             if not isinstance(battle, (tuple, list)) or len(battle) != 4:
-                raise UserError(f"{found} is no tuple of query, model a, model b and winner")
+                raise UserError(f"{shown} is no tuple of query, model a, model b and winner")
             query, *others = battle
             text = as_query(query, "first", f"the query of battle {number}")
             if problem := rows.add_battle(text, (-1, -1), TUPLES, *others):
                 raise UserError(
-                    f"{found} is {problem}; expected as winner model_a, model_b, tie, or one of the two names"
+                    f"{shown} is {problem}; expected as winner model_a, model_b, tie, or one of the two names"
                 )
         if not rows.battles:
             raise UserError("there is no battle; expected tuples of query, model a, model b and winner")

@@ -40,8 +40,8 @@ def as_query(query: object, read: str, name: str) -> str:
         raise UserError(f"{name} is {one_line(repr(query))[:80]}, expected text or a list of chat messages")
     text = valid_unicode(query if is_text else as_text(query, is_conversation=True, read=read)).strip()
     if not text:
-        found = "empty" if is_text else f"without text in the user's turn ({read}) of its {len(query)} messages"
-        raise UserError(f"{name} is {found}, expected text")
+        problem = "empty" if is_text else f"without text in the user's turn ({read}) of its {len(query)} messages"
+        raise UserError(f"{name} is {problem}, expected text")
     return text
 
 

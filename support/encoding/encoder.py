@@ -139,7 +139,6 @@ class QueryEncoder:
         download: bool = True,
         finetuned: dict | None = None,
     ):
-        self.from_hub = is_hub_id(str(model_path))
         self.path, self.folder, self.device = str(model_path), find_encoder(model_path, download), device
         settings = read_settings(self.folder)
         if include_prompt is not None:
@@ -349,7 +348,7 @@ class QueryEncoder:
         self.metadata = {"prefix": "", "include_prompt": True} | self.usage
         self.metadata |= {
             "path": self.path,
-            "from_hub": self.from_hub,
+            "from_hub": is_hub_id(self.path),
             "max_length": tokens_read,
             "width": embeddings.shape[1],
         }

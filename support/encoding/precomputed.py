@@ -47,8 +47,8 @@ class PrecomputedEmbeddings:
             raise UserError("queries is one text, expected a list of texts")
         vectors = np.asarray(vectors)  # (Q, H)
         if vectors.dtype.kind not in "fiu" or vectors.ndim != 2 or len(vectors) != len(queries) or not vectors.size:
-            found = f"{len(queries)} queries and {vectors.dtype} of shape {list(vectors.shape)}"
-            raise UserError(f"{path} has {found}; expected numbers (Q, H) for Q queries")
+            shapes = f"{len(queries)} queries and {vectors.dtype} of shape {list(vectors.shape)}"
+            raise UserError(f"{path} has {shapes}; expected numbers (Q, H) for Q queries")
         with np.errstate(over="ignore"):  # refused below
             vectors = torch.from_numpy(np.array(vectors, np.float32))  # (Q, H)
         if len(bad := (~vectors.isfinite().all(1)).nonzero()):
@@ -83,9 +83,9 @@ class PrecomputedEmbeddings:
         if file.suffix == ".npy":
             files += [beside for end in TABLES if (beside := file.with_suffix(end)).is_file()]
             if len(files) != 2:
-                found = listed(each.name for each in files[1:])
+                tables = listed(each.name for each in files[1:])
                 expected = f"{file.stem}.parquet, .csv or .jsonl, with the queries in the order of its rows"
-                raise UserError(f"beside {path} there is {found}; expected one table, {expected}")
+                raise UserError(f"beside {path} there is {tables}; expected one table, {expected}")
         vectors = _of_npy(file) if file.suffix == ".npy" else _of_parquet(file)  # (Q, H)
         queries, are_hashes = _queries(files[-1])
         named = {"path": str(path), "fingerprint": content_hash(files), "device": device}
@@ -136,8 +136,8 @@ def _of_parquet(file: Path) -> np.ndarray:
         schema = pq.read_schema(file)
         columns = [name for name in schema.names if name.strip().lower() in EMBEDDINGS]
         if len(columns) != 1:
-            found = f"{file} has the columns {listed(schema.names)}"
-            raise UserError(f"{found}; expected one named {' or '.join(EMBEDDINGS)}")
+            message = f"{file} has the columns {listed(schema.names)}"
+            raise UserError(f"{message}; expected one named {' or '.join(EMBEDDINGS)}")
         (column,) = columns
         kind = schema.field(column).type
         number = kind.value_type if pa.types.is_nested(kind) and hasattr(kind, "value_type") else None

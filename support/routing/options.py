@@ -118,13 +118,11 @@ def _parser() -> OneLineParser:
     add("--save", **file, help="the new checkpoint")
 
     add = parser.add_argument_group("sharing").add_argument
-    shared = "write a new folder with the router and its model card, as the Hugging Face hub keeps models"
-    add("--export", metavar="FOLDER", type=some_path, help=shared)
+    add("--export", metavar="FOLDER", type=some_path, help="write router and model card as a new folder for the hub")
 
     add = parser.add_argument_group("encoder").add_argument
     add("--model_path", help="folder or hub id; default: that of training")
-    precomputed = "precomputed embeddings of the queries, for a router that was trained with --embeddings"
-    add("--embeddings", **file, help=precomputed)
+    add("--embeddings", **file, help="precomputed ones of the queries, for a router that was trained with --embeddings")
     add("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: cuda, else mps, else cpu")
     add("--encode_tokens", metavar="N", type=count, help="tokens per batch of queries")
     add("--cache_dir", metavar="DIR", help="folder of cached embeddings; default: the user's cache folder")

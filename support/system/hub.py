@@ -75,8 +75,8 @@ def read_folder(folder: Path, library: str, version: int) -> tuple[dict, dict]:
     from safetensors.torch import load
 
     if not os.path.isdir(folder):
-        found = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
-        raise UserError(f"{folder} {found}; expected a folder that `save_pretrained` wrote, or a hub id (owner/name)")
+        problem = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
+        raise UserError(f"{folder} {problem}; expected a folder that `save_pretrained` wrote, or a hub id (owner/name)")
     if missing := [name for name in (CONFIG, WEIGHTS) if not os.path.isfile(folder / name)]:
         raise UserError(f"{folder} lacks {' and '.join(missing)}; expected a folder that `save_pretrained` wrote")
     try:
@@ -85,9 +85,9 @@ def read_folder(folder: Path, library: str, version: int) -> tuple[dict, dict]:
         content = (folder / WEIGHTS).read_bytes()
         if plain["library_name"] != library:
             raise UserError(f"{folder} is a model of {one_line(plain['library_name'])[:40]}, expected one of {library}")
-        found = plain.pop("format_version")
-        if found != version:
-            raise UserError(f"{folder} has format {one_line(found)[:40]}, expected {version}; write it again")
+        written = plain.pop("format_version")
+        if written != version:
+            raise UserError(f"{folder} has format {one_line(written)[:40]}, expected {version}; write it again")
         if plain.pop("weights_sha256") != hashlib.sha256(content).hexdigest():
             raise UserError(f"{folder / WEIGHTS} is damaged, or not the file of {CONFIG}; get both again")
         tensors = load(content)

@@ -37,10 +37,10 @@ def test_battles_of_tuples_are_those_of_a_file(rows, small):
 
 def test_winners_are_sides_or_names_and_spellings_of_white_space_are_one_query():
     battles = [("a  b", "x", "y", "model_a"), (" a\nb", "x", "y", "y"), ("c", "y", "x", "tie"), ("c", "y", "x", "x")]
-    found = Battles.from_tuples(battles)
-    assert found.queries == ["a  b", "c"]
-    assert found.outcome.tolist() == [1, 0, 0.5, 0]
-    assert found.model_a_idx.tolist() == [0, 0, 1, 1]
+    result = Battles.from_tuples(battles)
+    assert result.queries == ["a  b", "c"]
+    assert result.outcome.tolist() == [1, 0, 0.5, 0]
+    assert result.model_a_idx.tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,6 @@ def test_a_limit_holds_in_memory(rows, demo, tmp_path):
 
 def test_the_package_needs_no_command_line():
     code = "import sys, rankrouter; print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "support.encoding.encoder" in found.split()
-    assert not {"support.system.command_line", "support.training.options"} & set(found.split())
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "support.encoding.encoder" in result.split()
+    assert not {"support.system.command_line", "support.training.options"} & set(result.split())

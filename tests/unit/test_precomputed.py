@@ -45,9 +45,9 @@ def npy(path, vectors=VECTORS, suffix="csv"):
 )
 def test_a_query_has_the_vector_of_its_row_in_any_spelling_of_white_space(write, tmp_path):
     embeddings = PrecomputedEmbeddings.read(write(tmp_path))
-    found, encoded = embeddings.embed([QUERIES[2], " How do I invert a   matrix? ", QUERIES[1]])
-    assert found.dtype == torch.float32
-    assert found.tolist() == [[4, 5], [0, 1], [2, 3]]
+    result, encoded = embeddings.embed([QUERIES[2], " How do I invert a   matrix? ", QUERIES[1]])
+    assert result.dtype == torch.float32
+    assert result.tolist() == [[4, 5], [0, 1], [2, 3]]
     assert encoded == 0
     assert embeddings.metadata["precomputed"]
     assert embeddings.metadata["width"] == 2
