@@ -188,8 +188,8 @@ def cluster_map(run: Run) -> Figure:
     num_left_out = len(run.clusters) - len(shown)
     figure.suptitle(
         f"{shorten_start(run.name, 80)}: who is strong where, as the router scores it\n"
-        "a row is a cluster, told by its most central query and its training queries; a dot is the strongest model;\n"
-        "the colour is the log-odds of beating another model drawn at random"
+        "a row is a cluster: its most central query (number of training queries); a dot is the strongest model;\n"
+        "the color is the log-odds of beating another model drawn at random"
         + (f"\n{num_left_out} smaller clusters are left out" if num_left_out else ""),
         fontsize=9,
     )
