@@ -1,7 +1,6 @@
 """The router: both towers scored together, rankings, adding a model without retraining, and the checkpoint."""
 
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -38,8 +37,6 @@ PATH_FLAGS = (
     "prices",
     "embeddings",
 )
-# Precomputed embeddings whose standardized dimensions are typically beyond these may be those of another encoder.
-MAX_SQUARE, MIN_VARIANCE, MANY_QUERIES = 4.0, 0.05, 30
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on the number of models
 
 
@@ -244,12 +241,7 @@ class RankRouter(nn.Module):
             problem = f"{embeddings.path} has embeddings of width {embeddings.vectors.shape[1]}"
             raise UserError(f"{problem}, training had {self.encoder_width}; expected those of the same encoder")
         mean, scale = (each[: self.encoder_width].cpu() for each in (self.query_tower.mean, self.query_tower.scale))
-        x = (embeddings.vectors - mean) / scale  # (Q, H)
-        square, variance = (float(each.median()) for each in (x.square().mean(0), x.var(0, correction=0)))
-        if square > MAX_SQUARE or (len(x) >= MANY_QUERIES and variance < MIN_VARIANCE):
-            message = f"mean square {square:.3g} and variance {variance:.3g}, medians over dimensions; training has 1"
-            advice = "are they of the same encoder?"
-            print(f"warning: {embeddings.path}, standardized as in training: {message}; {advice}", file=sys.stderr)
+        embeddings.warn_if_unlike(mean, scale)
         if embeddings.device != self.query_tower.mean.device:
             self.model_blocks = None
         self.encoder = embeddings

@@ -225,7 +225,7 @@ def draw_curve(args: argparse.Namespace, router: RankRouter) -> None:
     numbers, details = evaluation.evaluate(scores, None)
     points = console.curve_points(details["curve"])
     unit = "battles, won" if battles.table is None else "rows of a score table, mean score"
-    print(f"curve    on {len(row)} {unit} by the model chosen; a random mix is of the ends of the curve\n")
+    print(f"curve    on {len(row)} {unit} by the model chosen; random mix: the last row or the first, at random\n")
     if args.output is None:
         console.print_curve(points)
     else:

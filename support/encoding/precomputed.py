@@ -1,6 +1,7 @@
 """Precomputed embeddings, of an API or another machine: read from a file by query, in the place of an encoder."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from support.system.files import content_hash
 EMBEDDINGS = ("embedding", "embeddings", "vector")  # columns of a parquet file
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")  # of the queries beside an .npy file: their rows have an order
 HASH = "query_sha256"  # a column in the place of the query's text
+# Embeddings whose standardized dimensions are typically beyond these may be those of another encoder.
+MAX_SQUARE, MIN_VARIANCE, MANY_QUERIES = 4.0, 0.05, 30
 MAX_DISTANCE = 0.5  # between embeddings of one query, relative to their norm: those of an API differ a little
 
 
@@ -100,6 +103,15 @@ class PrecomputedEmbeddings:
                 f"{self.path} lacks {len(missing)} of {len(queries)} queries, such as {example!r}; add them"
             )
         return self.vectors[rows], 0  # (Q, H)
+
+    def warn_if_unlike(self, mean: torch.Tensor, scale: torch.Tensor) -> None:
+        """Warn where they are unlike those of training, which had this mean and scale (H,)."""
+        x = (self.vectors - mean) / scale  # (Q, H)
+        square, variance = (float(each.median()) for each in (x.square().mean(0), x.var(0, correction=0)))
+        if square > MAX_SQUARE or (len(x) >= MANY_QUERIES and variance < MIN_VARIANCE):
+            message = f"mean square {square:.3g} and variance {variance:.3g}, medians over dimensions; training has 1"
+            advice = "are they of the same encoder?"
+            print(f"warning: {self.path}, standardized as in training: {message}; {advice}", file=sys.stderr)
 
     def release(self) -> None:
         """Nothing to free."""

@@ -292,7 +292,7 @@ def curve_points(curve: list[dict]) -> list[dict]:
 
 def print_curve(points: list[dict]) -> None:
     """The points of a curve as a table."""
-    print(f"{'cost weight':>12}{'mean price':>13}{'worth':>10}{'95 %':>20}{'random mix':>14}")
+    print(f"{'cost weight':>12}{'mean price':>13}{'quality':>10}{'95 %':>20}{'random mix':>14}")
     for point in points:
         line = f"{point['cost_weight']:>12.6g} {point['mean_price']:>12.6g}{point['worth']:>10.4f}"
         print(f"{line}{bounds(point['interval']):>20}{point['random_mix']:>14.4f}")
