@@ -16,9 +16,8 @@ import metrics
 from model_profiling import ModelTower
 from query_representation import ROWS_AT_ONCE, SURFACE_FEATURES, QueryTower, query_features
 from support.data.queries import as_query
-from support.encoding.encoder import QueryEncoder
+from support.encoding import reopen
 from support.encoding.precomputed import PrecomputedEmbeddings
-from support.encoding.sentence_transformers import POOLINGS
 from support.system import hub
 from support.system.errors import UserError, one_line, valid_unicode
 from support.system.safe_torch import is_plain, not_ours, read_checkpoint, write_checkpoint
@@ -28,14 +27,8 @@ FORMAT_VERSION = 4
 LIBRARY = "rankrouter"  # as the hub names it
 BEST = "best_model.pt"  # in a run's output folder
 PATH_FLAGS = (
-    "data_path",
-    "model_path",
-    "output_dir",
-    "cache_dir",
-    "demo_dir",
-    "capability_file",
-    "prices",
-    "embeddings",
+    *("data_path", "model_path", "output_dir", "cache_dir", "demo_dir"),
+    *("capability_file", "prices", "embeddings"),
 )
 MODELS_AT_ONCE = 32  # products of one size, so that no bit of a model's score depends on the number of models
 
@@ -194,36 +187,11 @@ class RankRouter(nn.Module):
 
         The other arguments are those of `QueryEncoder`. Raises `UserError` where there is no encoder, or another one.
         """
-        trained = self._trained().encoder
-        if trained.get("precomputed"):
-            advice = "give those of these queries by --embeddings, in Python by open_embeddings"
-            raise UserError(f"the router was trained on precomputed embeddings; {advice}")
-        path = trained["path"] if model_path is None else model_path
-        if model_path is None and not (os.path.isdir(os.path.expanduser(path)) or hub.is_hub_id(path)):
-            problem = f"the router's encoder {path!r} was not found here"
-            raise UserError(f"{problem}; name its folder or hub id by --model_path, in Python by open_encoder")
-        encoder = QueryEncoder(
-            path,
-            torch.device(device),
-            dtype=trained["dtype"],
-            pooling=self.metadata.args["pooling"],
-            layers=self.metadata.args.get("layers"),  # without it in checkpoints of earlier versions
-            max_length=self.metadata.args["max_length"],
-            prefix=self.metadata.args.get("query_prefix", ""),  # without one in checkpoints of earlier versions
-            include_prompt=trained.get("include_prompt", True),
-            tokens_per_batch=tokens_per_batch,
-            cache_dir=cache_dir,
-            progress=progress,
-            download=model_path is not None,  # a file must not make us download anything
-            finetuned=self.metadata.trained,
+        metadata, named = self._trained(), {"tokens_per_batch": tokens_per_batch, "cache_dir": cache_dir}
+        self.encoder = reopen.open_again(
+            metadata.encoder, metadata.args, metadata.trained, model_path, device, progress=progress, **named
         )
-        found, expected = encoder.usage["fingerprint"], trained["fingerprint"]
-        if found != expected:
-            raise UserError(
-                f"the encoder at {encoder.path} is not the one that the router was trained with: its fingerprint is "
-                f"{found[:12]}, expected {expected[:12]}; name the right folder with --model_path"
-            )
-        self.encoder, self.model_blocks = encoder, None
+        self.model_blocks = None
         self.to(device)
 
     def open_embeddings(self, embeddings: PrecomputedEmbeddings | str | Path) -> None:
@@ -295,9 +263,8 @@ class RankRouter(nn.Module):
         if metadata.label_range is None:
             raise UserError("the router was not trained by --loss_type pointwise, so its scores only rank models")
         low, high = metadata.label_range
-        expected = low + (high - low) / (
-            1 + np.exp(-self.scores_of(queries, read) / metadata.label_temperature)
-        )  # (Q, M)
+        logits = self.scores_of(queries, read) / metadata.label_temperature  # (Q, M)
+        expected = low + (high - low) / (1 + np.exp(-logits))  # (Q, M)
         expected[:, self.indices([added["model"] for added in metadata.added_models])] = np.nan
         return expected
 
@@ -452,8 +419,9 @@ class RankRouter(nn.Module):
         there is no router that training wrote.
         """
         path = Path(os.path.expanduser(path))
-        path = path / BEST if (path / BEST).is_file() else path
-        if path.is_dir() or (hub.is_hub_id(str(path)) and path.suffix != ".pt" and not path.parent.is_dir()):
+        path = path / BEST if os.path.isfile(path / BEST) else path
+        is_hub_id = hub.is_hub_id(str(path)) and path.suffix != ".pt" and not os.path.isdir(path.parent)
+        if is_hub_id or os.path.isdir(path):
             return cls.from_pretrained(path)
         return cls._checked(path, read_checkpoint(path, FORMAT_VERSION))
 
@@ -494,8 +462,7 @@ class RankRouter(nn.Module):
     def _checks(self, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str, bool]]:
         """Names, sizes and finiteness of what routing relies on; raises anything where a part is missing."""
         names, metadata, weights = self.model_names, self.metadata, self.state_dict()
-        args, encoder, profiles, trained = metadata.args, metadata.encoder, metadata.profiles, metadata.trained
-        yield "the encoder", all(type(encoder.get(name, False)) is bool for name in ("precomputed", "from_hub"))
+        args, profiles = metadata.args, metadata.profiles
         yield "a path", all(isinstance(args.get(name), str | None) for name in PATH_FLAGS)
         yield "a model's name", all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
         yield "the best single model", metadata.best_single_model in names
@@ -512,17 +479,9 @@ class RankRouter(nn.Module):
         yield "the temperature", type(metadata.temperature) is float and 0 < metadata.temperature < np.inf
         added = metadata.added_models
         yield "an added model", type(added) is list and all(each["model"] in names for each in added)
-        texts = metadata.content_hash, encoder["path"], encoder["fingerprint"], encoder.get("pooling", "")
-        yield "the encoder", all(isinstance(text, str) and text == valid_unicode(text) for text in texts)
-        yield "the encoder's dtype", encoder["dtype"] in ("float32", "bfloat16", "float16")
-        yield "--pooling", args["pooling"] in POOLINGS or encoder.get("precomputed", False)
-        layers = args.get("layers")
-        yield "--layers", layers is None or (type(layers) is list and layers == sorted(set(layers)) != [])
-        yield "--layers", all(type(layer) is int and layer >= 1 for layer in layers or ())
-        prefix = args.get("query_prefix", "")
-        yield "--query_prefix", isinstance(prefix, str) and prefix == valid_unicode(prefix)
-        yield "the encoder's include_prompt", type(encoder.get("include_prompt", True)) is bool
-        yield "--max_length", type(args["max_length"]) is int and 1 <= args["max_length"] <= 2**20
+        text = metadata.content_hash
+        yield "the hash of the data", isinstance(text, str) and text == valid_unicode(text)
+        yield from reopen.checks(metadata.encoder, args, metadata.trained)
         yield "--seed", type(args["seed"]) is int and 0 <= args["seed"] < 2**32
         if metadata.label_range is not None:
             low, high = metadata.label_range
@@ -533,14 +492,6 @@ class RankRouter(nn.Module):
             yield "the confidence", type(metadata.confidence) is float and 0.5 <= metadata.confidence <= 1
         seen = metadata.seen_queries
         yield "the list of seen queries", is_plain(seen) and seen.dtype == torch.int64 and seen.ndim == 1
-        yield "the finetuned encoder", (trained is not None) == args["finetune_encoder"]
-        if trained is not None:
-            sizes = trained["layers"], trained["lora_rank"]
-            yield "the finetuned encoder", sizes == (args["finetune_layers"], args["lora_rank"])
-            yield "the finetuned encoder", all(size is None or 1 <= size <= 8192 for size in sizes)
-            for name, weight in trained["weights"].items():
-                yield "a weight of the encoder", type(name) is str and is_plain(weight)
-                yield "a weight of the encoder", weight.dtype == torch.float32 and bool(weight.isfinite().all())
         if profiles["kind"] == "win_rate":
             yield "a profile", is_plain(profiles["known"])
             yield "a profile", profiles["known"].shape == self.model_tower.capability.weight.shape

@@ -69,7 +69,7 @@ def make_encoder(args: argparse.Namespace, prompt: str | None, device: torch.dev
     if args.embeddings is not None:
         args.pooling, args.query_prefix = None, ""
         embeddings = PrecomputedEmbeddings.read(args.embeddings, device)
-        embeddings.embed(queries)  # raises now, before an earlier run in the folder is replaced
+        embeddings.rows(queries)  # raises now, before an earlier run in the folder is replaced
         return embeddings
     encoder = QueryEncoder(
         args.model_path,

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import kill
 from safetensors.torch import load_file, save_file
 
 import route
@@ -216,6 +217,24 @@ def test_a_damaged_history_is_named_and_odd_benchmarks_are_exported(small, tiny_
     assert RankRouter.load(export(tmp_path / "bench", tmp_path / "shared")).metadata.profiles == one
 
 
+def test_an_export_that_is_killed_leaves_a_complete_folder_or_none(tiny_run, forked, tmp_path):
+    def killed(folder, when=None):
+        flags = ["--checkpoint", str(tiny_run[1] / "best_model.pt"), "--export", str(folder)]
+        return forked(route.main, flags, when, kill)
+
+    code, events, *_ = killed(tmp_path / "all")
+    assert code == 0
+    complete = 0
+    for when in range(len(events)):
+        folder = tmp_path / str(when)
+        assert killed(folder, when)[0] == -9
+        if folder.exists():
+            complete += 1
+            assert len(list(folder.iterdir())) == 3
+            assert RankRouter.from_pretrained(folder).model_names
+    assert 0 < complete < len(events)
+
+
 def test_an_output_does_not_replace_a_part_of_the_router(exported, capsys):
     with pytest.raises(UserError, match="would replace an input"):
         route.main(["--checkpoint", str(exported), "--output", str(exported / "config.json"), QUERIES[0]])
@@ -275,7 +294,7 @@ def not_finite(folder):
         (lambda folder: change(folder, added_models=[1]), "RankRouter checkpoint"),
         (lambda folder: change(folder, added_models=None), "an added model is not what training writes"),
         (lambda folder: change(folder, model_names="abc"), "RankRouter checkpoint"),
-        (lambda folder: change(folder, content_hash="\ud800"), "the encoder is not what training writes"),
+        (lambda folder: change(folder, content_hash="\ud800"), "the hash of the data is not what training writes"),
         (lambda folder: change(folder, args={"data_path": 1}), "RankRouter checkpoint"),
         (lambda folder: rewrite(folder, {"metadata/seen_queries": torch.zeros(1)}), "RankRouter checkpoint"),
         (not_finite, "a weight is not what training writes"),
