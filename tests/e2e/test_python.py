@@ -66,6 +66,8 @@ def test_the_hash_of_battles_is_of_their_content(rows):
     assert len(one.unique_queries) > 0  # is then cached
     assert one.content_hash() == before == Battles.from_tuples(rows).content_hash()
     assert other.content_hash() != before
+    renamed = [(f"{query}!", *others) for query, *others in rows]
+    assert Battles.from_tuples(renamed).content_hash() != before
 
 
 def test_no_battles_are_refused_and_chat_messages_are_queries():
